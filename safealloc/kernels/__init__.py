@@ -1,0 +1,1 @@
+"""Kernels: they take tensors and layouts that were checked, and know no pool."""

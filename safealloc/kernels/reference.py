@@ -1,0 +1,138 @@
+"""NVFP4 in plain torch, on any device: what every kernel here must reproduce.
+
+Quantisation follows the NVFP4 recipe, in float32 and in this order (the same results, bit for bit, as ``ref_nvfp4_quant`` of
+vLLM's ``nvfp4_emulation_utils``). With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
+
+    scale  = e4m3(clamp(g * (max|x| * (1 / 6)), -448, 448))         one per 16 columns
+    data   = e2m1(clamp(x * r(scale * r(g)), -6, 6))                round to nearest, ties to even
+
+Not-finite input stays in its own row:
+
+- NaN in a block of 16: its scale is NaN (0x7F) and all its values are +6 (0x7), as the hardware conversion gives, so the
+  block dequantises to NaN and the row's products are NaN.
+- Inf in a block: the scale saturates at 448, the value at 6 with its sign, the block's finite values round to 0. The row
+  stays finite.
+- -0.0 becomes +0.0; a negative value that rounds to zero keeps its sign (0x8), as the hardware conversion gives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from safealloc.layout import BLOCK_SIZE, SfLayout
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitude of each e2m1 code; bit 3 is the sign (OCP Microscaling Formats v1.0, FP4)."""
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_NAN = 0x7F
+
+
+def quantize(
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+) -> None:
+    """Quantise ``x`` into ``x_fp4`` and the real bytes of ``scales``; padding is not touched.
+
+    Args:
+        x: bfloat16 or float16 ``[rows, k]``.
+        global_scale: float32, one element.
+        x_fp4: uint8 ``[rows, k // 2]``, written; the low nibble is the even column.
+        scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k: the real bytes are written.
+        layout: order of the bytes in ``scales``.
+        valid_rows: int32, one element: rows at or beyond it get zero data and zero scales.
+    """
+    rows, k = x.shape
+    blocks = x.reshape(rows, k // BLOCK_SIZE, BLOCK_SIZE).float()
+    global_scale = global_scale.reshape(())
+    amax = blocks.abs().amax(-1)
+    scale = torch.clamp(global_scale * (amax * (1 / E2M1_MAX)), -E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = blocks * _reciprocal(scale.float() * _reciprocal(global_scale))[..., None]
+    codes = encode_e2m1(scaled).view(rows, k)
+    linear = torch.where(scale.isnan(), E4M3_NAN, scale.view(torch.uint8))
+    if valid_rows is not None:
+        valid = torch.arange(rows, device=x.device)[:, None] < valid_rows.reshape(())
+        codes, linear = torch.where(valid, codes, 0), torch.where(valid, linear, 0)
+    x_fp4.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+    padded_k = scales.shape[-1] * BLOCK_SIZE
+    offsets = layout.offsets(rows, k, x.device, padded_k=padded_k if padded_k > k else None)
+    scales.view(-1)[offsets] = linear
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Float values as e2m1 codes, uint8: nearest, ties to even, saturating at 6; NaN becomes +6."""
+    magnitude = values.abs()
+    code = torch.zeros_like(values, dtype=torch.uint8)
+    # A tie goes to the neighbour with the even code; "not below" instead of "above" lets NaN pass every step.
+    for halfway, tie_goes_up in ((0.25, 0), (0.75, 1), (1.25, 0), (1.75, 1), (2.5, 0), (3.5, 1), (5.0, 0)):
+        code += ~(magnitude < halfway) if tie_goes_up else ~(magnitude <= halfway)
+    return code | (values < 0).to(torch.uint8) << 3
+
+
+def decode_e2m1(packed: Tensor) -> Tensor:
+    """uint8 ``[..., k // 2]`` as float32 ``[..., k]``."""
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=packed.device)
+    codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)
+    return values[codes.int()]
+
+
+def dequantize(
+    x_fp4: Tensor, scales: Tensor, layout: SfLayout, global_scale: Tensor | float = 1.0, *, k: int | None = None
+) -> Tensor:
+    """float32 ``[rows, k]`` that the quantised data stand for: ``e2m1 * e4m3 / global_scale``.
+
+    Args:
+        x_fp4: uint8 ``[rows, k // 2]``.
+        scales: buffer of ``layout`` for ``[rows, k]``.
+        layout: order of the bytes in ``scales``.
+        global_scale: the global scale that :func:`quantize` was given.
+        k: where ``x_fp4`` is narrower than the tiles, read scales up to this column and take the data there as zero.
+    """
+    rows, columns = x_fp4.shape[0], 2 * x_fp4.shape[1]
+    k = columns if k is None else k
+    data = F.pad(decode_e2m1(x_fp4), (0, k - columns)).view(rows, -1, BLOCK_SIZE)
+    scale = layout.unswizzle(scales, rows, k).view(torch.float8_e4m3fn).float()
+    return (data * scale[..., None]).view(rows, k) / global_scale
+
+
+def mm(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, alpha: Tensor | None, out: Tensor, layout: SfLayout
+) -> None:
+    """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``.
+
+    Reads what a tensor core reads: every scale byte of the whole column tiles where the layout says, with zero data in
+    padding columns, so that NaN in a padding column makes the row NaN (NaN * 0). Padding rows are not read.
+
+    Args:
+        a: uint8 ``[m, k // 2]``.
+        b: uint8 ``[n, k // 2]``.
+        a_scales: contiguous buffer that holds at least ``layout``'s bytes for ``[m, k]``.
+        b_scales: contiguous layout_128x4 buffer for ``[n, k]``.
+        alpha: float32 of one element or one per row, or ``None`` for 1.
+        out: ``[m, n]``, written.
+        layout: order of the bytes in ``a_scales``.
+    """
+    k = 2 * a.shape[1]
+    product = _whole_tiles(a, a_scales, layout, k) @ _whole_tiles(b, b_scales, SfLayout.layout_128x4, k).T
+    out.copy_(product if alpha is None else product * alpha.reshape(-1, 1))
+
+
+def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int) -> Tensor:
+    rows = x_fp4.shape[0]
+    # In 128x4 and 8x4, k rounds up to whole tiles of 4 scale columns; b has tiles even where a is linear.
+    padded_k = SfLayout.layout_128x4.padded_shape(rows, k)[1] * BLOCK_SIZE
+    if layout is SfLayout.layout_linear:
+        return F.pad(dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout), (0, padded_k - k))
+    return dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout, k=padded_k)
+
+
+def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
+    """Zero the padding of a buffer in place; real bytes are not touched."""
+    for padding in layout.padding_views(scales, rows, k, padded_k=padded_k):
+        padding.zero_()
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    return 1.0 / (x + (x == 0) * 1e8)
