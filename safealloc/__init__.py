@@ -1,0 +1,41 @@
+"""NVFP4 scale buffers whose padding is zero at every CUDA graph replay, at no cost per step."""
+
+from safealloc.capture import capture
+from safealloc.default_pool import default_pool, use_pool
+from safealloc.errors import (
+    CaptureGrowthError,
+    LayoutMismatchError,
+    PaddingCorruptionError,
+    PoolClosedError,
+    PoolExhaustedError,
+    SafeAllocError,
+)
+from safealloc.gemm import mm_fp4, set_foreign_scales
+from safealloc.layout import ScaleSpec, SfLayout
+from safealloc.linear import nvfp4_linear
+from safealloc.pool import CaptureGrowthWarning, GraphReport, PoolStats, ScalePool
+from safealloc.quantize import nvfp4_quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureGrowthError",
+    "CaptureGrowthWarning",
+    "GraphReport",
+    "LayoutMismatchError",
+    "PaddingCorruptionError",
+    "PoolClosedError",
+    "PoolExhaustedError",
+    "PoolStats",
+    "SafeAllocError",
+    "ScalePool",
+    "ScaleSpec",
+    "SfLayout",
+    "capture",
+    "default_pool",
+    "mm_fp4",
+    "nvfp4_linear",
+    "nvfp4_quantize",
+    "set_foreign_scales",
+    "use_pool",
+]

@@ -1,5 +1,13 @@
 """What can go wrong, by name."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from safealloc.verify import Corruption
+
 
 class SafeAllocError(RuntimeError):
     """Base of every error that safealloc raises on its own account.
@@ -13,7 +21,15 @@ class LayoutMismatchError(SafeAllocError, ValueError):
 
 
 class PaddingCorruptionError(SafeAllocError):
-    """Padding that must be zero is not: somebody wrote it."""
+    """Padding that must be zero is not: somebody wrote it.
+
+    Attributes:
+        corruptions: a :class:`safealloc.verify.Corruption` for each such buffer.
+    """
+
+    def __init__(self, corruptions: Sequence[Corruption]) -> None:
+        self.corruptions = tuple(corruptions)
+        super().__init__("\n".join(map(str, self.corruptions)))
 
 
 class CaptureGrowthError(SafeAllocError):

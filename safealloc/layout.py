@@ -63,9 +63,12 @@ class SfLayout(enum.IntEnum):
             ValueError: an argument is out of range.
         """
         rows, k, padded_k = _checked_shape(rows, k, padded_k)
+        return self.round_up(rows, (k if padded_k is None else padded_k) // BLOCK_SIZE)
+
+    def round_up(self, rows: int, cols: int) -> tuple[int, int]:
+        """Rows and scale columns rounded up to whole tiles; unchecked, and they may be symbolic."""
         tile = self.tile
-        cols = (k if padded_k is None else padded_k) // BLOCK_SIZE
-        return _round_up(rows, tile.rows), _round_up(cols, tile.cols)
+        return -(-rows // tile.rows) * tile.rows, -(-cols // tile.cols) * tile.cols
 
     def nbytes(self, rows: int, k: int, *, padded_k: int | None = None) -> int:
         """Bytes of the whole buffer, padding included."""
@@ -253,7 +256,3 @@ def _as_bytes(tensor: Tensor, name: str) -> Tensor:
     if tensor.element_size() != 1:
         raise ValueError(f"{name} must hold bytes (uint8 or float8_e4m3fn), got {tensor.dtype}")
     return tensor.view(torch.uint8)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,0 +1,200 @@
+"""The tables of backends: a name, a function, and one sentence why it cannot run here.
+
+``"auto"`` takes the first row that can. A backend is added as a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safealloc import optional
+from safealloc.kernels import reference, vendors
+from safealloc.layout import SfLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a backend's requirement looks at.
+
+    Attributes:
+        device: of all tensors.
+        layout: of the activation's scales.
+        out_dtype: of a GEMM's result, else ``None``.
+        valid_rows: a quantisation with a device-side row count.
+        row_alpha: a GEMM with one alpha per row.
+    """
+
+    device: torch.device
+    layout: SfLayout
+    out_dtype: torch.dtype | None = None
+    valid_rows: bool = False
+    row_alpha: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One row.
+
+    Attributes:
+        name: what a caller asks for.
+        refusal: why it cannot run a call, in one sentence, or ``None``.
+        run: the function; quantisers take ``reference.quantize``'s arguments, GEMMs ``reference.mm``'s, and FlashInfer's
+            GEMMs its own.
+        automatic: whether ``"auto"`` may take it.
+    """
+
+    name: str
+    refusal: Callable[[Call], str | None]
+    run: Callable[..., Any]
+    automatic: bool = True
+
+
+def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
+    """The row that ``name`` asks for.
+
+    Raises:
+        TypeError: ``name`` is no string.
+        ValueError: no such backend, or it cannot run this call; says why.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {name!r}")
+    if name == "auto":
+        return next(row for row in table.values() if row.automatic and row.refusal(call) is None)
+    row = table.get(name)
+    if row is None:
+        raise ValueError(f"backend must be one of {', '.join(['auto', *table])}, got {name!r}")
+    reason = row.refusal(call)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run this: {reason}")
+    return row
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_refusal(call: Call) -> str | None:
+    """Why our Triton kernels cannot run on the device of a call, or ``None``."""
+    if reason := optional.missing("triton"):
+        return reason
+    if call.device.type != "cuda":
+        return None if interpreting() else f"Triton kernels need a CUDA device, not {call.device}"
+    if capability(call.device) < (8, 9):
+        return f"float8_e4m3 needs compute capability 8.9, {_has(call.device)}"
+    return None
+
+
+def _has(device: torch.device) -> str:
+    major, minor = capability(device)
+    return f"{device} has {major}.{minor}"
+
+
+def _anywhere(call: Call) -> str | None:
+    return None
+
+
+def _blackwell(call: Call, package: str) -> str | None:
+    if reason := optional.missing(package):
+        return reason
+    if call.device.type != "cuda":
+        return f"{package} needs a CUDA device, not {call.device}"
+    if capability(call.device) < (10, 0):
+        return f"{package} has NVFP4 kernels for compute capability 10.0 and up only, {_has(call.device)}"
+    return None
+
+
+def _vendor_quantizer(call: Call, package: str) -> str | None:
+    if call.valid_rows:
+        return f"{package} takes no valid_rows"
+    if package == "vllm" and call.layout is SfLayout.layout_8x4:
+        return "vLLM's own quantiser writes 128x4 and linear"
+    return _blackwell(call, package)
+
+
+def _flashinfer_gemm(call: Call, reads: tuple[SfLayout, ...], row_alpha: bool) -> str | None:
+    if call.layout not in reads:
+        return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
+    if call.out_dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashInfer's GEMMs return bfloat16 or float16, not {call.out_dtype}"
+    if call.row_alpha and not row_alpha:
+        return "it takes one alpha, not one per row"
+    return _blackwell(call, "flashinfer")
+
+
+# Launchers are looked up at the call: Triton may be missing, and its import takes a second.
+def _triton(module: str, function: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        return getattr(optional.require(f"safealloc.kernels.{module}"), function)(*arguments)
+
+    return run
+
+
+def _table(*rows: Backend) -> dict[str, Backend]:
+    return {row.name: row for row in rows}
+
+
+QUANTIZERS = _table(
+    Backend("triton", triton_refusal, _triton("triton_quantize", "quantize")),
+    Backend("reference", _anywhere, reference.quantize),
+    Backend(
+        "flashinfer",
+        functools.partial(_vendor_quantizer, package="flashinfer"),
+        vendors.flashinfer_quantize,
+        automatic=False,
+    ),
+    Backend("vllm", functools.partial(_vendor_quantizer, package="vllm"), vendors.vllm_quantize, automatic=False),
+)
+"""Quantisers. Vendors' are there to be asked for: FlashInfer's costs a copy, and both store padding themselves."""
+
+_128x4 = (SfLayout.layout_128x4,)
+_both = (SfLayout.layout_128x4, SfLayout.layout_8x4)
+
+
+def _flashinfer(name: str, *, reads: tuple[SfLayout, ...] = _128x4, row_alpha: bool = False) -> Backend:
+    refusal = functools.partial(_flashinfer_gemm, reads=reads, row_alpha=row_alpha)
+    asked = "auto" if name == "flashinfer" else name
+    return Backend(
+        name, refusal, functools.partial(vendors.flashinfer_mm, backend=asked), automatic=name == "flashinfer"
+    )
+
+
+GEMMS = _table(
+    _flashinfer("flashinfer", row_alpha=True),  # FlashInfer's own choice
+    Backend("triton", triton_refusal, _triton("triton_gemm", "mm")),
+    Backend("reference", _anywhere, reference.mm),
+    _flashinfer("cudnn"),
+    _flashinfer("trtllm", reads=_both),
+    _flashinfer("cutlass"),
+    _flashinfer("cute-dsl", row_alpha=True),
+    _flashinfer("cutedsl_low_latency"),
+    _flashinfer("b12x"),
+    _flashinfer("cake", row_alpha=True),
+)
+"""GEMMs. Which layouts FlashInfer's read, and which take an alpha per row: its ``mm_fp4`` requirements (0.7.2)."""
+
+
+def is_flashinfer(row: Backend) -> bool:
+    """Whether a row of :data:`GEMMS` is FlashInfer's and takes its arguments."""
+    return isinstance(row.run, functools.partial)
+
+
+def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:
+    """Zero a foreign buffer's padding in place: one Triton kernel where there is one, else up to four fills."""
+    if triton_refusal(Call(scales.device, layout)) is None:
+        _triton("triton_padding", "zero_padding")(scales, layout, rows, k)
+    else:
+        reference.zero_padding(scales.view(-1)[: layout.nbytes(rows, k)], layout, rows, k)

@@ -1,0 +1,103 @@
+"""Which CUDA graph capture a stream is in, and how long its graph lives.
+
+PyTorch tells whether the current stream is capturing, but neither which capture it is nor when a graph that somebody else
+made is gone. The CUDA driver tells both, for every capture of the process, whoever began it:
+
+- ``cuStreamGetCaptureInfo`` gives a capture an id, the same on each stream that was forked into it, never used again.
+- A *user object* retained by the graph under capture follows it into the executable graph, and its destructor runs when the
+  last of them is destroyed and no replay is in flight (CUDA Programming Guide, "CUDA User Objects"). The destructor runs on
+  a thread of the driver, where Python must not: here it is libc's ``sem_post``, and the semaphore is looked at later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Hashable
+from typing import Any
+
+_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC, the only kind there is
+_MOVE = 1  # CU_GRAPH_USER_OBJECT_MOVE: the graph takes over our reference
+_SEM_T_BYTES = 64  # sizeof(sem_t) is 32 on 64-bit glibc and musl
+
+
+class Capture:
+    """One capture, and the graph that came out of it.
+
+    Attributes:
+        id: the driver's number for the capture, unique in the process.
+        handle: the graph memory-pool handle that the graph was captured with, if who began the capture said so.
+    """
+
+    def __init__(self, capture_id: int, graph: int) -> None:
+        self.id = capture_id
+        self.graph = graph  # CUgraph: only valid while the capture is under way
+        self.handle: Hashable | None = None
+        self._kept: dict[int, object] = {}
+        self._destroyed = ctypes.create_string_buffer(_SEM_T_BYTES)
+        self._follows_graph = _retain(graph, self._destroyed)
+
+    @property
+    def alive(self) -> bool:
+        """False once the graph is destroyed and its last replay is over (or its capture failed)."""
+        if not self._follows_graph:  # a driver without user objects: never reuse what the graph may touch
+            return True
+        posted = ctypes.c_int()
+        _libc().sem_getvalue(self._destroyed, ctypes.byref(posted))
+        return posted.value == 0
+
+    def keep(self, thing: object) -> None:
+        """Hold ``thing`` until the graph is gone, even if everybody else forgets it."""
+        self._kept[id(thing)] = thing
+
+
+_lock = threading.Lock()
+_captures: dict[int, Capture] = {}  # by id; owns what living graphs use
+
+
+def under_way(stream: int) -> Capture | None:
+    """The capture that a raw CUDA stream is part of, or ``None``.
+
+    Args:
+        stream: ``torch.cuda.Stream.cuda_stream``.
+    """
+    status, capture_id, graph = ctypes.c_int(), ctypes.c_ulonglong(), ctypes.c_void_p()
+    error = _libcuda().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(capture_id), ctypes.byref(graph), None, None
+    )
+    if error or status.value != _ACTIVE or graph.value is None:
+        return None
+    with _lock:
+        capture = _captures.get(capture_id.value)
+        if capture is None:
+            capture = _captures[capture_id.value] = Capture(capture_id.value, graph.value)
+        return capture
+
+
+def forget_destroyed() -> None:
+    """Let go of what only destroyed graphs used."""
+    with _lock:
+        for capture in [capture for capture in _captures.values() if not capture.alive]:
+            del _captures[capture.id]
+
+
+def _retain(graph: int, destroyed: Any) -> bool:
+    driver, libc = _libcuda(), _libc()
+    libc.sem_init(destroyed, 0, 0)
+    user_object = ctypes.c_void_p()
+    sem_post = ctypes.cast(libc.sem_post, ctypes.c_void_p)
+    if driver.cuUserObjectCreate(ctypes.byref(user_object), ctypes.byref(destroyed), sem_post, 1, _NO_DESTRUCTOR_SYNC):
+        return False
+    return not driver.cuGraphRetainUserObject(ctypes.c_void_p(graph), user_object, 1, _MOVE)
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,0 +1,97 @@
+"""The pool that every function uses when none is given, and ``torch.ops.safealloc.acquire`` on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safealloc.inductor import forbid_reuse
+from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout
+from safealloc.pool import ScalePool, checked_device
+
+_lock = threading.Lock()
+_pools: dict[Any, ScalePool] = {}  # by torch.device
+_replacement: ContextVar[ScalePool | None] = ContextVar("safealloc_pool", default=None)
+
+
+def default_pool(device: torch.device | str | int | None = None) -> ScalePool:
+    """The pool of the innermost :func:`use_pool`, if it is on ``device``; else the process's pool for ``device``.
+
+    Args:
+        device: ``None`` is the current CUDA device, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device.
+    """
+    replacement = _replacement.get()
+    if replacement is not None and replacement.device == device:
+        return replacement
+    pool = _pools.get(device)
+    if pool is None:
+        device = checked_device(device)
+        if replacement is not None and replacement.device == device:
+            return replacement
+        with _lock:
+            pool = _pools.get(device)
+            if pool is None:
+                pool = _pools[device] = ScalePool(device)
+    return pool
+
+
+@contextlib.contextmanager
+def use_pool(pool: ScalePool) -> Iterator[ScalePool]:
+    """Inside, ``pool`` is the default pool of its device, for this context (threads started inside do not inherit it).
+
+    Raises:
+        TypeError: not a pool.
+        PoolClosedError: the pool was closed.
+    """
+    checked_pool(pool).stats()
+    token = _replacement.set(pool)
+    try:
+        yield pool
+    finally:
+        _replacement.reset(token)
+
+
+def checked_pool(pool: ScalePool) -> ScalePool:
+    """``pool``, or a TypeError."""
+    if not isinstance(pool, ScalePool):
+        raise TypeError(f"expected a ScalePool, got {type(pool).__name__}")
+    return pool
+
+
+os.register_at_fork(after_in_child=_pools.clear)
+
+library = torch.library.Library("safealloc", "FRAGMENT")
+library.define(
+    "acquire(SymInt rows, SymInt k, int layout, Device device, SymInt? padded_k=None) -> Tensor",
+    # Not a constant to fold, nor a call to merge with an equal one.
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+
+
+def _acquire(rows: int, k: int, layout: int, device: torch.device, padded_k: int | None = None) -> Tensor:
+    return default_pool(device).acquire(rows, k, layout, padded_k=padded_k)  # type: ignore[arg-type]
+
+
+def _acquire_fake(rows: int, k: int, layout: int, device: torch.device, padded_k: int | None = None) -> Tensor:
+    forbid_reuse(torch.ops.safealloc.acquire.default)
+    return empty_scales(rows, k, checked_layout(layout), device, padded_k)
+
+
+def empty_scales(rows: int, k: int, layout: SfLayout, device: torch.device, padded_k: int | None = None) -> Tensor:
+    """A tensor of the shape that a pool buffer has; the numbers may be symbolic."""
+    shape = layout.round_up(rows, (k if padded_k is None else padded_k) // BLOCK_SIZE)
+    return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+library.impl("acquire", _acquire, "CompositeExplicitAutograd")
+torch.library.register_fake("safealloc::acquire", _acquire_fake, lib=library)

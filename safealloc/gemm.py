@@ -1,0 +1,262 @@
+"""``mm_fp4``: FlashInfer's call, with the layout bound to the buffer and zero padding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safealloc.backends import GEMMS, Call, choose, is_flashinfer, zero_padding
+from safealloc.buffers import spec_of
+from safealloc.checks import BYTES, FP4, check_contiguous, check_tensor
+from safealloc.default_pool import library
+from safealloc.errors import LayoutMismatchError, SafeAllocError
+from safealloc.kernels.vendors import flashinfer_mm
+from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
+
+ForeignScales = Literal["zero", "trust", "error"]
+_foreign_scales: ForeignScales = "zero"
+
+
+def set_foreign_scales(mode: ForeignScales) -> ForeignScales:
+    """What :func:`mm_fp4` does with activation scales that no pool made; returns the mode until now.
+
+    Args:
+        mode: ``"zero"`` zeroes their padding in place by one small kernel, ``"trust"`` reads them as they are,
+            ``"error"`` refuses them.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    global _foreign_scales
+    if mode not in ("zero", "trust", "error"):
+        raise ValueError(f'mode must be "zero", "trust" or "error", got {mode!r}')
+    previous, _foreign_scales = _foreign_scales, mode
+    return previous
+
+
+def mm_fp4(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    block_size: int = 16,
+    use_8x4_sf_layout: bool | None = None,
+    backend: str = "auto",
+    use_nvfp4: bool = True,
+    enable_pdl: bool = True,
+    *,
+    skip_check: bool = False,
+) -> Tensor:
+    """NVFP4 GEMM ``alpha * (a @ b)``, called as ``flashinfer.mm_fp4``.
+
+    Args:
+        a: uint8 or float4_e2m1fn_x2 ``[m, k // 2]``, contiguous.
+        b: the weight ``[n, k // 2]`` transposed: ``[k // 2, n]``, column-major.
+        a_descale: scales of ``a``, uint8 or float8_e4m3fn, contiguous. From a pool: layout and rows are known, and ``a``
+            may have been padded in k as far as the buffer's columns go. From elsewhere: see :func:`set_foreign_scales`.
+        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed.
+        alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
+        out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
+        out: result ``[m, n]``, contiguous; ``None`` makes one.
+        block_size: 16. 32 is MXFP4, which goes to FlashInfer untouched.
+        use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
+        backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
+            choice where it can run, else ours.
+        use_nvfp4, enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
+
+    Returns:
+        ``out``, ``[m, n]``.
+
+    Raises:
+        LayoutMismatchError: the flag, the rows or the columns contradict the buffer.
+        SafeAllocError: scales from elsewhere, in mode ``"error"``.
+        TypeError, ValueError: an argument is wrong, or the backend cannot run it. Nothing was launched in either case.
+    """
+    if block_size != BLOCK_SIZE or not use_nvfp4:
+        return flashinfer_mm(
+            a,
+            b,
+            a_descale,
+            b_descale,
+            alpha,
+            out_dtype,
+            out,
+            block_size=block_size,
+            use_8x4_sf_layout=bool(use_8x4_sf_layout),
+            backend=backend,
+            use_nvfp4=use_nvfp4,
+            enable_pdl=enable_pdl,
+            skip_check=skip_check,
+        )
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.safealloc.mm_fp4(
+            a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check
+        )
+        return result if out is None else out.copy_(result)
+    m, n, k = _check_operands(a, b, b_descale, alpha, out_dtype, out)
+    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
+    call = Call(a.device, layout, out_dtype, row_alpha=alpha is not None and alpha.numel() > 1)
+    row = choose(GEMMS, backend, call)
+    if foreign:
+        _treat_foreign(a_descale, layout, m, k)
+    if is_flashinfer(row):
+        swizzle = {"use_8x4_sf_layout": layout is SfLayout.layout_8x4}
+        options = {"enable_pdl": enable_pdl, "skip_check": skip_check}
+        return row.run(a, b, a_descale, b_descale, alpha, out_dtype, out, **swizzle, **options)  # type: ignore[no-any-return]
+    if out is None:
+        out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    a_bytes, b_bytes = a.view(torch.uint8), b.T.view(torch.uint8)
+    row.run(a_bytes, b_bytes, a_descale.view(torch.uint8), b_descale.T.view(torch.uint8), alpha, out, layout)
+    return out
+
+
+def _check_operands(
+    a: Tensor, b: Tensor, b_descale: Tensor, alpha: Tensor | None, out_dtype: torch.dtype, out: Tensor | None
+) -> tuple[int, int, int]:
+    check_tensor("a", a, FP4, "[m, k // 2]")
+    check_contiguous("a", a)
+    check_tensor("b", b, FP4, "[k // 2, n]", a.device)
+    check_contiguous("b.T", b.T, "contiguous (b is the weight [n, k // 2] transposed)")
+    m, n, k = a.shape[0], b.shape[1], 2 * a.shape[1]
+    if b.shape[0] != a.shape[1]:
+        raise ValueError(f"a is [m, k // 2] = {tuple(a.shape)} and b [k // 2, n] = {tuple(b.shape)}: k differs")
+    if m < 1 or n < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
+        raise ValueError(f"m and n must be at least 1 and k a multiple of {BLOCK_SIZE}, got m={m}, n={n}, k={k}")
+    check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
+    check_contiguous("b_descale.T", b_descale.T, "contiguous (b_descale is [padded_n, padded_cols] transposed)")
+    weight = ScaleSpec(n, k, SfLayout.layout_128x4)
+    if b_descale.numel() != weight.nbytes:
+        raise ValueError(
+            f"b_descale must be the weight's scales in layout_128x4, {weight.padded_shape} transposed, got "
+            f"{tuple(b_descale.shape)}"
+        )
+    if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"out_dtype must be torch.bfloat16, torch.float16 or torch.float32, got {out_dtype}")
+    if out is not None:
+        check_tensor("out", out, (out_dtype,), "[m, n]", a.device)
+        check_contiguous("out", out)
+        if out.shape != (m, n):
+            raise ValueError(f"out must be {(m, n)}, got {tuple(out.shape)}")
+    if alpha is not None:
+        if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
+            raise TypeError(f"alpha must be a float32 tensor, got {getattr(alpha, 'dtype', type(alpha).__name__)}")
+        if alpha.numel() not in (1, m) or alpha.device != a.device:
+            raise ValueError(
+                f"alpha must have one element or one per row (m={m}) on {a.device}, got shape {tuple(alpha.shape)} on "
+                f"{alpha.device}"
+            )
+    return m, n, k
+
+
+def _layout_of(
+    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device
+) -> tuple[SfLayout, bool]:
+    """The layout the scales were written in, and whether that is only the caller's word."""
+    if not isinstance(a_descale, Tensor):
+        raise TypeError(f"a_descale must be a tensor, got {type(a_descale).__name__}")
+    if a_descale.dtype not in BYTES:
+        raise TypeError(f"a_descale must be {' or '.join(map(str, BYTES))}, got {a_descale.dtype}")
+    if a_descale.device != device:
+        raise ValueError(f"a_descale is on {a_descale.device}, the other tensors are on {device}")
+    check_contiguous("a_descale", a_descale)
+    said = None
+    if use_8x4_sf_layout is not None:
+        said = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+    spec = spec_of(a_descale)
+    if spec is not None:
+        _check_spec(spec, a_descale, m, k, said)
+        return spec.layout, False
+    layout = said or SfLayout.layout_128x4
+    needed = layout.nbytes(m, k)
+    if a_descale.numel() != needed:
+        others = [other.name for other in SfLayout if other.nbytes(m, k) == a_descale.numel()]
+        kind = LayoutMismatchError if others else ValueError
+        raise kind(
+            f"a_descale for m={m}, k={k} in {layout.name} has {needed} bytes, got {a_descale.numel()}"
+            + (f", which fits {' and '.join(others)}" if others else "")
+        )
+    return layout, True
+
+
+def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayout | None) -> None:
+    if said is not None and said is not spec.layout:
+        raise LayoutMismatchError(
+            f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
+            f"GEMM to read it as {said.name}; use_8x4_sf_layout=None takes the buffer's layout"
+        )
+    if spec.rows != m:
+        raise LayoutMismatchError(
+            f"a_descale was written for {spec.rows} rows, a has {m}: quantise the rows that are multiplied"
+        )
+    padded_cols = spec.padded_shape[1]
+    if spec.layout.round_up(m, k // BLOCK_SIZE)[1] != padded_cols:
+        raise LayoutMismatchError(
+            f"a_descale has {padded_cols} scale columns ({spec}), a has k={k}: pad a to a k that rounds up to them, or "
+            "acquire the buffer with padded_k"
+        )
+    if a_descale.numel() != spec.nbytes:
+        raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
+
+
+def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:
+    if _foreign_scales == "error":
+        raise SafeAllocError(
+            "a_descale is from no pool, and set_foreign_scales is 'error': take it from safealloc.nvfp4_quantize, or have "
+            "the producer write into pool.acquire(rows, k, layout)"
+        )
+    if _foreign_scales == "zero":
+        zero_padding(a_descale, layout, m, k)
+
+
+library.define(
+    "mm_fp4(Tensor a, Tensor b, Tensor(a!) a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
+    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _op(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    use_8x4_sf_layout: bool | None,
+    backend: str,
+    enable_pdl: bool,
+    skip_check: bool,
+) -> Tensor:
+    return mm_fp4(
+        a,
+        b,
+        a_descale,
+        b_descale,
+        alpha,
+        out_dtype,
+        use_8x4_sf_layout=use_8x4_sf_layout,
+        backend=backend,
+        enable_pdl=enable_pdl,
+        skip_check=skip_check,
+    )
+
+
+def _fake(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    *rest: object,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+library.impl("mm_fp4", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("safealloc::mm_fp4", _fake, lib=library)

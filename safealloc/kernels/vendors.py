@@ -1,0 +1,50 @@
+"""Calls into FlashInfer and vLLM, with the arguments they expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safealloc.kernels import reference
+from safealloc.layout import SfLayout
+from safealloc.optional import require
+
+
+def flashinfer_quantize(
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+) -> None:
+    """``flashinfer.nvfp4_quantize``; it allocates by itself, so that its results are copied into ours."""
+    flashinfer = require("flashinfer")
+    data, their_scales = flashinfer.nvfp4_quantize(
+        x, global_scale, sfLayout=flashinfer.SfLayout(layout.value), do_shuffle=False
+    )
+    x_fp4.copy_(data.view(torch.uint8))
+    scales.view(-1).copy_(their_scales.view(torch.uint8).reshape(-1))
+    reference.zero_padding(scales, layout, x.shape[0], x.shape[1])
+
+
+def vllm_quantize(
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+) -> None:
+    """``_C::scaled_fp4_quant`` of vLLM, in 128x4 or linear, straight into our buffers."""
+    require("vllm._custom_ops")
+    swizzled = layout is SfLayout.layout_128x4
+    output_scale = scales.view(torch.int32) if swizzled else scales
+    torch.ops._C.scaled_fp4_quant.out(x, global_scale, swizzled, output=x_fp4, output_scale=output_scale)
+
+
+def flashinfer_mm(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None,
+    **keywords: Any,
+) -> Tensor:
+    """``flashinfer.mm_fp4`` as it is: ``b`` and ``b_descale`` transposed, and shuffled by the caller for trtllm."""
+    result: Tensor = require("flashinfer").mm_fp4(a, b, a_descale, b_descale, alpha, out_dtype, out, **keywords)
+    return result

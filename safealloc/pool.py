@@ -1,0 +1,729 @@
+"""The pool: zero-padded scale buffers that outlive a step, a graph and its replays.
+
+A buffer belongs to whoever orders its writers and readers: in eager work the stream it was acquired on, in CUDA graphs the
+graph memory-pool handle, since graphs that share one never replay concurrently. Within that, a buffer is free again as
+soon as nobody holds a tensor of it. Each shape has buffers of its own, shapes without padding too: an address then stands
+for one shape and one layout as long as the pool holds it, which is what lets a GEMM refuse a contradicting flag, also
+where captured graphs still write the buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+
+from safealloc import captures
+from safealloc.buffers import Buffer, LooseBuffer, make_base, remember, spec_of
+from safealloc.captures import Capture
+from safealloc.errors import (
+    CaptureGrowthError,
+    PaddingCorruptionError,
+    PoolClosedError,
+    PoolExhaustedError,
+    PoolPicklingError,
+    SafeAllocError,
+)
+from safealloc.layout import ScaleSpec, SfLayout
+from safealloc.verify import find_corruptions
+
+logger = logging.getLogger(__name__)
+
+_STOCK = "stock"  # owner of a buffer that no stream and no graph has touched since it was made or came back
+_is_capturing = torch.cuda.is_current_stream_capturing
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # None in a CPU build of torch
+_current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class CaptureGrowthWarning(UserWarning):
+    """A capture needed a buffer that nobody reserved, and recorded a ``torch.zeros`` instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """Counters of one pool.
+
+    Attributes:
+        buffers: buffers the pool holds.
+        bytes: their bytes.
+        live: those that somebody holds a tensor of.
+        captured: those that captures of living graphs were given.
+        hits: acquires answered with an existing buffer.
+        misses: acquires that had to make one.
+        evictions: cached buffers given up for others.
+        capture_fallbacks: misses in a capture, answered with a recorded ``torch.zeros``.
+    """
+
+    buffers: int
+    bytes: int
+    live: int
+    captured: int
+    hits: int
+    misses: int
+    evictions: int
+    capture_fallbacks: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """What one captured graph uses.
+
+    Attributes:
+        buffers: shape of each pool buffer the capture was given, once a buffer.
+        bytes: their bytes.
+        nodes: the graph's nodes by type (``"kernel"``, ``"memset"``, ...), or ``None`` without ``cuda.bindings``.
+    """
+
+    buffers: tuple[ScaleSpec, ...]
+    bytes: int
+    nodes: dict[str, int] | None
+
+
+@dataclass(slots=True)
+class _CaptureUse:
+    """What a pool knows of one capture."""
+
+    capture: Capture
+    handle: Hashable
+    since: int  # acquires the pool had answered when it first saw the capture
+    buffers: dict[Buffer, None]
+
+
+class ScalePool:
+    """NVFP4 scale buffers on one device whose padding is zero at every call and every replay.
+
+    Args:
+        device: where the buffers live; ``None`` is the current CUDA device, or the CPU where there is none.
+        max_bytes: what the pool may hold, buffers made for one call included; ``None`` is no limit.
+        cache_bytes: what it may hold in shapes that were neither reserved nor captured; the least recently used go
+            first, and what does not fit is made for the one call.
+        growth_in_capture: ``"zeros"`` or ``"error"``: what a capture gets for which no buffer is there.
+        debug: verify all padding at each acquire, which synchronises.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        *,
+        max_bytes: int | None = None,
+        cache_bytes: int = 64 << 20,
+        growth_in_capture: Literal["zeros", "error"] = "zeros",
+        debug: bool = False,
+    ) -> None:
+        self.device = checked_device(device)
+        self.max_bytes = None if max_bytes is None else _checked_bytes(max_bytes, "max_bytes")
+        self.cache_bytes = _checked_bytes(cache_bytes, "cache_bytes")
+        if growth_in_capture not in ("zeros", "error"):
+            raise ValueError(f'growth_in_capture must be "zeros" or "error", got {growth_in_capture!r}')
+        self.growth_in_capture = growth_in_capture
+        self._on_cuda = self.device.type == "cuda"
+        self._index = self.device.index
+        self._id = next(_pool_numbers)
+        self._lock = threading.RLock()
+        self._unusable: str | None = None
+        self._home: Any = None  # the torch.cuda.MemPool that new buffers come from
+        self._buffers: dict[tuple[Any, ...], list[Buffer]] = {}  # by shape and owner: see _key
+        self._by_address: dict[int, Buffer] = {}
+        self._recent: OrderedDict[Buffer, None] = OrderedDict()  # the cache, least recently used first
+        self._loose: list[LooseBuffer] = []
+        self._captures: dict[int, _CaptureUse] = {}
+        self._shared_handle: Hashable = None  # of captures that somebody else began, where they share one
+        self._reports: weakref.WeakKeyDictionary[Any, GraphReport] = weakref.WeakKeyDictionary()
+        self._warned: set[ScaleSpec] = set()
+        self._bytes = self._cached_bytes = 0
+        self._requests = self._misses = self._evictions = self._fallbacks = 0
+        if debug:
+            self.acquire = self._acquire_verified  # type: ignore[method-assign]
+        _pools.add(self)
+
+    # --- acquire: the hit path ----------------------------------------------------------------------------------------
+
+    def acquire(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
+        """A scale buffer for a ``[rows, k]`` matrix.
+
+        Args:
+            rows: rows of the matrix, at least 1.
+            k: columns of the matrix in elements, a multiple of 16.
+            layout: order of the scale bytes.
+            padded_k: columns that the consumer was padded to, where that is more than ``k``; what lies beyond ``k`` is
+                padding too.
+
+        Returns:
+            uint8 ``[padded_rows, padded_cols]`` (:meth:`SfLayout.padded_shape`), contiguous, 512-byte aligned; padding
+            zero, the real bytes undefined. It shares memory with no other tensor that anybody holds. Once nobody holds
+            it, it is handed out again to the same stream, or to captures of the same graph memory-pool handle.
+
+        Raises:
+            CaptureGrowthError: no buffer is there, in a capture, with ``growth_in_capture="error"``.
+            PoolExhaustedError: it would take the pool beyond ``max_bytes``.
+            PoolClosedError: the pool was closed, or this process is a fork of the pool's.
+            TypeError, ValueError: an argument of the wrong type or out of range.
+        """
+        with self._lock:
+            for buffer in self._buffers.get((rows, k, layout, padded_k, self._eager_owner()), ()):
+                if buffer.idle():
+                    return self._hand_out(buffer)
+            return self._acquire_slowly(rows, k, layout, padded_k)
+
+    def _eager_owner(self) -> Hashable:
+        """The raw current stream, 0 on a CPU; ``None``, which owns nothing, in a capture."""
+        if not self._on_cuda:
+            return 0
+        capturing = _is_capturing() if _current_device() == self._index else self._capture()
+        return None if capturing else _current_raw_stream(self._index)
+
+    def _hand_out(self, buffer: Buffer) -> Tensor:
+        self._requests += 1
+        buffer.last_use = self._requests
+        if not buffer.kept:
+            self._recent.move_to_end(buffer)
+        return buffer.base.detach()
+
+    # --- acquire: all the rest ----------------------------------------------------------------------------------------
+
+    def _acquire_slowly(self, rows: int, k: int, layout: SfLayout, padded_k: int | None) -> Tensor:
+        self._check_usable()
+        spec = ScaleSpec.checked(rows, k, layout, padded_k)
+        capture = self._capture()
+        if capture is not None:
+            return self._acquire_in_capture(spec, capture)
+        self._reclaim()
+        stream = self._eager_owner()
+        for owner in (stream, _STOCK):
+            buffer = next((buffer for buffer in self._owned(spec, owner) if buffer.passed()), None)
+            if buffer is not None:
+                self._change_owner(buffer, stream)
+                return self._hand_out(buffer)
+        if spec.nbytes > self.cache_bytes - self._cached_bytes and not self._make_room_in_cache(spec.nbytes):
+            tensor = self._make_loose(spec)
+            self._requests += 1
+        else:
+            tensor = self._hand_out(self._make(spec, stream, kept=False))
+        self._misses += 1
+        return tensor
+
+    def _acquire_in_capture(self, spec: ScaleSpec, capture: Capture) -> Tensor:
+        use = self._use_of(capture)
+        stream = _current_raw_stream(self._index)
+        for buffer in self._owned(spec, use.handle):
+            # Graphs of one handle replay one after the other. Within one graph only the stream orders, and a reader on
+            # another stream joins at some point that is not known here.
+            same_capture = buffer.capture is capture
+            if not buffer.held() and (not same_capture or (buffer.stream == stream and not buffer.readers)):
+                break
+        else:
+            moved = self._move_to_capture(spec, use)
+            if moved is None:
+                return self._grow_in_capture(spec)
+            buffer = moved
+        if buffer.capture is not capture:
+            buffer.readers.clear()
+        buffer.capture, buffer.stream = capture, stream
+        capture.keep(buffer.base)
+        use.buffers[buffer] = None
+        self._requests += 1
+        return buffer.base.detach()
+
+    def _move_to_capture(self, spec: ScaleSpec, use: _CaptureUse) -> Buffer | None:
+        """A reserved buffer, or one that eager work (a warm-up) left behind before the capture began.
+
+        Who begins a capture lets the device pass what came before it (``torch.cuda.graph`` synchronises), so that no replay
+        can meet it. What eager callers of other threads were given since then is left alone.
+        """
+        eager = {key[-1] for key in self._buffers if isinstance(key[-1], int)}
+        for owner in (_STOCK, *eager):
+            for buffer in self._owned(spec, owner):
+                if buffer.idle() and buffer.last_use <= use.since:
+                    self._change_owner(buffer, use.handle)
+                    if not buffer.kept:
+                        self._leave_cache(buffer)
+                        buffer.kept = True
+                    return buffer
+        return None
+
+    def _grow_in_capture(self, spec: ScaleSpec) -> Tensor:
+        padded = "" if spec.padded_k is None else f", padded_k={spec.padded_k}"
+        remedy = f"call pool.reserve({spec.rows}, {spec.k}, SfLayout.{spec.layout.name}{padded}) before the capture"
+        if self.growth_in_capture == "error":
+            raise CaptureGrowthError(
+                f"no idle buffer for {spec} in this capture, and a pool does not grow in one: {remedy} (copies=N for N "
+                "that are held at once, or that belong to different graph memory-pool handles)"
+            )
+        tensor = torch.zeros(spec.padded_shape, dtype=torch.uint8, device=self.device)
+        remember(tensor, spec, self._id)
+        self._requests += 1
+        self._misses += 1
+        self._fallbacks += 1
+        if spec not in self._warned:
+            self._warned.add(spec)
+            message = f"no idle buffer for {spec}: this graph zeroes one at every replay; {remedy} to save that"
+            warnings.warn(message, CaptureGrowthWarning, stacklevel=5)
+        return tensor
+
+    # --- making buffers and giving them up ----------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        rows: int | Iterable[int],
+        k: int | Iterable[int],
+        layout: SfLayout = SfLayout.layout_128x4,
+        copies: int = 1,
+        *,
+        padded_k: int | None = None,
+    ) -> None:
+        """See to it that ``copies`` unused buffers of each shape are there, and wait until their padding is zero.
+
+        They are kept until the pool is closed, for eager work and captures alike.
+
+        Args:
+            rows, k: one or several of each; every pair is a shape.
+            layout: order of the scale bytes.
+            copies: how many are held at once, or belong to different graph memory-pool handles.
+            padded_k: as in :meth:`acquire`.
+
+        Raises:
+            CaptureGrowthError: in a capture.
+            PoolExhaustedError: they would take the pool beyond ``max_bytes``; none is made.
+            PoolClosedError, TypeError, ValueError: as in :meth:`acquire`.
+        """
+        if isinstance(copies, bool) or not isinstance(copies, int):
+            raise TypeError(f"copies must be an integer, got {copies!r}")
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        pairs = itertools.product(_several(rows), _several(k))
+        specs = dict.fromkeys(ScaleSpec.checked(r, c, layout, padded_k) for r, c in pairs)
+        with self._lock:
+            self._check_usable()
+            if self._capture() is not None:
+                raise CaptureGrowthError("reserve was called in a capture: call it before the capture begins")
+            self._reclaim()
+            missing: list[ScaleSpec] = []
+            for spec in specs:
+                unused = sum(not buffer.held() for buffer in self._owned(spec, _STOCK))
+                missing += [spec] * (copies - unused)
+            self._make_room(sum(spec.nbytes for spec in missing))
+            made: list[Buffer] = []
+            try:
+                for spec in missing:
+                    made.append(self._make(spec, _STOCK, kept=True))
+            except BaseException:
+                for buffer in made:
+                    self._forget(buffer)
+                raise
+            if made and self._on_cuda:
+                torch.cuda.current_stream(self.device).synchronize()
+
+    def trim(self) -> int:
+        """Give up the idle buffers of the cache, and their memory to the device; returns their bytes.
+
+        Reserved, captured and held buffers stay.
+
+        Raises:
+            SafeAllocError: in a capture.
+            PoolClosedError: the pool was closed.
+        """
+        with self._lock:
+            self._check_usable()
+            self._refuse_in_capture("trim")
+            self._reclaim()
+            idle = [buffer for buffer in self._recent if not buffer.held()]
+            for buffer in idle:
+                self._forget(buffer)
+            self._home = None  # a MemPool unmaps its free memory when it goes; what is in use stays
+            return sum(buffer.nbytes for buffer in idle)
+
+    def close(self) -> None:
+        """Give up every buffer; each later use of the pool is an error.
+
+        Tensors that somebody holds stay valid, and so does what living graphs use, until they are gone.
+
+        Raises:
+            SafeAllocError: in a capture.
+        """
+        with self._lock:
+            if self._unusable is not None:
+                return
+            self._refuse_in_capture("close")
+            for buffer in list(self._by_address.values()):
+                self._forget(buffer)
+            self._captures.clear()
+            self._loose.clear()
+            self._home = None
+            self._unusable = "this pool was closed"
+
+    def _make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> Buffer:
+        self._make_room(spec.nbytes)
+        try:
+            base = self._base_from_home(spec)
+        except torch.OutOfMemoryError:
+            self.trim()
+            base = self._base_from_home(spec)
+        buffer = Buffer(spec, base, owner, kept=kept)
+        self._buffers.setdefault(_key(spec, owner), []).append(buffer)
+        self._by_address[buffer.address] = buffer
+        self._bytes += buffer.nbytes
+        if not kept:
+            self._recent[buffer] = None
+            self._cached_bytes += buffer.nbytes
+        remember(base, spec, self._id)
+        return buffer
+
+    def _base_from_home(self, spec: ScaleSpec) -> Tensor:
+        if not self._on_cuda:
+            return make_base(spec, self.device)
+        if self._home is None:
+            with torch.cuda.device(self.device):
+                self._home = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(self._home, device=self.device):
+            return make_base(spec, self.device)
+
+    def _make_loose(self, spec: ScaleSpec) -> Tensor:
+        self._make_room(spec.nbytes)
+        tensor = make_base(spec, self.device)
+        self._loose = [loose for loose in self._loose if loose.alive()]
+        self._loose.append(LooseBuffer(spec, tensor))
+        remember(tensor, spec, self._id)
+        return tensor
+
+    def _make_room_in_cache(self, nbytes: int) -> bool:
+        return nbytes <= self.cache_bytes and self._evict(self._cached_bytes + nbytes - self.cache_bytes)
+
+    def _make_room(self, nbytes: int) -> None:
+        if self.max_bytes is None:
+            return
+        loose = sum(loose.nbytes for loose in self._loose if loose.alive())
+        if not self._evict(self._bytes + loose + nbytes - self.max_bytes):
+            raise PoolExhaustedError(
+                f"{nbytes} more bytes would take the pool beyond max_bytes={self.max_bytes}: it holds {self._bytes} in "
+                f"{len(self._by_address)} buffers, and callers hold {loose} that were made for one call"
+            )
+
+    def _evict(self, nbytes: int) -> bool:
+        """Give up at least ``nbytes`` of the cache's idle buffers, least recently used first; if they suffice."""
+        victims, found = [], 0
+        for buffer in self._recent:
+            if found >= nbytes:
+                break
+            if not buffer.held():
+                victims.append(buffer)
+                found += buffer.nbytes
+        if found < nbytes:
+            return False
+        for buffer in victims:
+            self._forget(buffer)
+        self._evictions += len(victims)
+        return True
+
+    def _forget(self, buffer: Buffer) -> None:
+        buffer.release()
+        if not buffer.kept:
+            self._leave_cache(buffer)
+        self._owned(buffer.spec, buffer.owner).remove(buffer)
+        if not self._owned(buffer.spec, buffer.owner):
+            del self._buffers[_key(buffer.spec, buffer.owner)]
+        del self._by_address[buffer.address]
+        self._bytes -= buffer.nbytes
+
+    def _leave_cache(self, buffer: Buffer) -> None:
+        del self._recent[buffer]
+        self._cached_bytes -= buffer.nbytes
+
+    def _owned(self, spec: ScaleSpec, owner: Hashable) -> list[Buffer]:
+        return self._buffers.get(_key(spec, owner), [])
+
+    def _change_owner(self, buffer: Buffer, owner: Hashable) -> None:
+        if buffer.owner == owner:
+            return
+        old = self._owned(buffer.spec, buffer.owner)
+        old.remove(buffer)
+        if not old:
+            del self._buffers[_key(buffer.spec, buffer.owner)]
+        if self._on_cuda and isinstance(owner, int):  # its memory was allocated on another stream, maybe
+            buffer.base.record_stream(torch.cuda.current_stream(self.device))
+        buffer.owner = owner
+        self._buffers.setdefault(_key(buffer.spec, owner), []).append(buffer)
+
+    # --- streams and captures -----------------------------------------------------------------------------------------
+
+    def record_stream(self, tensor: Tensor, stream: torch.Stream) -> None:
+        """Another stream reads ``tensor`` too: its buffer is not handed out again before that stream has passed.
+
+        As with ``torch.Tensor.record_stream``, what counts is the work queued on ``stream`` by the time the last holder
+        is gone. In a capture, the buffer is not handed out again in that capture; ``stream`` must be forked from the
+        capture and join it. A no-op on a CPU.
+
+        Args:
+            tensor: any tensor or view that starts at a buffer of this pool.
+            stream: a CUDA stream of the pool's device.
+
+        Raises:
+            ValueError: ``tensor`` does not start at a buffer of this pool, or ``stream`` is on another device.
+            PoolClosedError: the pool was closed.
+        """
+        _check_tensor(tensor)
+        with self._lock:
+            self._check_usable()
+            buffer = self._by_address.get(tensor.data_ptr())
+            if buffer is None and spec_of(tensor, self._id) is None:
+                raise ValueError("the tensor does not start at a buffer of this pool")
+            if not self._on_cuda:
+                return
+            if not isinstance(stream, torch.cuda.Stream):
+                raise TypeError(f"stream must be a torch.cuda.Stream, got {type(stream).__name__}")
+            if stream.device != self.device:
+                raise ValueError(f"the stream is on {stream.device}, the pool on {self.device}")
+            if buffer is None:  # made for one call: PyTorch's allocator frees it
+                tensor.record_stream(stream)
+            elif stream.cuda_stream != (buffer.owner if isinstance(buffer.owner, int) else buffer.stream):
+                buffer.readers[stream.cuda_stream] = stream
+
+    def shared_captures(self) -> contextlib.AbstractContextManager[Any]:
+        """Treat captures that were not begun by :func:`safealloc.capture` as sharing one graph memory-pool handle.
+
+        True where one framework captures them all into one pool, and so replays them one after the other. Without it
+        each is on its own. Holds from the call on; as a context manager, until its end.
+        """
+        with self._lock:
+            self._check_usable()
+            restore = contextlib.ExitStack()
+            restore.callback(setattr, self, "_shared_handle", self._shared_handle)
+            self._shared_handle = ("shared captures of pool", self._id)
+            return restore
+
+    def graph_report(self, graph: torch.cuda.CUDAGraph) -> GraphReport:
+        """What a graph that :func:`safealloc.capture` captured with this pool uses.
+
+        Raises:
+            ValueError: the graph was not captured that way.
+            PoolClosedError: the pool was closed.
+        """
+        with self._lock:
+            self._check_usable()
+            report = self._reports.get(graph)
+        if report is None:
+            raise ValueError("no capture() with this pool captured that graph")
+        return report
+
+    def note_graph(self, graph: torch.cuda.CUDAGraph, capture: Capture, nodes: dict[str, int] | None) -> None:
+        """Called by :func:`safealloc.capture` when its capture ends: makes the graph's report."""
+        with self._lock:
+            use = self._captures.get(capture.id)
+            buffers = tuple(use.buffers) if use else ()
+            specs = tuple(buffer.spec for buffer in buffers)
+            self._reports[graph] = GraphReport(specs, sum(buffer.nbytes for buffer in buffers), nodes)
+
+    def _capture(self) -> Capture | None:
+        """The capture under way on the current stream of the pool's device."""
+        if not self._on_cuda or not torch.cuda.is_initialized():
+            return None
+        return captures.under_way(_current_raw_stream(self._index))
+
+    def _use_of(self, capture: Capture) -> _CaptureUse:
+        use = self._captures.get(capture.id)
+        if use is None:
+            handle = capture.handle or self._shared_handle or ("capture", capture.id)
+            use = self._captures[capture.id] = _CaptureUse(capture, handle, self._requests, {})
+        return use
+
+    def _reclaim(self) -> None:
+        """Take back the buffers of handles whose last graph is destroyed, once the device has passed."""
+        dead = [use for use in self._captures.values() if not use.capture.alive]
+        if not dead:
+            return
+        for use in dead:
+            del self._captures[use.capture.id]
+        gone = {use.handle for use in dead} - {use.handle for use in self._captures.values()}
+        returning = [buffer for buffer in self._by_address.values() if buffer.owner in gone]
+        if returning:
+            torch.cuda.synchronize(self.device)
+        for buffer in returning:
+            self._change_owner(buffer, _STOCK)
+            buffer.capture, buffer.last_use = None, 0
+            buffer.readers.clear()
+        captures.forget_destroyed()
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def spec(self, tensor: Tensor) -> ScaleSpec | None:
+        """Shape and layout of the buffer that ``tensor`` starts at; ``None`` where it is none of this pool's.
+
+        Args:
+            tensor: any tensor, view or dtype view.
+
+        Raises:
+            TypeError: not a tensor.
+            PoolClosedError: the pool was closed.
+        """
+        _check_tensor(tensor)
+        self._check_usable()
+        return spec_of(tensor, self._id)
+
+    def verify(self, repair: bool = False) -> int:
+        """Check that all padding is zero, in every buffer the pool holds or made; synchronises the device.
+
+        Args:
+            repair: zero what is not, and log it as a warning, instead of raising.
+
+        Returns:
+            How many buffers were checked.
+
+        Raises:
+            PaddingCorruptionError: padding is not zero; lists each such buffer.
+            SafeAllocError: in a capture.
+            PoolClosedError: the pool was closed.
+        """
+        with self._lock:
+            self._check_usable()
+            self._refuse_in_capture("verify")
+            if self._on_cuda:
+                torch.cuda.synchronize(self.device)
+            buffers = [(buffer.spec, buffer.base) for buffer in self._by_address.values()]
+            loose = [(loose.spec, loose.tensor()) for loose in self._loose]
+            buffers += [(spec, tensor) for spec, tensor in loose if tensor is not None]
+            corruptions = find_corruptions(buffers)
+            if corruptions and not repair:
+                raise PaddingCorruptionError(corruptions)
+            dirty = {corruption.address for corruption in corruptions}
+            for spec, base in buffers:
+                if base.data_ptr() in dirty:
+                    for padding in spec.padding_views(base):
+                        padding.zero_()
+            for corruption in corruptions:
+                logger.warning("zeroed padding that somebody wrote: %s", corruption)
+            if corruptions and self._on_cuda:
+                torch.cuda.synchronize(self.device)
+            return len(buffers)
+
+    def stats(self) -> PoolStats:
+        """The pool's counters now."""
+        with self._lock:
+            self._check_usable()
+            if self._capture() is None:
+                self._reclaim()
+            buffers = self._by_address.values()
+            handles = {use.handle for use in self._captures.values()}
+            return PoolStats(
+                buffers=len(buffers),
+                bytes=self._bytes,
+                live=sum(buffer.held() for buffer in buffers),
+                captured=sum(buffer.owner in handles for buffer in buffers),
+                hits=self._requests - self._misses,
+                misses=self._misses,
+                evictions=self._evictions,
+                capture_fallbacks=self._fallbacks,
+            )
+
+    def _acquire_verified(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
+        self.verify()
+        return ScalePool.acquire(self, rows, k, layout, padded_k=padded_k)
+
+    def _check_usable(self) -> None:
+        if self._unusable is not None:
+            raise PoolClosedError(self._unusable)
+        if active_fake_mode() is not None:
+            raise SafeAllocError(
+                "a pool hands out real memory and cannot be called on fake tensors: traced code calls "
+                "torch.ops.safealloc.acquire or safealloc.nvfp4_linear"
+            )
+
+    def _refuse_in_capture(self, what: str) -> None:
+        if self._capture() is not None:
+            raise SafeAllocError(f"{what} synchronises, which a CUDA graph capture forbids: call it outside")
+
+    # --- the pool as an object ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise PoolPicklingError("a ScalePool holds memory of one process and cannot be pickled or copied")
+
+    def __repr__(self) -> str:
+        state = self._unusable or f"{len(self._by_address)} buffers, {self._bytes} bytes"
+        return f"<ScalePool on {self.device}: {state}>"
+
+    def _become_unusable_after_fork(self, parent: int) -> None:
+        self._lock = threading.RLock()  # a thread of the parent may have held it
+        self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
+        # Not dropped: freeing the parent's device memory from here would be an error.
+        self._left_behind = self._buffers, self._home
+        self._buffers, self._by_address, self._recent = {}, {}, OrderedDict()
+
+
+def checked_device(device: torch.device | str | int | None) -> torch.device:
+    """A device with its index: ``None`` and ``"cuda"`` are the current CUDA device (``None`` the CPU without one).
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device that is there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"not a device: {device!r}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"a ScalePool lives on a CPU or a CUDA device, got {device}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{device}: torch sees no CUDA device")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _checked_bytes(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a number of bytes, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
+
+
+def _several(value: int | Iterable[int]) -> list[int]:
+    return list(value) if isinstance(value, Iterable) else [value]
+
+
+def _key(spec: ScaleSpec, owner: Hashable) -> tuple[Any, ...]:
+    return spec.rows, spec.k, spec.layout, spec.padded_k, owner
+
+
+_pool_numbers = itertools.count(1)
+_pools: weakref.WeakSet[ScalePool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool._become_unusable_after_fork(os.getppid())
+
+
+os.register_at_fork(after_in_child=_after_fork)
