@@ -13,6 +13,7 @@ from safealloc import captures, optional
 from safealloc.captures import Capture
 from safealloc.default_pool import checked_pool, default_pool, use_pool
 from safealloc.errors import SafeAllocError
+from safealloc.memory import end_recording
 from safealloc.pool import ScalePool
 
 
@@ -55,14 +56,19 @@ def capture(
         graph = torch.cuda.CUDAGraph() if graph is None else graph
         handle = torch.cuda.graph_pool_handle() if graph_pool is None else graph_pool
         capturing = torch.cuda.graph(graph, pool=handle, **torch_cuda_graph_arguments)
-        # torch.cuda.graph leaves its stream current where ending the capture fails; this restores the caller's.
-        with torch.cuda.stream(torch.cuda.current_stream()), use_pool(pool), capturing:
-            under_way = captures.under_way(torch.cuda.current_stream().cuda_stream)
-            if under_way is None:
-                raise SafeAllocError("the CUDA driver does not know of the capture that was just begun")
-            under_way.handle = handle
-            yield graph
-            pool.note_graph(graph, under_way, _nodes(under_way))
+        # Where ending a capture fails, torch.cuda.graph leaves its stream current and its memory pool recording.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            try:
+                with use_pool(pool), capturing:
+                    under_way = captures.under_way(torch.cuda.current_stream().cuda_stream)
+                    if under_way is None:
+                        raise SafeAllocError("the CUDA driver does not know of the capture that was just begun")
+                    under_way.handle = handle
+                    yield graph
+                    pool.note_graph(graph, under_way, _nodes(under_way))
+            except BaseException:
+                end_recording(pool.device, handle)
+                raise
 
 
 def _nodes(under_way: Capture) -> dict[str, int] | None:

@@ -38,6 +38,7 @@ from safealloc.errors import (
     SafeAllocError,
 )
 from safealloc.layout import ScaleSpec, SfLayout
+from safealloc.memory import PrivateMemory
 from safealloc.verify import find_corruptions
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class ScalePool:
         self._id = next(_pool_numbers)
         self._lock = threading.RLock()
         self._unusable: str | None = None
-        self._home: Any = None  # the torch.cuda.MemPool that new buffers come from
+        self._memory: PrivateMemory | None = None  # what new buffers are made of, on CUDA
         self._buffers: dict[tuple[Any, ...], list[Buffer]] = {}  # by shape and owner: see _key
         self._by_address: dict[int, Buffer] = {}
         self._recent: OrderedDict[Buffer, None] = OrderedDict()  # the cache, least recently used first
@@ -345,7 +346,7 @@ class ScalePool:
             idle = [buffer for buffer in self._recent if not buffer.held()]
             for buffer in idle:
                 self._forget(buffer)
-            self._home = None  # a MemPool unmaps its free memory when it goes; what is in use stays
+            self._release_memory()
             return sum(buffer.nbytes for buffer in idle)
 
     def close(self) -> None:
@@ -364,16 +365,16 @@ class ScalePool:
                 self._forget(buffer)
             self._captures.clear()
             self._loose.clear()
-            self._home = None
+            self._release_memory()
             self._unusable = "this pool was closed"
 
     def _make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> Buffer:
         self._make_room(spec.nbytes)
         try:
-            base = self._base_from_home(spec)
+            base = self._base_from_memory(spec)
         except torch.OutOfMemoryError:
             self.trim()
-            base = self._base_from_home(spec)
+            base = self._base_from_memory(spec)
         buffer = Buffer(spec, base, owner, kept=kept)
         self._buffers.setdefault(_key(spec, owner), []).append(buffer)
         self._by_address[buffer.address] = buffer
@@ -384,14 +385,20 @@ class ScalePool:
         remember(base, spec, self._id)
         return buffer
 
-    def _base_from_home(self, spec: ScaleSpec) -> Tensor:
+    def _base_from_memory(self, spec: ScaleSpec) -> Tensor:
         if not self._on_cuda:
             return make_base(spec, self.device)
-        if self._home is None:
-            with torch.cuda.device(self.device):
-                self._home = torch.cuda.MemPool()
-        with torch.cuda.use_mem_pool(self._home, device=self.device):
+        if self._memory is None:
+            self._memory = PrivateMemory(self.device)
+        with self._memory.active():
             return make_base(spec, self.device)
+
+    def _release_memory(self) -> None:
+        """Give what is free to the device; buffers that are left stay where they are, new ones come from elsewhere."""
+        if self._memory is not None:
+            self._memory.release()
+            self._memory = None
+            torch.cuda.empty_cache()
 
     def _make_loose(self, spec: ScaleSpec) -> Tensor:
         self._make_room(spec.nbytes)
@@ -668,7 +675,7 @@ class ScalePool:
         self._lock = threading.RLock()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
-        self._left_behind = self._buffers, self._home
+        self._left_behind = self._buffers, self._memory
         self._buffers, self._by_address, self._recent = {}, {}, OrderedDict()
 
 

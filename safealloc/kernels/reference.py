@@ -23,9 +23,6 @@ from torch import Tensor
 
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitude of each e2m1 code; bit 3 is the sign (OCP Microscaling Formats v1.0, FP4)."""
-
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
@@ -73,9 +70,11 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 def decode_e2m1(packed: Tensor) -> Tensor:
     """uint8 ``[..., k // 2]`` as float32 ``[..., k]``."""
-    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=packed.device)
     codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)
-    return values[codes.int()]
+    exponent, mantissa = (codes >> 1) & 3, (codes & 1) * 0.5
+    # Exponent 0 is subnormal: 0 or 0.5. Arithmetic rather than a table, which a CUDA graph capture could not copy in.
+    magnitude = torch.where(exponent == 0, mantissa, torch.ldexp(1 + mantissa, exponent.int() - 1))
+    return torch.where(codes >= 8, -magnitude, magnitude)
 
 
 def dequantize(

@@ -1,0 +1,113 @@
+"""The command ``safealloc``: arguments, which command, exit codes. What a command imports, it imports when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from safealloc import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells what is accepted)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
+
+    Returns:
+        0; 1 where ``repro`` does not come out as stated.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
+    """
+    parser, commands = _parsers()
+    given = parser.parse_args(arguments)
+    from safealloc.commands.report import UsageError
+
+    try:
+        return _repro(given) if given.command == "repro" else _doctor(given)
+    except UsageError as error:
+        commands[given.command].error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _repro(given: argparse.Namespace) -> int:
+    from safealloc.commands import report, repro
+
+    report.check_writable(given.json)
+    options = repro.checked_options(given.device, given.backend, given.seed, given.replays)
+    with report.status("repro") as say:
+        result = repro.run(options, say)
+    report.write_json(given.json, result.as_dict())
+    repro.show(result, report.console())
+    return 0 if result.as_stated else 1
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from safealloc.commands import doctor, report
+
+    report.check_writable(given.json)
+    with report.status("doctor") as say:
+        result = doctor.run(say)
+    report.write_json(given.json, result.as_dict())
+    doctor.show(result, report.console())
+    return 0
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="safealloc", description="NVFP4 scale buffers whose padding is zero at every CUDA graph replay."
+    )
+    parser.add_argument("--version", action="version", version=f"safealloc {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    summary = "the published NaN tables again, what causes them, and the same calls through safealloc"
+    repro = subparsers.add_parser(
+        "repro",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Exits 1 where a row does not come out as stated.",
+    )
+    repro.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one, else cpu)")
+    repro.add_argument(
+        "--backend",
+        default="auto",
+        help="of the products: auto (ours), triton, reference, or a FlashInfer backend for the section that goes through "
+        "safealloc (%(default)s)",
+    )
+    repro.add_argument("--seed", type=_seed, default=0, help="of the random operands and orders (%(default)s)")
+    repro.add_argument(
+        "--replays", type=_replays, default=200, metavar="N", help="of each CUDA graph, on a CUDA device (%(default)s)"
+    )
+
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="what is installed, which backends run here, and why the others do not",
+        description="What is installed, which backends run on each device, and why the others do not.",
+    )
+    commands = {"repro": repro, "doctor": doctor}
+    for command in commands.values():
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    return parser, commands
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def _replays(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,75 @@
+"""Somebody who writes NaN scale bytes wherever a CUDA process can: the pool's buffers must not be among it."""
+
+from __future__ import annotations
+
+import torch
+
+from safealloc import ScalePool, ScaleSpec, SfLayout
+
+STALE = 0x7F  # NaN as e4m3
+
+
+class Adversary:
+    """Writes into all memory that the caching allocator hands out, and into eager buffers of the pool's own shapes."""
+
+    def __init__(self, pool: ScalePool, specs: list[ScaleSpec]) -> None:
+        self.pool = pool
+        self.specs = specs
+
+        @torch.compile
+        def compiled(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+            temporary = torch.full((rows, cols), STALE, dtype=torch.uint8, device=x.device)
+            flipped = torch.flip(temporary, (0,)) | x
+            return flipped.to(torch.int32).sum(dtype=torch.int32)
+
+        self._compiled = compiled
+
+    def fill_cached_memory(self) -> None:
+        """The free blocks of every size class that the buffers could have come from."""
+        blocks = [
+            torch.full((nbytes,), STALE, dtype=torch.uint8, device="cuda")
+            for nbytes in (512, 1024, 2048, 4096, 1 << 16, 1 << 20, 2 << 20, 20 << 20)
+            for _ in range(4)
+        ]
+        del blocks
+
+    def fill_device(self) -> None:
+        """Nearly all memory of the device that is free."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        chunk = 1 << 30
+        blocks = [
+            torch.full((chunk,), STALE, dtype=torch.uint8, device="cuda") for _ in range(int(free * 0.9) // chunk)
+        ]
+        torch.cuda.synchronize()
+        del blocks
+        torch.cuda.empty_cache()
+
+    def write_eager_buffers(self) -> None:
+        """Real bytes of buffers of the same shapes, as eager producers do."""
+        for spec in self.specs:
+            buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
+            offsets = _offsets(spec)
+            buffer.view(-1)[offsets] = STALE
+
+    def run_compiled_code(self) -> None:
+        """Temporaries of the buffers' size and dtype."""
+        for spec in self.specs[:4]:
+            rows, cols = spec.padded_shape
+            ones = torch.ones((rows, cols), dtype=torch.uint8, device="cuda")
+            assert int(self._compiled(ones, rows, cols)) == STALE * rows * cols
+
+
+_cache: dict[ScaleSpec, torch.Tensor] = {}
+
+
+def _offsets(spec: ScaleSpec) -> torch.Tensor:
+    if spec not in _cache:
+        _cache[spec] = spec.layout.offsets(spec.rows, spec.k, "cuda", padded_k=spec.padded_k).view(-1)
+    return _cache[spec]
+
+
+def poisoned_empty(rows: int, k: int, layout: SfLayout) -> torch.Tensor:
+    """A buffer as ``torch.empty`` gives it after somebody else: full of NaN bytes."""
+    return torch.full(layout.padded_shape(rows, k), STALE, dtype=torch.uint8, device="cuda")
