@@ -21,8 +21,8 @@ class PrivateMemory:
         self.device = device
         self.id = torch.cuda.graph_pool_handle()  # what use_mem_pool looks at
         # One reference of our own, which use_mem_pool's begin and release do not bring to zero.
-        torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, self.id)  # type: ignore[attr-defined]
-        torch._C._cuda_endAllocateToPool(device.index, self.id)  # type: ignore[attr-defined]
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device.index, self.id)
+        torch._C._cuda_endAllocateToPool(device.index, self.id)
         self.release = weakref.finalize(self, _release, device.index, self.id)
         """Let ``torch.cuda.empty_cache`` have what is free here, now and later; what is in use stays. Once, at any time."""
         self.release.atexit = False
@@ -38,11 +38,11 @@ def end_recording(device: torch.device, handle: tuple[int, int]) -> None:
     ``CUDAGraph.capture_end`` raises before it does so (seen in torch 2.11), and then ``empty_cache`` stops working.
     """
     try:
-        torch._C._cuda_endAllocateToPool(device.index, handle)  # type: ignore[attr-defined]
+        torch._C._cuda_endAllocateToPool(device.index, handle)
     except RuntimeError:  # it did end
         return
     _release(device.index, handle)
 
 
 def _release(index: int, handle: tuple[int, int]) -> None:
-    torch._C._cuda_releasePool(index, handle)  # type: ignore[attr-defined]
+    torch._C._cuda_releasePool(index, handle)
