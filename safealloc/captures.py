@@ -15,7 +15,6 @@ import ctypes
 import functools
 import threading
 from collections.abc import Hashable
-from typing import Any
 
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC, the only kind there is
@@ -28,25 +27,23 @@ class Capture:
 
     Attributes:
         id: the driver's number for the capture, unique in the process.
+        graph: the ``CUgraph``, valid while the capture is under way.
         handle: the graph memory-pool handle that the graph was captured with, if who began the capture said so.
     """
 
     def __init__(self, capture_id: int, graph: int) -> None:
         self.id = capture_id
-        self.graph = graph  # CUgraph: only valid while the capture is under way
+        self.graph = graph
         self.handle: Hashable | None = None
         self._kept: dict[int, object] = {}
-        self._destroyed = ctypes.create_string_buffer(_SEM_T_BYTES)
-        self._follows_graph = _retain(graph, self._destroyed)
+        self._destroyed = _Semaphore()
+        # A driver without user objects: what the graph may touch is never reused.
+        self._followed = _retain(graph, self._destroyed) and _retain(graph, _all_destroyed())
 
     @property
     def alive(self) -> bool:
         """False once the graph is destroyed and its last replay is over (or its capture failed)."""
-        if not self._follows_graph:  # a driver without user objects: never reuse what the graph may touch
-            return True
-        posted = ctypes.c_int()
-        _libc().sem_getvalue(self._destroyed, ctypes.byref(posted))
-        return posted.value == 0
+        return not self._followed or self._destroyed.value == 0
 
     def keep(self, thing: object) -> None:
         """Hold ``thing`` until the graph is gone, even if everybody else forgets it."""
@@ -55,6 +52,7 @@ class Capture:
 
 _lock = threading.Lock()
 _captures: dict[int, Capture] = {}  # by id; owns what living graphs use
+_found_destroyed = 0
 
 
 def under_way(stream: int) -> Capture | None:
@@ -76,21 +74,50 @@ def under_way(stream: int) -> Capture | None:
         return capture
 
 
-def forget_destroyed() -> None:
-    """Let go of what only destroyed graphs used."""
+def destroyed() -> int:
+    """How many graphs were found destroyed so far; lets go of what only they used.
+
+    One look at one semaphore where nothing has changed: an engine holds thousands of graphs.
+    """
+    global _found_destroyed
+    if not _captures or _all_destroyed().value == _found_destroyed:
+        return _found_destroyed
     with _lock:
-        for capture in [capture for capture in _captures.values() if not capture.alive]:
+        dead = [capture for capture in _captures.values() if not capture.alive]
+        for capture in dead:
             del _captures[capture.id]
+        _found_destroyed += len(dead)
+        return _found_destroyed
 
 
-def _retain(graph: int, destroyed: Any) -> bool:
-    driver, libc = _libcuda(), _libc()
-    libc.sem_init(destroyed, 0, 0)
+class _Semaphore:
+    """A ``sem_t`` that the driver may post when its graph goes, so it must stay where it is until then."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(_SEM_T_BYTES)
+        _libc().sem_init(self.memory, 0, 0)
+
+    @property
+    def value(self) -> int:
+        value = ctypes.c_int()
+        _libc().sem_getvalue(self.memory, ctypes.byref(value))
+        return value.value
+
+
+@functools.cache
+def _all_destroyed() -> _Semaphore:
+    """Posted once for each graph that is destroyed."""
+    return _Semaphore()
+
+
+def _retain(graph: int, semaphore: _Semaphore) -> bool:
+    """Have the graph post the semaphore when it goes."""
     user_object = ctypes.c_void_p()
-    sem_post = ctypes.cast(libc.sem_post, ctypes.c_void_p)
-    if driver.cuUserObjectCreate(ctypes.byref(user_object), ctypes.byref(destroyed), sem_post, 1, _NO_DESTRUCTOR_SYNC):
-        return False
-    return not driver.cuGraphRetainUserObject(ctypes.c_void_p(graph), user_object, 1, _MOVE)
+    post = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
+    error = _libcuda().cuUserObjectCreate(
+        ctypes.byref(user_object), ctypes.byref(semaphore.memory), post, 1, _NO_DESTRUCTOR_SYNC
+    )
+    return not error and not _libcuda().cuGraphRetainUserObject(ctypes.c_void_p(graph), user_object, 1, _MOVE)
 
 
 @functools.cache

@@ -144,6 +144,7 @@ class ScalePool:
         self._recent: OrderedDict[Buffer, None] = OrderedDict()  # the cache, least recently used first
         self._loose: list[LooseBuffer] = []
         self._captures: dict[int, _CaptureUse] = {}
+        self._destroyed = 0  # graphs of the process found destroyed when the pool last took buffers back
         self._shared_handle: Hashable = None  # of captures that somebody else began, where they share one
         self._reports: weakref.WeakKeyDictionary[Any, GraphReport] = weakref.WeakKeyDictionary()
         self._warned: set[ScaleSpec] = set()
@@ -550,9 +551,11 @@ class ScalePool:
 
     def _reclaim(self) -> None:
         """Take back the buffers of handles whose last graph is destroyed, once the device has passed."""
-        dead = [use for use in self._captures.values() if not use.capture.alive]
-        if not dead:
+        destroyed = captures.destroyed()
+        if destroyed == self._destroyed:
             return
+        self._destroyed = destroyed
+        dead = [use for use in self._captures.values() if not use.capture.alive]
         for use in dead:
             del self._captures[use.capture.id]
         gone = {use.handle for use in dead} - {use.handle for use in self._captures.values()}
@@ -563,7 +566,6 @@ class ScalePool:
             self._change_owner(buffer, _STOCK)
             buffer.capture, buffer.last_use = None, 0
             buffer.readers.clear()
-        captures.forget_destroyed()
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
