@@ -91,16 +91,18 @@ def destroyed() -> int:
 
 
 class _Semaphore:
-    """A ``sem_t`` that the driver may post when its graph goes, so it must stay where it is until then."""
+    """A ``sem_t`` that is never freed: graphs may outlive the interpreter, and the driver posts it when they go."""
 
     def __init__(self) -> None:
-        self.memory = ctypes.create_string_buffer(_SEM_T_BYTES)
-        _libc().sem_init(self.memory, 0, 0)
+        allocate = _libc().calloc
+        allocate.restype = ctypes.c_void_p
+        self.address = ctypes.c_void_p(allocate(1, _SEM_T_BYTES))
+        _libc().sem_init(self.address, 0, 0)
 
     @property
     def value(self) -> int:
         value = ctypes.c_int()
-        _libc().sem_getvalue(self.memory, ctypes.byref(value))
+        _libc().sem_getvalue(self.address, ctypes.byref(value))
         return value.value
 
 
@@ -114,9 +116,7 @@ def _retain(graph: int, semaphore: _Semaphore) -> bool:
     """Have the graph post the semaphore when it goes."""
     user_object = ctypes.c_void_p()
     post = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
-    error = _libcuda().cuUserObjectCreate(
-        ctypes.byref(user_object), ctypes.byref(semaphore.memory), post, 1, _NO_DESTRUCTOR_SYNC
-    )
+    error = _libcuda().cuUserObjectCreate(ctypes.byref(user_object), semaphore.address, post, 1, _NO_DESTRUCTOR_SYNC)
     return not error and not _libcuda().cuGraphRetainUserObject(ctypes.c_void_p(graph), user_object, 1, _MOVE)
 
 
