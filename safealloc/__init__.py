@@ -13,8 +13,9 @@ from safealloc.errors import (
 from safealloc.gemm import mm_fp4, set_foreign_scales
 from safealloc.layout import ScaleSpec, SfLayout
 from safealloc.linear import nvfp4_linear
-from safealloc.pool import CaptureGrowthWarning, GraphReport, PoolStats, ScalePool
+from safealloc.pool import ScalePool
 from safealloc.quantize import nvfp4_quantize
+from safealloc.reports import CaptureGrowthWarning, GraphReport, PoolStats
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,6 @@ import os
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,18 +26,18 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 
 from safealloc import captures
-from safealloc.buffers import Buffer, LooseBuffer, make_base, remember, spec_of
+from safealloc.buffers import Buffer, remember, spec_of
 from safealloc.captures import Capture
 from safealloc.errors import (
     CaptureGrowthError,
     PaddingCorruptionError,
     PoolClosedError,
-    PoolExhaustedError,
     PoolPicklingError,
     SafeAllocError,
 )
+from safealloc.inventory import Inventory
 from safealloc.layout import ScaleSpec, SfLayout
-from safealloc.memory import PrivateMemory
+from safealloc.reports import CaptureGrowthWarning, GraphReport, PoolStats
 from safealloc.verify import find_corruptions
 
 logger = logging.getLogger(__name__)
@@ -47,50 +46,6 @@ _STOCK = "stock"  # owner of a buffer that no stream and no graph has touched si
 _is_capturing = torch.cuda.is_current_stream_capturing
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # None in a CPU build of torch
 _current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-class CaptureGrowthWarning(UserWarning):
-    """A capture needed a buffer that nobody reserved, and recorded a ``torch.zeros`` instead."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Counters of one pool.
-
-    Attributes:
-        buffers: buffers the pool holds.
-        bytes: their bytes.
-        live: those that somebody holds a tensor of.
-        captured: those that captures of living graphs were given.
-        hits: acquires answered with an existing buffer.
-        misses: acquires that had to make one.
-        evictions: cached buffers given up for others.
-        capture_fallbacks: misses in a capture, answered with a recorded ``torch.zeros``.
-    """
-
-    buffers: int
-    bytes: int
-    live: int
-    captured: int
-    hits: int
-    misses: int
-    evictions: int
-    capture_fallbacks: int
-
-
-@dataclass(frozen=True, slots=True)
-class GraphReport:
-    """What one captured graph uses.
-
-    Attributes:
-        buffers: shape of each pool buffer the capture was given, once a buffer.
-        bytes: their bytes.
-        nodes: the graph's nodes by type (``"kernel"``, ``"memset"``, ...), or ``None`` without ``cuda.bindings``.
-    """
-
-    buffers: tuple[ScaleSpec, ...]
-    bytes: int
-    nodes: dict[str, int] | None
 
 
 @dataclass(slots=True)
@@ -138,18 +93,15 @@ class ScalePool:
         self._id = next(_pool_numbers)
         self._lock = threading.RLock()
         self._unusable: str | None = None
-        self._memory: PrivateMemory | None = None  # what new buffers are made of, on CUDA
-        self._buffers: dict[tuple[Any, ...], list[Buffer]] = {}  # by shape and owner: see _key
-        self._by_address: dict[int, Buffer] = {}
-        self._recent: OrderedDict[Buffer, None] = OrderedDict()  # the cache, least recently used first
-        self._loose: list[LooseBuffer] = []
+        self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
+        self._buffers = self._inventory.by_key
+        self._recent = self._inventory.recent
         self._captures: dict[int, _CaptureUse] = {}
         self._destroyed = 0  # graphs of the process found destroyed when the pool last took buffers back
         self._shared_handle: Hashable = None  # of captures that somebody else began, where they share one
         self._reports: weakref.WeakKeyDictionary[Any, GraphReport] = weakref.WeakKeyDictionary()
         self._warned: set[ScaleSpec] = set()
-        self._bytes = self._cached_bytes = 0
-        self._requests = self._misses = self._evictions = self._fallbacks = 0
+        self._requests = self._misses = self._fallbacks = 0
         if debug:
             self.acquire = self._acquire_verified  # type: ignore[method-assign]
         _pools.add(self)
@@ -208,22 +160,22 @@ class ScalePool:
         self._reclaim()
         stream = self._eager_owner()
         for owner in (stream, _STOCK):
-            buffer = next((buffer for buffer in self._owned(spec, owner) if buffer.passed()), None)
+            buffer = next((buffer for buffer in self._inventory.owned(spec, owner) if buffer.passed()), None)
             if buffer is not None:
-                self._change_owner(buffer, stream)
+                self._inventory.change_owner(buffer, stream)
                 return self._hand_out(buffer)
-        if spec.nbytes > self.cache_bytes - self._cached_bytes and not self._make_room_in_cache(spec.nbytes):
-            tensor = self._make_loose(spec)
-            self._requests += 1
+        if self._inventory.make_room_in_cache(spec.nbytes):
+            tensor = self._hand_out(self._inventory.make(spec, stream, kept=False))
         else:
-            tensor = self._hand_out(self._make(spec, stream, kept=False))
+            tensor = self._inventory.make_loose(spec)
+            self._requests += 1
         self._misses += 1
         return tensor
 
     def _acquire_in_capture(self, spec: ScaleSpec, capture: Capture) -> Tensor:
         use = self._use_of(capture)
         stream = _current_raw_stream(self._index)
-        for buffer in self._owned(spec, use.handle):
+        for buffer in self._inventory.owned(spec, use.handle):
             # Graphs of one handle replay one after the other. Within one graph only the stream orders, and a reader on
             # another stream joins at some point that is not known here.
             same_capture = buffer.capture is capture
@@ -250,12 +202,10 @@ class ScalePool:
         """
         eager = {key[-1] for key in self._buffers if isinstance(key[-1], int)}
         for owner in (_STOCK, *eager):
-            for buffer in self._owned(spec, owner):
+            for buffer in self._inventory.owned(spec, owner):
                 if buffer.idle() and buffer.last_use <= use.since:
-                    self._change_owner(buffer, use.handle)
-                    if not buffer.kept:
-                        self._leave_cache(buffer)
-                        buffer.kept = True
+                    self._inventory.change_owner(buffer, use.handle)
+                    self._inventory.keep(buffer)
                     return buffer
         return None
 
@@ -317,16 +267,16 @@ class ScalePool:
             self._reclaim()
             missing: list[ScaleSpec] = []
             for spec in specs:
-                unused = sum(not buffer.held() for buffer in self._owned(spec, _STOCK))
+                unused = sum(not buffer.held() for buffer in self._inventory.owned(spec, _STOCK))
                 missing += [spec] * (copies - unused)
-            self._make_room(sum(spec.nbytes for spec in missing))
+            self._inventory.make_room(sum(spec.nbytes for spec in missing))
             made: list[Buffer] = []
             try:
                 for spec in missing:
-                    made.append(self._make(spec, _STOCK, kept=True))
+                    made.append(self._inventory.make(spec, _STOCK, kept=True))
             except BaseException:
                 for buffer in made:
-                    self._forget(buffer)
+                    self._inventory.forget(buffer)
                 raise
             if made and self._on_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
@@ -344,11 +294,7 @@ class ScalePool:
             self._check_usable()
             self._refuse_in_capture("trim")
             self._reclaim()
-            idle = [buffer for buffer in self._recent if not buffer.held()]
-            for buffer in idle:
-                self._forget(buffer)
-            self._release_memory()
-            return sum(buffer.nbytes for buffer in idle)
+            return self._inventory.trim()
 
     def close(self) -> None:
         """Give up every buffer; each later use of the pool is an error.
@@ -362,110 +308,9 @@ class ScalePool:
             if self._unusable is not None:
                 return
             self._refuse_in_capture("close")
-            for buffer in list(self._by_address.values()):
-                self._forget(buffer)
+            self._inventory.clear()
             self._captures.clear()
-            self._loose.clear()
-            self._release_memory()
             self._unusable = "this pool was closed"
-
-    def _make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> Buffer:
-        self._make_room(spec.nbytes)
-        try:
-            base = self._base_from_memory(spec)
-        except torch.OutOfMemoryError:
-            self.trim()
-            base = self._base_from_memory(spec)
-        buffer = Buffer(spec, base, owner, kept=kept)
-        self._buffers.setdefault(_key(spec, owner), []).append(buffer)
-        self._by_address[buffer.address] = buffer
-        self._bytes += buffer.nbytes
-        if not kept:
-            self._recent[buffer] = None
-            self._cached_bytes += buffer.nbytes
-        remember(base, spec, self._id)
-        return buffer
-
-    def _base_from_memory(self, spec: ScaleSpec) -> Tensor:
-        if not self._on_cuda:
-            return make_base(spec, self.device)
-        if self._memory is None:
-            self._memory = PrivateMemory(self.device)
-        with self._memory.active():
-            return make_base(spec, self.device)
-
-    def _release_memory(self) -> None:
-        """Give what is free to the device; buffers that are left stay where they are, new ones come from elsewhere."""
-        if self._memory is not None:
-            self._memory.release()
-            self._memory = None
-            torch.cuda.empty_cache()
-
-    def _make_loose(self, spec: ScaleSpec) -> Tensor:
-        self._make_room(spec.nbytes)
-        tensor = make_base(spec, self.device)
-        self._loose = [loose for loose in self._loose if loose.alive()]
-        self._loose.append(LooseBuffer(spec, tensor))
-        remember(tensor, spec, self._id)
-        return tensor
-
-    def _make_room_in_cache(self, nbytes: int) -> bool:
-        return nbytes <= self.cache_bytes and self._evict(self._cached_bytes + nbytes - self.cache_bytes)
-
-    def _make_room(self, nbytes: int) -> None:
-        if self.max_bytes is None:
-            return
-        loose = sum(loose.nbytes for loose in self._loose if loose.alive())
-        if not self._evict(self._bytes + loose + nbytes - self.max_bytes):
-            raise PoolExhaustedError(
-                f"{nbytes} more bytes would take the pool beyond max_bytes={self.max_bytes}: it holds {self._bytes} in "
-                f"{len(self._by_address)} buffers, and callers hold {loose} that were made for one call"
-            )
-
-    def _evict(self, nbytes: int) -> bool:
-        """Give up at least ``nbytes`` of the cache's idle buffers, least recently used first; if they suffice."""
-        victims, found = [], 0
-        for buffer in self._recent:
-            if found >= nbytes:
-                break
-            if not buffer.held():
-                victims.append(buffer)
-                found += buffer.nbytes
-        if found < nbytes:
-            return False
-        for buffer in victims:
-            self._forget(buffer)
-        self._evictions += len(victims)
-        return True
-
-    def _forget(self, buffer: Buffer) -> None:
-        buffer.release()
-        if not buffer.kept:
-            self._leave_cache(buffer)
-        self._owned(buffer.spec, buffer.owner).remove(buffer)
-        if not self._owned(buffer.spec, buffer.owner):
-            del self._buffers[_key(buffer.spec, buffer.owner)]
-        del self._by_address[buffer.address]
-        self._bytes -= buffer.nbytes
-
-    def _leave_cache(self, buffer: Buffer) -> None:
-        del self._recent[buffer]
-        self._cached_bytes -= buffer.nbytes
-
-    def _owned(self, spec: ScaleSpec, owner: Hashable) -> list[Buffer]:
-        return self._buffers.get(_key(spec, owner), [])
-
-    def _change_owner(self, buffer: Buffer, owner: Hashable) -> None:
-        if buffer.owner == owner:
-            return
-        old = self._owned(buffer.spec, buffer.owner)
-        old.remove(buffer)
-        if not old:
-            del self._buffers[_key(buffer.spec, buffer.owner)]
-        if self._on_cuda and isinstance(owner, int):  # its memory was allocated on another stream, maybe
-            buffer.base.record_stream(torch.cuda.current_stream(self.device))
-        buffer.owner = owner
-        self._buffers.setdefault(_key(buffer.spec, owner), []).append(buffer)
 
     # --- streams and captures -----------------------------------------------------------------------------------------
 
@@ -487,7 +332,7 @@ class ScalePool:
         _check_tensor(tensor)
         with self._lock:
             self._check_usable()
-            buffer = self._by_address.get(tensor.data_ptr())
+            buffer = self._inventory.by_address.get(tensor.data_ptr())
             if buffer is None and spec_of(tensor, self._id) is None:
                 raise ValueError("the tensor does not start at a buffer of this pool")
             if not self._on_cuda:
@@ -559,11 +404,11 @@ class ScalePool:
         for use in dead:
             del self._captures[use.capture.id]
         gone = {use.handle for use in dead} - {use.handle for use in self._captures.values()}
-        returning = [buffer for buffer in self._by_address.values() if buffer.owner in gone]
+        returning = [buffer for buffer in self._inventory.by_address.values() if buffer.owner in gone]
         if returning:
             torch.cuda.synchronize(self.device)
         for buffer in returning:
-            self._change_owner(buffer, _STOCK)
+            self._inventory.change_owner(buffer, _STOCK)
             buffer.capture, buffer.last_use = None, 0
             buffer.readers.clear()
 
@@ -602,8 +447,8 @@ class ScalePool:
             self._refuse_in_capture("verify")
             if self._on_cuda:
                 torch.cuda.synchronize(self.device)
-            buffers = [(buffer.spec, buffer.base) for buffer in self._by_address.values()]
-            loose = [(loose.spec, loose.tensor()) for loose in self._loose]
+            buffers = [(buffer.spec, buffer.base) for buffer in self._inventory.by_address.values()]
+            loose = [(loose.spec, loose.tensor()) for loose in self._inventory.loose]
             buffers += [(spec, tensor) for spec, tensor in loose if tensor is not None]
             corruptions = find_corruptions(buffers)
             if corruptions and not repair:
@@ -625,16 +470,16 @@ class ScalePool:
             self._check_usable()
             if self._capture() is None:
                 self._reclaim()
-            buffers = self._by_address.values()
+            buffers = self._inventory.by_address.values()
             handles = {use.handle for use in self._captures.values()}
             return PoolStats(
                 buffers=len(buffers),
-                bytes=self._bytes,
+                bytes=self._inventory.bytes,
                 live=sum(buffer.held() for buffer in buffers),
                 captured=sum(buffer.owner in handles for buffer in buffers),
                 hits=self._requests - self._misses,
                 misses=self._misses,
-                evictions=self._evictions,
+                evictions=self._inventory.evictions,
                 capture_fallbacks=self._fallbacks,
             )
 
@@ -670,15 +515,16 @@ class ScalePool:
         raise PoolPicklingError("a ScalePool holds memory of one process and cannot be pickled or copied")
 
     def __repr__(self) -> str:
-        state = self._unusable or f"{len(self._by_address)} buffers, {self._bytes} bytes"
+        state = self._unusable or f"{len(self._inventory.by_address)} buffers, {self._inventory.bytes} bytes"
         return f"<ScalePool on {self.device}: {state}>"
 
     def _become_unusable_after_fork(self, parent: int) -> None:
         self._lock = threading.RLock()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
-        self._left_behind = self._buffers, self._memory
-        self._buffers, self._by_address, self._recent = {}, {}, OrderedDict()
+        self._left_behind = self._inventory
+        self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
+        self._buffers, self._recent = self._inventory.by_key, self._inventory.recent
 
 
 def checked_device(device: torch.device | str | int | None) -> torch.device:
@@ -720,10 +566,6 @@ def _check_tensor(tensor: Tensor) -> None:
 
 def _several(value: int | Iterable[int]) -> list[int]:
     return list(value) if isinstance(value, Iterable) else [value]
-
-
-def _key(spec: ScaleSpec, owner: Hashable) -> tuple[Any, ...]:
-    return spec.rows, spec.k, spec.layout, spec.padded_k, owner
 
 
 _pool_numbers = itertools.count(1)

@@ -192,13 +192,13 @@ class PoolMachine(RuleBasedStateMachine):
     def reserve(self, spec: ScaleSpec, copies: int) -> None:
         unused = sum(m.spec == spec and m.stream is None for m in self.buffers.values())
         missing = max(0, copies - unused)
-        before = set(self.pool._by_address)
+        before = set(self.pool._inventory.by_address)
         if not self.evict(self.total() + missing * spec.nbytes - LIMIT):
             with pytest.raises(PoolExhaustedError):
                 self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
             return
         self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
-        made = set(self.pool._by_address) - (before & set(self.buffers))
+        made = set(self.pool._inventory.by_address) - (before & set(self.buffers))
         assert len(made) == missing
         for address in made:
             self.buffers[address] = Model(spec, None, kept=True)

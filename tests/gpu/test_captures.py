@@ -209,7 +209,9 @@ def test_record_stream_in_a_capture(pool):
         del again
     graph.replay()
     with capture(pool=pool, graph_pool=graph.pool()):  # a later capture of the handle may have it
-        assert pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr() in {b.address for b in pool._by_address.values()}
+        assert pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr() in {
+            b.address for b in pool._inventory.by_address.values()
+        }
         total.add_(1)
 
 
@@ -289,7 +291,7 @@ def test_a_pool_closed_while_a_graph_lives():
     pool = ScalePool("cuda")
     layer = Layer(8, 1008, 64, SfLayout.layout_8x4, pool)
     graph = captured(layer)
-    buffer = next(buffer for buffer in pool._by_address.values() if isinstance(buffer.owner, tuple))
+    buffer = next(buffer for buffer in pool._inventory.by_address.values() if isinstance(buffer.owner, tuple))
     shape, address = buffer.base.shape, buffer.address
     del buffer
     pool.close()
