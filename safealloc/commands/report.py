@@ -1,0 +1,124 @@
+"""What the commands share: the console, the JSON file, versions and names of machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safealloc import __version__, optional
+
+Say = Callable[[str], None]
+"""Tells whoever waits what is being done."""
+
+_UNBOUNDED = 10_000  # columns: where nobody looks at it, no line is wrapped and no cell cut
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one line for the user."""
+
+
+def console() -> Console:
+    """Standard output: rich on a terminal, else plain text with one line a row."""
+    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    found = Console(**options)
+    return found if found.is_terminal else Console(width=_UNBOUNDED, soft_wrap=True, **options)
+
+
+def table(out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> None:
+    """Print a table; a row comes with whether it is fine, and is marked where it is not."""
+    out.print(Text(title, style="bold"))
+    looks: dict[str, Any] = {"padding": (0, 2, 0, 0), "box": None}
+    if out.is_terminal:
+        looks = {"padding": (0, 1, 0, 0), "box": box.SIMPLE_HEAD}
+    drawn = Table(*headings, **looks)
+    for cells, fine in rows:
+        drawn.add_row(*cells, style="" if fine else "bold red")
+    if out.is_terminal:
+        out.print(drawn)
+        return
+    with out.capture() as plain:
+        out.print(drawn)
+    out.print("\n".join(line.rstrip() for line in plain.get().splitlines()), end="\n\n")
+
+
+@contextlib.contextmanager
+def status(command: str) -> Iterator[Say]:
+    """What is being done, on standard error if that is a terminal; gone afterwards."""
+    out = Console(stderr=True)
+    if not out.is_terminal:
+        yield lambda message: None
+        return
+    with out.status(command) as spinner:
+        yield lambda message: spinner.update(f"{command}: {message}")
+
+
+def check_writable(path: Path | None) -> None:
+    """See before the work starts whether its result can be written; nothing is touched.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"--json {path}: is a directory")
+    if not path.parent.is_dir():
+        raise UsageError(f"--json {path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--json {path}: not writable")
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result; a number that is none becomes null, since JSON has no NaN.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UsageError(f"--json {path}: {error.strerror or error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on; ``None`` where it is not there."""
+    triton = optional.load("triton")
+    return {
+        "safealloc": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": None if isinstance(triton, str) else str(getattr(triton, "__version__", "unknown")),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or of this machine's CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
