@@ -14,7 +14,7 @@ def load(name: str) -> ModuleType | str:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         return f"{error.name or name} is not installed"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"importing {name} failed: {type(error).__name__}: {error}".rstrip(": ")
 
 
