@@ -125,11 +125,13 @@ def _vendor_quantizer(call: Call, package: str) -> str | None:
     return _blackwell(call, package)
 
 
-def _flashinfer_gemm(call: Call, reads: tuple[SfLayout, ...], row_alpha: bool) -> str | None:
+def _flashinfer_gemm(
+    call: Call, reads: tuple[SfLayout, ...], returns: tuple[torch.dtype, ...], row_alpha: bool
+) -> str | None:
     if call.layout not in reads:
         return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
-    if call.out_dtype not in (torch.bfloat16, torch.float16):
-        return f"FlashInfer's GEMMs return bfloat16 or float16, not {call.out_dtype}"
+    if call.out_dtype not in returns:
+        return f"it returns {' or '.join(map(str, returns))}, not {call.out_dtype}"
     if call.row_alpha and not row_alpha:
         return "it takes one alpha, not one per row"
     return _blackwell(call, "flashinfer")
@@ -160,12 +162,15 @@ QUANTIZERS = _table(
 )
 """Quantisers. Vendors' are there to be asked for: FlashInfer's costs a copy, and both store padding themselves."""
 
-_128x4 = (SfLayout.layout_128x4,)
-_both = (SfLayout.layout_128x4, SfLayout.layout_8x4)
 
-
-def _flashinfer(name: str, *, reads: tuple[SfLayout, ...] = _128x4, row_alpha: bool = False) -> Backend:
-    refusal = functools.partial(_flashinfer_gemm, reads=reads, row_alpha=row_alpha)
+def _flashinfer(
+    name: str,
+    *,
+    reads: tuple[SfLayout, ...] = (SfLayout.layout_128x4,),
+    returns: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    row_alpha: bool = False,
+) -> Backend:
+    refusal = functools.partial(_flashinfer_gemm, reads=reads, returns=returns, row_alpha=row_alpha)
     asked = "auto" if name == "flashinfer" else name
     return Backend(
         name, refusal, functools.partial(vendors.flashinfer_mm, backend=asked), automatic=name == "flashinfer"
@@ -177,14 +182,14 @@ GEMMS = _table(
     Backend("triton", triton_refusal, _triton("triton_gemm", "mm")),
     Backend("reference", _anywhere, reference.mm),
     _flashinfer("cudnn"),
-    _flashinfer("trtllm", reads=_both),
+    _flashinfer("trtllm", reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)),
     _flashinfer("cutlass"),
     _flashinfer("cute-dsl", row_alpha=True),
     _flashinfer("cutedsl_low_latency"),
     _flashinfer("b12x"),
     _flashinfer("cake", row_alpha=True),
 )
-"""GEMMs. Which layouts FlashInfer's read, and which take an alpha per row: its ``mm_fp4`` requirements (0.7.2)."""
+"""GEMMs. What FlashInfer's read and return, and which take an alpha per row: its ``mm_fp4`` requirements (0.7.2)."""
 
 
 def is_flashinfer(row: Backend) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 from collections.abc import Hashable
@@ -111,8 +112,11 @@ def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
 
 
 def _aligned(nbytes: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":  # whole pages: a slice of more would be aligned too, but start at another storage offset
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8)
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    if memory.data_ptr() % ALIGNMENT:
+    if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
         memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
         start = -memory.data_ptr() % ALIGNMENT
         memory = memory[start : start + nbytes]
@@ -148,8 +152,8 @@ _specs: dict[int, tuple[ScaleSpec, Any, int]] = {}  # address -> spec, weak stor
 _purge_at = 1024
 
 
-def remember(tensor: Tensor, spec: ScaleSpec, pool: int) -> None:
-    """Note which scales lie where ``tensor`` starts, for as long as its storage lives."""
+def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
+    """Note which scales lie where ``tensor`` starts, for as long as its storage lives; pool 0 is no pool."""
     global _purge_at
     with _lock:
         if len(_specs) >= _purge_at:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from safealloc.backends import GEMMS, Call, choose, is_flashinfer, zero_padding
-from safealloc.buffers import spec_of
+from safealloc.buffers import remember, spec_of
 from safealloc.checks import BYTES, FP4, check_contiguous, check_tensor
 from safealloc.default_pool import library
 from safealloc.errors import LayoutMismatchError, SafeAllocError
 from safealloc.kernels.vendors import flashinfer_mm
 from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
+from safealloc.optional import missing
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"
@@ -78,6 +79,8 @@ def mm_fp4(
         TypeError, ValueError: an argument is wrong, or the backend cannot run it. Nothing was launched in either case.
     """
     if block_size != BLOCK_SIZE or not use_nvfp4:
+        if reason := missing("flashinfer"):
+            raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
         return flashinfer_mm(
             a,
             b,
@@ -95,13 +98,13 @@ def mm_fp4(
         )
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.safealloc.mm_fp4(
-            a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check
+            a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check, a_descale
         )
         return result if out is None else out.copy_(result)
-    m, n, k = _check_operands(a, b, b_descale, alpha, out_dtype, out)
+    m, n, k = _check_operands(a, b, b_descale)
+    check_result(m, n, alpha, out_dtype, out, a.device)
     layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
-    call = Call(a.device, layout, out_dtype, row_alpha=alpha is not None and alpha.numel() > 1)
-    row = choose(GEMMS, backend, call)
+    row = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, a.device))
     if foreign:
         _treat_foreign(a_descale, layout, m, k)
     if is_flashinfer(row):
@@ -115,42 +118,72 @@ def mm_fp4(
     return out
 
 
-def _check_operands(
-    a: Tensor, b: Tensor, b_descale: Tensor, alpha: Tensor | None, out_dtype: torch.dtype, out: Tensor | None
-) -> tuple[int, int, int]:
+def _check_operands(a: Tensor, b: Tensor, b_descale: Tensor) -> tuple[int, int, int]:
     check_tensor("a", a, FP4, "[m, k // 2]")
     check_contiguous("a", a)
     check_tensor("b", b, FP4, "[k // 2, n]", a.device)
-    check_contiguous("b.T", b.T, "contiguous (b is the weight [n, k // 2] transposed)")
-    m, n, k = a.shape[0], b.shape[1], 2 * a.shape[1]
-    if b.shape[0] != a.shape[1]:
-        raise ValueError(f"a is [m, k // 2] = {tuple(a.shape)} and b [k // 2, n] = {tuple(b.shape)}: k differs")
-    if m < 1 or n < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
-        raise ValueError(f"m and n must be at least 1 and k a multiple of {BLOCK_SIZE}, got m={m}, n={n}, k={k}")
     check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
-    check_contiguous("b_descale.T", b_descale.T, "contiguous (b_descale is [padded_n, padded_cols] transposed)")
-    weight = ScaleSpec(n, k, SfLayout.layout_128x4)
-    if b_descale.numel() != weight.nbytes:
+    n, k = check_weight(b.T, b_descale.T, a.device, "b.T", "b_descale.T")
+    if a.shape[0] < 1 or 2 * a.shape[1] != k:
         raise ValueError(
-            f"b_descale must be the weight's scales in layout_128x4, {weight.padded_shape} transposed, got "
-            f"{tuple(b_descale.shape)}"
+            f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
         )
+    return a.shape[0], n, k
+
+
+def check_weight(
+    weight: Tensor,
+    scales: Tensor,
+    device: torch.device,
+    weight_name: str = "weight_fp4",
+    scales_name: str = "weight_scale",
+) -> tuple[int, int]:
+    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4.
+
+    Raises:
+        TypeError, ValueError: they are not that.
+    """
+    check_tensor(weight_name, weight, FP4, "[n, k // 2]", device)
+    check_contiguous(weight_name, weight)
+    n, k = weight.shape[0], 2 * weight.shape[1]
+    if n < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
+        raise ValueError(
+            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {BLOCK_SIZE}, got n={n}, k={k}"
+        )
+    check_tensor(scales_name, scales, BYTES, "[padded_n, padded_cols]", device)
+    check_contiguous(scales_name, scales)
+    spec = ScaleSpec(n, k, SfLayout.layout_128x4)
+    if scales.numel() != spec.nbytes:
+        raise ValueError(
+            f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
+        )
+    return n, k
+
+
+def check_result(
+    m: int, n: int, alpha: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, device: torch.device
+) -> None:
+    """Raises: TypeError, ValueError: ``alpha``, ``out_dtype`` or ``out`` do not fit a result ``[m, n]``."""
     if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"out_dtype must be torch.bfloat16, torch.float16 or torch.float32, got {out_dtype}")
     if out is not None:
-        check_tensor("out", out, (out_dtype,), "[m, n]", a.device)
+        check_tensor("out", out, (out_dtype,), "[m, n]", device)
         check_contiguous("out", out)
         if out.shape != (m, n):
             raise ValueError(f"out must be {(m, n)}, got {tuple(out.shape)}")
     if alpha is not None:
         if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
             raise TypeError(f"alpha must be a float32 tensor, got {getattr(alpha, 'dtype', type(alpha).__name__)}")
-        if alpha.numel() not in (1, m) or alpha.device != a.device:
+        if alpha.numel() not in (1, m) or alpha.device != device:
             raise ValueError(
-                f"alpha must have one element or one per row (m={m}) on {a.device}, got shape {tuple(alpha.shape)} on "
+                f"alpha must have one element or one per row (m={m}) on {device}, got shape {tuple(alpha.shape)} on "
                 f"{alpha.device}"
             )
-    return m, n, k
+
+
+def call_of(layout: SfLayout, alpha: Tensor | None, out_dtype: torch.dtype, device: torch.device) -> Call:
+    """What a GEMM backend's requirement looks at."""
+    return Call(device, layout, out_dtype, row_alpha=alpha is not None and alpha.numel() > 1)
 
 
 def _layout_of(
@@ -213,9 +246,11 @@ def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:
         zero_padding(a_descale, layout, m, k)
 
 
+# A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: as they are, which
+# tells the buffer, and as what is zeroed and read where they are from elsewhere.
 library.define(
-    "mm_fp4(Tensor a, Tensor b, Tensor(a!) a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
-    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check) -> Tensor",
+    "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
+    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -231,11 +266,15 @@ def _op(
     backend: str,
     enable_pdl: bool,
     skip_check: bool,
+    foreign_descale: Tensor,
 ) -> Tensor:
+    spec = spec_of(a_descale)
+    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr():
+        remember(foreign_descale, spec)  # the copy, which later ops of the graph may get
     return mm_fp4(
         a,
         b,
-        a_descale,
+        foreign_descale if spec is None else a_descale,
         b_descale,
         alpha,
         out_dtype,

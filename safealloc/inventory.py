@@ -121,16 +121,15 @@ class Inventory:
 
     def trim(self) -> int:
         """Give up the cache's idle buffers, and what is free to the device; their bytes."""
-        idle = [buffer for buffer in self.recent if not buffer.held()]
-        for buffer in idle:
-            self.forget(buffer)
+        before = self.bytes
+        self._forget_idle()  # apart, so that no variable here holds one when the memory is released
         self.release_memory()
-        return sum(buffer.nbytes for buffer in idle)
+        return before - self.bytes
 
     def clear(self) -> None:
         """Forget every buffer; held tensors stay valid."""
-        for buffer in list(self.by_address.values()):
-            self.forget(buffer)
+        while self.by_address:
+            self.forget(next(iter(self.by_address.values())))
         self.loose.clear()
         self.release_memory()
 
@@ -165,6 +164,10 @@ class Inventory:
             self.forget(buffer)
         self.evictions += len(victims)
         return True
+
+    def _forget_idle(self) -> None:
+        for buffer in [buffer for buffer in self.recent if not buffer.held()]:
+            self.forget(buffer)
 
     def _leave_cache(self, buffer: Buffer) -> None:
         del self.recent[buffer]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from safealloc.backends import GEMMS, Call, choose
+from safealloc.backends import GEMMS, choose
 from safealloc.default_pool import library
-from safealloc.gemm import mm_fp4
+from safealloc.gemm import call_of, check_result, check_weight, mm_fp4
 from safealloc.layout import SfLayout, checked_layout
-from safealloc.quantize import nvfp4_quantize
+from safealloc.quantize import check_input, nvfp4_quantize
 
 MAX_ROWS_8X4 = 32
 """Up to here vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM, ``scaled_fp4_quant``)."""
@@ -56,30 +58,34 @@ def nvfp4_linear(
             backend,
         )
         return result
-    for name, tensor in (("x", x), ("weight_fp4", weight_fp4), ("weight_scale", weight_scale)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_contiguous() or x.ndim < 1:
         raise ValueError(f"x must be [..., k] and contiguous, got shape {tuple(x.shape)} with strides {x.stride()}")
-    if weight_fp4.ndim != 2 or x.shape[-1] != 2 * weight_fp4.shape[1]:
+    x_rows = x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    rows, x_k = check_input(x_rows, input_global_scale)
+    n, k = check_weight(weight_fp4, weight_scale, x.device)
+    if x_k != k:
         raise ValueError(
-            f"x is [..., k] = {tuple(x.shape)}, so weight_fp4 must be [n, {x.shape[-1] // 2}], got {tuple(weight_fp4.shape)}"
+            f"x is [..., k] = {tuple(x.shape)}, so weight_fp4 must be [n, {x_k // 2}], got {tuple(weight_fp4.shape)}"
         )
-    rows = x.reshape(-1, x.shape[-1])
-    layout = _layout_for(rows, out_dtype, backend) if layout is None else checked_layout(layout)
-    choose(GEMMS, backend, Call(x.device, layout, out_dtype))
+    check_result(rows, n, alpha, out_dtype, None, x.device)
+    layout = _layout_for(rows, alpha, out_dtype, backend, x.device) if layout is None else checked_layout(layout)
+    choose(GEMMS, backend, call_of(layout, alpha, out_dtype, x.device))
     quantizer = "reference" if backend == "reference" else "auto"
-    x_fp4, scales = nvfp4_quantize(rows, input_global_scale, layout=layout, backend=quantizer)
+    x_fp4, scales = nvfp4_quantize(x_rows, input_global_scale, layout=layout, backend=quantizer)
     y = mm_fp4(x_fp4, weight_fp4.T, scales, weight_scale.T, alpha, out_dtype, backend=backend)
-    return y.view(*x.shape[:-1], weight_fp4.shape[0])
+    return y.view(*x.shape[:-1], n)
 
 
-def _layout_for(rows: Tensor, out_dtype: torch.dtype, backend: str) -> SfLayout:
-    if rows.shape[0] > MAX_ROWS_8X4:
+def _layout_for(
+    rows: int, alpha: Tensor | None, out_dtype: torch.dtype, backend: str, device: torch.device
+) -> SfLayout:
+    if rows > MAX_ROWS_8X4:
         return SfLayout.layout_128x4
-    wide = choose(GEMMS, backend, Call(rows.device, SfLayout.layout_128x4, out_dtype))
-    narrow_refused = wide.refusal(Call(rows.device, SfLayout.layout_8x4, out_dtype))
-    return SfLayout.layout_128x4 if narrow_refused else SfLayout.layout_8x4
+    wide = choose(GEMMS, backend, call_of(SfLayout.layout_128x4, alpha, out_dtype, device))
+    refusal = wide.refusal(call_of(SfLayout.layout_8x4, alpha, out_dtype, device))
+    return SfLayout.layout_128x4 if refusal else SfLayout.layout_8x4
 
 
 library.define(

@@ -143,11 +143,16 @@ class ScalePool:
         return None if capturing else _current_raw_stream(self._index)
 
     def _hand_out(self, buffer: Buffer) -> Tensor:
+        try:
+            tensor = buffer.base.detach()
+        except Exception:  # a fake tensor mode refuses real tensors
+            self._check_usable()
+            raise
         self._requests += 1
         buffer.last_use = self._requests
         if not buffer.kept:
             self._recent.move_to_end(buffer)
-        return buffer.base.detach()
+        return tensor
 
     # --- acquire: all the rest ----------------------------------------------------------------------------------------
 

@@ -51,12 +51,7 @@ def nvfp4_quantize(
             x, global_scale, int(layout), backend, valid_rows
         )
         return result
-    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, k]")
-    check_contiguous("x", x)
-    rows, k = x.shape
-    if rows < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
-        raise ValueError(f"x must be [rows, k] with rows of at least 1 and k a multiple of {BLOCK_SIZE}, got {rows, k}")
-    check_scalar("global_scale", global_scale, torch.float32, x.device)
+    rows, k = check_input(x, global_scale)
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     layout = checked_layout(layout)
@@ -68,6 +63,21 @@ def nvfp4_quantize(
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
     row.run(x, global_scale, x_fp4, scales, layout, valid_rows)
     return x_fp4, scales
+
+
+def check_input(x: Tensor, global_scale: Tensor) -> tuple[int, int]:
+    """Rows and k of what is to be quantised.
+
+    Raises:
+        TypeError, ValueError: it cannot be.
+    """
+    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, k]")
+    check_contiguous("x", x)
+    rows, k = x.shape
+    if rows < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
+        raise ValueError(f"x must be [rows, k] with rows of at least 1 and k a multiple of {BLOCK_SIZE}, got {rows, k}")
+    check_scalar("global_scale", global_scale, torch.float32, x.device)
+    return rows, k
 
 
 library.define(

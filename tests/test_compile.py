@@ -311,7 +311,7 @@ def test_opcheck_mm(pool: ScalePool, layout: SfLayout) -> None:
     for a_descale in (scales, scales.clone()):
         for out_dtype, alpha in ((torch.bfloat16, None), (torch.float32, ALPHA), (torch.float16, torch.ones(9))):
             rest = (alpha, out_dtype, layout is L8, "reference", True, False)
-            check_op(ops.mm_fp4.default, a, W_FP4.T, a_descale, W_SCALES.T, *rest)
+            check_op(ops.mm_fp4.default, a, W_FP4.T, a_descale, W_SCALES.T, *rest, a_descale)
 
 
 @pytest.mark.parametrize("shape", [(9, K), (K,), (2, 3, K), (40, K)], ids=str)
@@ -344,7 +344,7 @@ def test_fake_outputs_are_shaped_like_real_ones(pool: ScalePool, layout: SfLayou
             scales,
             ops.nvfp4_linear(x, w, w_scales, one, None, None, torch.float16, "auto"),
         ]
-        product = ops.mm_fp4(x_fp4, w.T, scales, w_scales.T, None, torch.float32, None, "auto", True, False)
+        product = ops.mm_fp4(x_fp4, w.T, scales, w_scales.T, None, torch.float32, None, "auto", True, False, scales)
     for got, expected in zip(fake, real, strict=True):
         assert (got.shape, got.dtype, got.device) == (expected.shape, expected.dtype, expected.device)
         assert (got.stride(), got.storage_offset()) == (expected.stride(), expected.storage_offset())

@@ -534,7 +534,7 @@ def test_one_alpha_per_row_where_the_backend_takes_it(pool: ScalePool, flashinfe
 @pytest.mark.parametrize("name", ["flashinfer", *NAMES])
 def test_float32_goes_to_none_of_them(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
     arguments = (*Operands(pool).arguments, None, torch.float32)
-    check_refused(pool, ValueError, "return bfloat16 or float16, not torch.float32", *arguments, backend=name)
+    check_refused(pool, ValueError, r"it returns torch\.bfloat16.*, not torch\.float32", *arguments, backend=name)
     assert not flashinfer.calls
 
 
@@ -612,7 +612,7 @@ BAD = [
     ("a int8", _change("a", lambda o: o.a.view(torch.int8)), TypeError, "a must be"),
     ("a 1-D", _change("a", lambda o: o.a[0]), ValueError, r"a must be \[m, k // 2\], got shape \(40,\)"),
     ("a 3-D", _change("a", lambda o: o.a[None]), ValueError, "a must be"),
-    ("a without rows", _change("a", lambda o: o.a[:0]), ValueError, "m and n must be at least 1"),
+    ("a without rows", _change("a", lambda o: o.a[:0]), ValueError, "m of at least 1"),
     ("a strided", _change("a", lambda o: o.a.repeat(1, 2)[:, :40]), ValueError, "a must be contiguous"),
     ("a transposed", _change("a", lambda o: o.a.T.contiguous().T), ValueError, "a must be contiguous"),
     ("a on meta", _change("a", lambda o: o.a.to("meta")), ValueError, "on cpu, the other tensors are on meta"),
@@ -620,8 +620,8 @@ BAD = [
     ("b float32", _change("b", lambda o: o.w.T.float()), TypeError, "b must be torch.uint8 or"),
     ("b not transposed", _change("b", lambda o: o.w), ValueError, "b.T must be contiguous"),
     ("b row-major", _change("b", lambda o: o.w.T.contiguous()), ValueError, "b.T must be contiguous"),
-    ("b of another k", _change("b", lambda o: o.w[:, :32].contiguous().T), ValueError, "k differs"),
-    ("b without columns", _change("b", lambda o: o.w[:0].T), ValueError, "m and n must be at least 1"),
+    ("b of another k", _change("b", lambda o: o.w[:, :32].contiguous().T), ValueError, "the weight.s scales"),
+    ("b without columns", _change("b", lambda o: o.w[:0].T), ValueError, "n of at least 1"),
     ("b on meta", _change("b", lambda o: o.w.to("meta").T), ValueError, "b is on meta"),
     ("a_descale None", _change("a_descale", lambda o: None), TypeError, "a_descale must be a tensor"),
     ("a_descale float32", _change("a_descale", lambda o: o.a_descale.float()), TypeError, "a_descale must be"),

@@ -10,9 +10,10 @@ Not-finite input stays in its own row:
 
 - NaN in a block of 16: its scale is NaN (0x7F) and all its values are +6 (0x7), as the hardware conversion gives, so the
   block dequantises to NaN and the row's products are NaN.
-- Inf in a block: the scale saturates at 448, the value at 6 with its sign, the block's finite values round to 0. The row
-  stays finite.
+- Inf in a block: the scale saturates at 448, Inf becomes 6 with its sign, and the block's finite values are divided by
+  that scale. The row stays finite.
 - -0.0 becomes +0.0; a negative value that rounds to zero keeps its sign (0x8), as the hardware conversion gives.
+- A global scale of 0 beside Inf, or one so large that ``r`` overflows, makes NaN of the block in the same way.
 """
 
 from __future__ import annotations

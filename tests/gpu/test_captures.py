@@ -21,7 +21,6 @@ from safealloc import (
     SfLayout,
     capture,
 )
-from safealloc.kernels import reference
 
 pytestmark = pytest.mark.gpu
 SWIZZLED = (SfLayout.layout_128x4, SfLayout.layout_8x4)
@@ -104,9 +103,7 @@ def test_the_adversary_would_reach_a_torch_empty_buffer(pool):
     with torch.cuda.graph(graph):
         torch.full(shape, STALE, dtype=torch.uint8, device="cuda")  # freed at once: the next one gets its memory
         scales = torch.empty(shape, dtype=torch.uint8, device="cuda")
-        offsets = torch.arange(1, device="cuda")  # keeps the capture from being empty on every torch
-        reference.mm(x_fp4, layer.weight_fp4, scales, layer.weight_scale, layer.alpha, layer.y, layout)
-        del offsets
+        layer.multiply(x_fp4, scales)
     graph.replay()
     assert (scales.view(-1)[layout.padding_mask(rows, k, "cuda")] == STALE).all()
     assert layer.y.isnan().all()
@@ -405,6 +402,16 @@ def test_an_eager_buffer_of_a_warm_up_moves_into_the_capture(pool):
         assert pool.acquire(4, 512, SfLayout.layout_128x4).add_(1).data_ptr() == address
     assert pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr() != address  # the graph has it
     del graph
+
+
+def test_the_reference_can_be_captured(pool):
+    layer = Layer(8, 1008, 64, SfLayout.layout_8x4, pool)
+    layer.expected()  # cuBLAS makes its workspace outside
+    with capture(pool=pool) as graph:
+        y = layer.expected()
+    layer.x.mul_(2)
+    graph.replay()
+    assert torch.equal(y, layer.expected())
 
 
 def test_a_capture_that_fails_gives_its_buffers_back(pool):
