@@ -26,11 +26,11 @@ def version(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("junit", type=Path)
+    parser.add_argument("junit", type=Path, nargs="+")
     parser.add_argument("summary", type=Path)
     arguments = parser.parse_args()
     tests = []
-    for case in ElementTree.parse(arguments.junit).iter("testcase"):
+    for case in (case for junit in arguments.junit for case in ElementTree.parse(junit).iter("testcase")):
         kinds = {child.tag: child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")}
         outcome = next(iter(kinds), "passed")
         test = {

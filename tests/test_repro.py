@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from test_cli import run_safealloc
 
 import safealloc
 from safealloc import SfLayout
@@ -211,9 +212,12 @@ def test_which_replay_rows_are_as_stated():
 
 
 @pytest.mark.gpu
-def test_replay_on_a_gpu():
-    device = torch.device("cuda", torch.cuda.current_device())
-    section = repro_replay.replay(device, 0, 20, lambda message: None)
-    assert section.as_stated, section.text
-    assert len(section.rows) == 24
-    assert any(row.adversary_reached for row in section.rows)
+def test_replay_on_a_gpu(tmp_path):
+    """As its user runs it, in a process with few memory pools: see test_memory_comes_from_outside in tests/gpu."""
+    path = tmp_path / "result.json"
+    done = run_safealloc("repro", "--device", "cuda", "--replays", "20", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    assert result["as_stated"]
+    assert len(result["replay"]) == 24
+    assert any(row["adversary_reached"] for row in result["replay"])

@@ -98,7 +98,10 @@ def test_the_hazard_is_real_without_the_lowering(pool, monkeypatch):
         def model(acquire):
             def run(x: torch.Tensor) -> torch.Tensor:
                 total = torch.ops.safealloc_test.consume(acquire(x))
-                temporary = (x > 99).to(torch.uint8) + 0x7F
+                # It depends on the total, so that it cannot be made while the buffer is in use.
+                temporary = torch.full(shape, 0x7F, dtype=torch.uint8, device=x.device) + (total > 2**30).to(
+                    torch.uint8
+                )
                 return torch.ops.safealloc_test.consume(temporary) + total
 
             return run
