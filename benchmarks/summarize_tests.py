@@ -50,6 +50,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "triton", "cuda-bindings", "flashinfer-python", "vllm")},
         "cuda": torch.version.cuda,
         "command": "pytest tests -m gpu",
+        "processes": len(arguments.junit),
         "outcomes": dict(Counter(test["outcome"] for test in tests)),
         "seconds": round(sum(test["seconds"] for test in tests), 1),
         "tests": tests,

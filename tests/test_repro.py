@@ -213,7 +213,7 @@ def test_which_replay_rows_are_as_stated():
 
 @pytest.mark.gpu
 def test_replay_on_a_gpu(tmp_path):
-    """As its user runs it, in a process with few memory pools: see test_memory_comes_from_outside in tests/gpu."""
+    """As its user runs it."""
     path = tmp_path / "result.json"
     done = run_safealloc("repro", "--device", "cuda", "--replays", "20", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr

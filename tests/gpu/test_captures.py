@@ -446,7 +446,9 @@ assert not any(start <= buffer.data_ptr() < end for start, end in segments)
 
 
 def test_memory_comes_from_outside_the_active_memory_pool():
-    """In a process of its own: torch 2.11's memory snapshots corrupt the heap of one with over 256 memory-pool handles."""
+    """In a process of its own: ``MemPool.snapshot`` of torch 2.11 drops a reference too many to the numbers of the pool's
+    id, which those above 256 do not survive, and each pool and capture before this test has taken a number.
+    """
     done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
