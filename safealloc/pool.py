@@ -89,6 +89,8 @@ class ScalePool:
             raise ValueError(f'growth_in_capture must be "zeros" or "error", got {growth_in_capture!r}')
         self.growth_in_capture = growth_in_capture
         self._on_cuda = self.device.type == "cuda"
+        if self._on_cuda:
+            torch.cuda.init()
         self._index = self.device.index
         self._id = next(_pool_numbers)
         self._lock = threading.RLock()
@@ -388,7 +390,7 @@ class ScalePool:
 
     def _capture(self) -> Capture | None:
         """The capture under way on the current stream of the pool's device."""
-        if not self._on_cuda or not torch.cuda.is_initialized():
+        if not self._on_cuda:
             return None
         return captures.under_way(_current_raw_stream(self._index))
 
@@ -548,8 +550,8 @@ def checked_device(device: torch.device | str | int | None) -> torch.device:
         return torch.device("cpu")
     if device.type != "cuda":
         raise ValueError(f"a ScalePool lives on a CPU or a CUDA device, got {device}")
-    if not torch.cuda.is_available():
-        raise ValueError(f"{device}: torch sees no CUDA device")
+    if torch.version.hip or not torch.cuda.is_available():
+        raise ValueError(f"{device}: torch {torch.__version__} sees no CUDA device")
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")

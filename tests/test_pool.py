@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import to_dlpack
 
 from safealloc import (
@@ -91,7 +92,7 @@ def test_looking_at_the_storage_leaves_no_trace(pool):
         buffer = pool.acquire(8, 512, N)
         address = buffer.data_ptr()
         assert buffer.untyped_storage().nbytes() >= buffer.numel()
-        weak = torch.multiprocessing.reductions.StorageWeakRef(buffer.untyped_storage())
+        weak = StorageWeakRef(buffer.untyped_storage())
         del buffer
         assert pool.acquire(8, 512, N).data_ptr() == address
         del weak
@@ -468,13 +469,12 @@ def test_record_stream_on_a_cpu(pool):
 
 
 def test_a_forgotten_pool_frees_its_memory():
-    import weakref
-
     pool = ScalePool("cpu")
-    weak = weakref.ref(pool.acquire(8, 512, N).untyped_storage())
+    weak = StorageWeakRef(pool.acquire(8, 512, N).untyped_storage())
+    assert not weak.expired()
     del pool
     gc.collect()
-    assert weak() is None
+    assert weak.expired()
 
 
 def test_the_promise_does_not_name_a_constant_use_count():
