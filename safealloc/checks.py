@@ -30,10 +30,10 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {device}")
 
 
-def check_contiguous(name: str, tensor: Tensor, what: str = "contiguous") -> None:
-    """Raises: ValueError."""
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raises: ValueError: it is not."""
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be {what}, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
 
 
 def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -46,3 +46,42 @@ def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.de
         raise ValueError(f"{name} must have one element, got shape {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {device}")
+
+
+def check_is_tensor(tensor: Tensor) -> None:
+    """Raises: TypeError: it is not."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
+
+
+def checked_device(device: torch.device | str | int | None) -> torch.device:
+    """A device with its index: ``None`` and ``"cuda"`` are the current CUDA device (``None`` the CPU without one).
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device that is there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"not a device: {device!r}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"a ScalePool lives on a CPU or a CUDA device, got {device}")
+    if torch.version.hip or not torch.cuda.is_available():
+        raise ValueError(f"{device}: torch {torch.__version__} sees no CUDA device")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def checked_bytes(value: int, name: str) -> int:
+    """A number of bytes; raises TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a number of bytes, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safealloc.checks import checked_device
 from safealloc.inductor import forbid_reuse
 from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout
-from safealloc.pool import ScalePool, checked_device
+from safealloc.pool import ScalePool
 
 _lock = threading.Lock()
 _pools: dict[Any, ScalePool] = {}  # by torch.device

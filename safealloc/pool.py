@@ -28,6 +28,7 @@ from torch._guards import active_fake_mode
 from safealloc import captures
 from safealloc.buffers import Buffer, remember, spec_of
 from safealloc.captures import Capture
+from safealloc.checks import check_is_tensor, checked_bytes, checked_device
 from safealloc.errors import (
     CaptureGrowthError,
     PaddingCorruptionError,
@@ -83,8 +84,8 @@ class ScalePool:
         debug: bool = False,
     ) -> None:
         self.device = checked_device(device)
-        self.max_bytes = None if max_bytes is None else _checked_bytes(max_bytes, "max_bytes")
-        self.cache_bytes = _checked_bytes(cache_bytes, "cache_bytes")
+        self.max_bytes = None if max_bytes is None else checked_bytes(max_bytes, "max_bytes")
+        self.cache_bytes = checked_bytes(cache_bytes, "cache_bytes")
         if growth_in_capture not in ("zeros", "error"):
             raise ValueError(f'growth_in_capture must be "zeros" or "error", got {growth_in_capture!r}')
         self.growth_in_capture = growth_in_capture
@@ -336,7 +337,7 @@ class ScalePool:
             ValueError: ``tensor`` does not start at a buffer of this pool, or ``stream`` is on another device.
             PoolClosedError: the pool was closed.
         """
-        _check_tensor(tensor)
+        check_is_tensor(tensor)
         with self._lock:
             self._check_usable()
             buffer = self._inventory.by_address.get(tensor.data_ptr())
@@ -431,7 +432,7 @@ class ScalePool:
             TypeError: not a tensor.
             PoolClosedError: the pool was closed.
         """
-        _check_tensor(tensor)
+        check_is_tensor(tensor)
         self._check_usable()
         return spec_of(tensor, self._id)
 
@@ -532,43 +533,6 @@ class ScalePool:
         self._left_behind = self._inventory
         self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
         self._buffers, self._recent = self._inventory.by_key, self._inventory.recent
-
-
-def checked_device(device: torch.device | str | int | None) -> torch.device:
-    """A device with its index: ``None`` and ``"cuda"`` are the current CUDA device (``None`` the CPU without one).
-
-    Raises:
-        ValueError: neither a CPU nor a CUDA device that is there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"not a device: {device!r}") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"a ScalePool lives on a CPU or a CUDA device, got {device}")
-    if torch.version.hip or not torch.cuda.is_available():
-        raise ValueError(f"{device}: torch {torch.__version__} sees no CUDA device")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", index)
-
-
-def _checked_bytes(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a number of bytes, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return value
-
-
-def _check_tensor(tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
 
 
 def _several(value: int | Iterable[int]) -> list[int]:

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 from safealloc.backends import GEMMS, Call, choose, is_flashinfer
+from safealloc.checks import checked_device
 from safealloc.commands import report, repro_replay
 from safealloc.commands.repro_columns import columns
 from safealloc.commands.repro_operands import Section, ours
 from safealloc.commands.repro_published import published
 from safealloc.commands.repro_safealloc import through_pool
 from safealloc.layout import SfLayout
-from safealloc.pool import checked_device
 
 
 @dataclass(frozen=True, slots=True)
