@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Hashable
@@ -147,7 +148,7 @@ class LooseBuffer:
         return empty.set_(storage, self._offset, (padded_rows, padded_cols), (padded_cols, 1))
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # reentrant: what a purge lets go of may run finalizers
 _specs: dict[int, tuple[ScaleSpec, Any, int]] = {}  # address -> spec, weak storage, pool
 _purge_at = 1024
 
@@ -158,7 +159,7 @@ def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
     with _lock:
         if len(_specs) >= _purge_at:
             for address in [address for address, (_, storage, _) in _specs.items() if storage.expired()]:
-                del _specs[address]
+                _specs.pop(address, None)
             _purge_at = max(1024, 2 * len(_specs))
         _specs[tensor.data_ptr()] = (spec, StorageWeakRef(tensor.untyped_storage()), pool)
 
@@ -172,3 +173,11 @@ def spec_of(tensor: Tensor, pool: int | None = None) -> ScaleSpec | None:
     if storage.expired() or (pool is not None and pool != owner):
         return None
     return spec
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)

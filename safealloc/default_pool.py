@@ -69,7 +69,13 @@ def checked_pool(pool: ScalePool) -> ScalePool:
     return pool
 
 
-os.register_at_fork(after_in_child=_pools.clear)
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may have held it
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 library = torch.library.Library("safealloc", "FRAGMENT")
 library.define(
