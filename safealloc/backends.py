@@ -48,12 +48,14 @@ class Backend:
         run: the function; quantisers take ``reference.quantize``'s arguments, GEMMs ``reference.mm``'s, and FlashInfer's
             GEMMs its own.
         automatic: whether ``"auto"`` may take it.
+        flashinfer: a GEMM of FlashInfer's, which takes FlashInfer's arguments.
     """
 
     name: str
     refusal: Callable[[Call], str | None]
     run: Callable[..., Any]
     automatic: bool = True
+    flashinfer: bool = False
 
 
 def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
@@ -172,9 +174,8 @@ def _flashinfer(
 ) -> Backend:
     refusal = functools.partial(_flashinfer_gemm, reads=reads, returns=returns, row_alpha=row_alpha)
     asked = "auto" if name == "flashinfer" else name
-    return Backend(
-        name, refusal, functools.partial(vendors.flashinfer_mm, backend=asked), automatic=name == "flashinfer"
-    )
+    run = functools.partial(vendors.flashinfer_mm, backend=asked)
+    return Backend(name, refusal, run, automatic=name == "flashinfer", flashinfer=True)
 
 
 GEMMS = _table(
@@ -190,11 +191,6 @@ GEMMS = _table(
     _flashinfer("cake", row_alpha=True),
 )
 """GEMMs. What FlashInfer's read and return, and which take an alpha per row: its ``mm_fp4`` requirements (0.7.2)."""
-
-
-def is_flashinfer(row: Backend) -> bool:
-    """Whether a row of :data:`GEMMS` is FlashInfer's and takes its arguments."""
-    return isinstance(row.run, functools.partial)
 
 
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:

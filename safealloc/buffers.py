@@ -107,8 +107,7 @@ def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
     # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
         base = _aligned(spec.nbytes, device).view(spec.padded_shape)
-        for padding in spec.padding_views(base):
-            padding.zero_()
+        spec.zero_padding(base)
     return base
 
 

@@ -94,9 +94,7 @@ class _Semaphore:
     """A ``sem_t`` that is never freed: graphs may outlive the interpreter, and the driver posts it when they go."""
 
     def __init__(self) -> None:
-        allocate = _libc().calloc
-        allocate.restype = ctypes.c_void_p
-        self.address = ctypes.c_void_p(allocate(1, _SEM_T_BYTES))
+        self.address = ctypes.c_void_p(_libc().calloc(1, _SEM_T_BYTES))
         _libc().sem_init(self.address, 0, 0)
 
     @property
@@ -127,4 +125,6 @@ def _libcuda() -> ctypes.CDLL:
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)
+    libc.calloc.restype = ctypes.c_void_p
+    return libc

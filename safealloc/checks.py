@@ -12,19 +12,19 @@ FP4 = (torch.uint8, torch.float4_e2m1fn_x2)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: str, device: torch.device | None = None
+    name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: str | None, device: torch.device | None = None
 ) -> None:
-    """Type, dtype, number of dimensions (of ``shape``, such as ``"[rows, k]"``) and device.
+    """Type, dtype, number of dimensions (of ``shape``, such as ``"[rows, k]"``; ``None`` is any) and device.
 
     Raises:
         TypeError: not a tensor, or of another dtype.
         ValueError: another number of dimensions or device.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor{f' {shape}' if shape else ''}, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.ndim != shape.count(",") + 1:
+    if shape is not None and tensor.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {device}")

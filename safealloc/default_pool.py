@@ -54,7 +54,7 @@ def use_pool(pool: ScalePool) -> Iterator[ScalePool]:
         TypeError: not a pool.
         PoolClosedError: the pool was closed.
     """
-    checked_pool(pool).stats()
+    checked_pool(pool).take_back()  # here, since what follows may be a capture
     token = _replacement.set(pool)
     try:
         yield pool

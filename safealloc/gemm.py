@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safealloc.backends import GEMMS, Call, choose, is_flashinfer, zero_padding
+from safealloc.backends import GEMMS, Call, choose, zero_padding
 from safealloc.buffers import remember, spec_of
 from safealloc.checks import BYTES, FP4, check_contiguous, check_tensor
 from safealloc.default_pool import library
@@ -107,7 +107,7 @@ def mm_fp4(
     row = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, a.device))
     if foreign:
         _treat_foreign(a_descale, layout, m, k)
-    if is_flashinfer(row):
+    if row.flashinfer:
         swizzle = {"use_8x4_sf_layout": layout is SfLayout.layout_8x4}
         options = {"enable_pdl": enable_pdl, "skip_check": skip_check}
         return row.run(a, b, a_descale, b_descale, alpha, out_dtype, out, **swizzle, **options)  # type: ignore[no-any-return]
@@ -190,12 +190,7 @@ def _layout_of(
     a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device
 ) -> tuple[SfLayout, bool]:
     """The layout the scales were written in, and whether that is only the caller's word."""
-    if not isinstance(a_descale, Tensor):
-        raise TypeError(f"a_descale must be a tensor, got {type(a_descale).__name__}")
-    if a_descale.dtype not in BYTES:
-        raise TypeError(f"a_descale must be {' or '.join(map(str, BYTES))}, got {a_descale.dtype}")
-    if a_descale.device != device:
-        raise ValueError(f"a_descale is on {a_descale.device}, the other tensors are on {device}")
+    check_tensor("a_descale", a_descale, BYTES, None, device)
     check_contiguous("a_descale", a_descale)
     said = None
     if use_8x4_sf_layout is not None:

@@ -209,6 +209,11 @@ class ScaleSpec:
         """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`."""
         return self.layout.padding_views(buffer, self.rows, self.k, padded_k=self.padded_k)
 
+    def zero_padding(self, buffer: Tensor) -> None:
+        """Zero the padding of ``buffer`` in place, by at most four fills; real bytes are not touched."""
+        for padding in self.padding_views(buffer):
+            padding.zero_()
+
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
         return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}"

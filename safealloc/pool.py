@@ -464,20 +464,28 @@ class ScalePool:
             dirty = {corruption.address for corruption in corruptions}
             for spec, base in buffers:
                 if base.data_ptr() in dirty:
-                    for padding in spec.padding_views(base):
-                        padding.zero_()
+                    spec.zero_padding(base)
             for corruption in corruptions:
                 logger.warning("zeroed padding that somebody wrote: %s", corruption)
             if corruptions and self._on_cuda:
                 torch.cuda.synchronize(self.device)
             return len(buffers)
 
-    def stats(self) -> PoolStats:
-        """The pool's counters now."""
+    def take_back(self) -> None:
+        """Take back what only destroyed graphs used, which a capture cannot do; a no-op inside one.
+
+        Raises:
+            PoolClosedError: the pool was closed.
+        """
         with self._lock:
             self._check_usable()
             if self._capture() is None:
                 self._reclaim()
+
+    def stats(self) -> PoolStats:
+        """The pool's counters now."""
+        with self._lock:
+            self.take_back()
             buffers = self._inventory.by_address.values()
             handles = {use.handle for use in self._captures.values()}
             return PoolStats(

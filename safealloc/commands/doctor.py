@@ -205,13 +205,9 @@ def _backends(table: Mapping[str, Backend], calls: Sequence[Call]) -> list[Backe
         found.append(
             BackendFinding(
                 name=row.name,
-                usable=tuple(call.layout.name.removeprefix("layout_") for call in calls if refusals[call] is None),
-                auto=tuple(call.layout.name.removeprefix("layout_") for call in calls if auto[call] == row.name),
-                refused={
-                    call.layout.name.removeprefix("layout_"): reason
-                    for call, reason in refusals.items()
-                    if reason is not None
-                },
+                usable=tuple(report.short(call.layout) for call in calls if refusals[call] is None),
+                auto=tuple(report.short(call.layout) for call in calls if auto[call] == row.name),
+                refused={report.short(call.layout): reason for call, reason in refusals.items() if reason is not None},
             )
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from safealloc.backends import GEMMS, Call, choose, is_flashinfer
+from safealloc.backends import GEMMS, Call, choose
 from safealloc.checks import checked_device
 from safealloc.commands import report, repro_replay
 from safealloc.commands.repro_columns import columns
@@ -87,7 +87,6 @@ def checked_options(device: str | None, backend: str, seed: int, replays: int) -
         raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     try:
         where = checked_device(device)
-
         choose(GEMMS, backend, Call(where, SfLayout.layout_128x4, torch.bfloat16))
     except ValueError as error:
         raise report.UsageError(str(error)) from error
@@ -98,7 +97,7 @@ def run(options: Options, say: report.Say) -> Result:
     """Run all sections that can run on the device."""
     device, seed = options.device, options.seed
     own = ours(device, options.backend)
-    vendor = options.backend in GEMMS and is_flashinfer(GEMMS[options.backend])
+    vendor = options.backend in GEMMS and GEMMS[options.backend].flashinfer
     sections, not_run = [], {}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         say("published")

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
@@ -16,7 +17,6 @@ from safealloc.commands.repro_operands import (
     nan_rows,
     quantize_into,
     random_activation,
-    short,
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN

@@ -139,8 +139,3 @@ def nan_rows(y: Tensor) -> int:
 def max_diff(y: Tensor, other: Tensor) -> float:
     """Largest absolute difference; NaN where there is one."""
     return float((y.float() - other.float()).abs().max())
-
-
-def short(layout: SfLayout) -> str:
-    """``"128x4"`` for layout_128x4."""
-    return layout.name.removeprefix("layout_")

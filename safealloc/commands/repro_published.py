@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     ONE,
     Section,
@@ -21,7 +22,6 @@ from safealloc.commands.repro_operands import (
     nan_rows,
     quantize_into,
     random_activation,
-    short,
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN

@@ -23,14 +23,13 @@ from torch import Tensor
 
 from safealloc import PaddingCorruptionError, ScalePool, capture, nvfp4_quantize
 from safealloc.backends import Call, triton_refusal
-from safealloc.commands.report import Say
+from safealloc.commands.report import Say, short
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
     foreign_scales,
     quantize_into,
     random_activation,
-    short,
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from safealloc import LayoutMismatchError, ScalePool, nvfp4_quantize
-from safealloc.backends import GEMMS, Call, is_flashinfer
+from safealloc.backends import GEMMS, Call
 from safealloc.commands import repro_columns
+from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
@@ -20,7 +21,6 @@ from safealloc.commands.repro_operands import (
     max_diff,
     nan_rows,
     random_activation,
-    short,
     zeroed,
 )
 from safealloc.commands.repro_published import BACKENDS, PADDED_ROWS, ROWS, K, N, layout_read
@@ -106,7 +106,7 @@ def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) 
     for name, m in itertools.product(BACKENDS, ROWS):
         x = random_activation(m, K, device, generator)
         cases.append(("published", name, x, layout_read(name, m), weight))
-    if not is_flashinfer(GEMMS[backend]):  # FlashInfer's take k in whole tiles
+    if not GEMMS[backend].flashinfer:  # FlashInfer's take k in whole tiles
         for k in COLUMNS_K:
             weight = Weight.random(repro_columns.N, k, device, generator)
             for m, layout in itertools.product(COLUMNS_ROWS, repro_columns.LAYOUTS):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -130,8 +130,7 @@ def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int) -> Ten
 
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
     """Zero the padding of a buffer in place; real bytes are not touched."""
-    for padding in layout.padding_views(scales, rows, k, padded_k=padded_k):
-        padding.zero_()
+    ScaleSpec(rows, k, layout, padded_k).zero_padding(scales)
 
 
 def _reciprocal(x: Tensor) -> Tensor:
