@@ -104,7 +104,9 @@ class ScalePool:
         self._shared_handle: Hashable = None  # of captures that somebody else began, where they share one
         self._reports: weakref.WeakKeyDictionary[Any, GraphReport] = weakref.WeakKeyDictionary()
         self._warned: set[ScaleSpec] = set()
-        self._requests = self._misses = self._fallbacks = 0
+        self._requests = self._fallbacks = 0
+        self.misses = 0
+        """Acquires so far that had to make a buffer."""
         if debug:
             self.acquire = self._acquire_verified  # type: ignore[method-assign]
         _pools.add(self)
@@ -177,7 +179,7 @@ class ScalePool:
         else:
             tensor = self._inventory.make_loose(spec)
             self._requests += 1
-        self._misses += 1
+        self.misses += 1
         return tensor
 
     def _acquire_in_capture(self, spec: ScaleSpec, capture: Capture) -> Tensor:
@@ -228,7 +230,7 @@ class ScalePool:
         tensor = torch.zeros(spec.padded_shape, dtype=torch.uint8, device=self.device)
         remember(tensor, spec, self._id)
         self._requests += 1
-        self._misses += 1
+        self.misses += 1
         self._fallbacks += 1
         if spec not in self._warned:
             self._warned.add(spec)
@@ -493,8 +495,8 @@ class ScalePool:
                 bytes=self._inventory.bytes,
                 live=sum(buffer.held() for buffer in buffers),
                 captured=sum(buffer.owner in handles for buffer in buffers),
-                hits=self._requests - self._misses,
-                misses=self._misses,
+                hits=self._requests - self.misses,
+                misses=self.misses,
                 evictions=self._inventory.evictions,
                 capture_fallbacks=self._fallbacks,
             )

@@ -1,0 +1,1 @@
+"""What makes frameworks use the pool."""

@@ -1,0 +1,356 @@
+"""Which of vLLM's calls get a pool buffer, and the opaque ops through which compiled code asks.
+
+A call is answered at run time, since compiled code serves all batch sizes: with a pool buffer for a step that a CUDA graph
+may hold, with vLLM's own allocation for everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+
+from safealloc.default_pool import default_pool, empty_scales, library
+from safealloc.inductor import forbid_reuse
+from safealloc.layout import SfLayout
+from safealloc.linear import MAX_ROWS_8X4
+from safealloc.pool import ScalePool
+from safealloc.quantize import nvfp4_quantize
+
+# Below vLLM's logger, whose handlers and level a user has set up; one of our own would print nothing.
+logger = logging.getLogger("vllm.safealloc")
+
+_is_compiling = torch.compiler.is_compiling
+_128x4, _8x4 = SfLayout.layout_128x4, SfLayout.layout_8x4
+
+ABOVE_MAX_ROWS = "prefill above the largest captured batch"
+OUTSIDE_A_STEP = "weights at load time"
+POOL_ERROR = "pool error"
+UNREGISTERED = "the plugin is not registered"
+ATTENTION_FUSION = "attention fusion, which leaves dead rows unwritten: zeroed at each step"
+
+
+@dataclass
+class Steps:
+    """What one worker's engine is configured for.
+
+    Attributes:
+        rows: batch sizes of its CUDA graphs, in tokens.
+        max_rows: up to here the pool serves; prefill above it is vLLM's.
+        copies: micro-batches that run at once.
+    """
+
+    rows: tuple[int, ...]
+    max_rows: int
+    copies: int = 1
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Steps:
+        """From a ``VllmConfig``."""
+        compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+        mode = compilation.cudagraph_mode
+        captures = mode is not None and mode.value != 0 and not vllm_config.model_config.enforce_eager
+        rows = set(compilation.cudagraph_capture_sizes or ()) if captures else set()
+        most = max([vllm_config.scheduler_config.max_num_seqs, *rows])
+        copies = 1
+        if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
+            copies = 2
+            rows |= {part for size in rows for part in (size // 2, size - size // 2) if part}
+        return cls(tuple(sorted(rows)), max_rows_wanted() or most, copies)
+
+
+def max_rows_wanted() -> int | None:
+    """``SAFEALLOC_MAX_ROWS``, if it is a number."""
+    text = os.environ.get("SAFEALLOC_MAX_ROWS", "")
+    return int(text) if text.isdecimal() else None
+
+
+@dataclass
+class Sites:
+    """Allocation sites that captured steps went through.
+
+    Attributes:
+        steps: captured steps, so one a batch size.
+        served: sites a step that the pool serves.
+        bypassed: sites a step that vLLM serves, by reason.
+    """
+
+    steps: int = 0
+    served: int = 0
+    bypassed: Counter[str] = field(default_factory=Counter)
+
+
+class Allocator:
+    """One process's answers. What vLLM's own functions do is told by :meth:`originals`."""
+
+    def __init__(self) -> None:
+        self.scale_tensor: Callable[[int, int, torch.device, bool], Tensor] = _own_scale_tensor
+        self.quantize_8x4: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """As if no engine had been seen, and nothing hooked."""
+        self.enabled = False
+        self.steps: Steps | None = None
+        self.loading = 0  # loads under way
+        self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by layer on our kernel
+        self._max_rows = max_rows_wanted() or sys.maxsize
+        self.pool: ScalePool | None = None  # what it hands out from
+        self._seen: set[tuple[int, int | None, SfLayout]] = set()
+        self._counting = self._watching = self._said = self._failed = False
+        self._misses = 0
+        self._passes: dict[int, tuple[Any, Counter[str | None]]] = {}
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
+        """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``."""
+        if padded_n == n:
+            padded_n = None
+        bypassed = self._bypassed(m)
+        if bypassed is None:
+            try:
+                tensor = self._acquire(m, n, _128x4, device, padded_n).view(torch.int32)
+            except Exception as error:
+                bypassed = self._fail(error)
+            else:
+                if self._counting:
+                    self._count(None)
+                return tensor
+        if self._counting:
+            self._count(bypassed)
+        return self.scale_tensor(m, n if padded_n is None else padded_n, device, True)
+
+    def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
+        """The same, zeroed at every step, for a producer that leaves real rows unwritten."""
+        if self._counting:
+            self._count(ATTENTION_FUSION)
+        padded_rows, padded_cols = _128x4.padded_shape(m, n if padded_n is None else padded_n)
+        return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
+
+    def quantized_8x4(self, a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
+
+        FlashInfer's quantiser allocates by itself, so ours writes here.
+        """
+        m, n = a.shape
+        bypassed = self._bypassed(m)
+        if bypassed is None:
+            try:
+                pool = self._prepared(m, n, _8x4, a.device, None)
+                result = nvfp4_quantize(a.contiguous(), a_global_sf, layout=_8x4, pool=pool)
+            except Exception as error:
+                bypassed = self._fail(error)
+            else:
+                if self._counting:
+                    self._count(None)
+                return result
+        if self._counting:
+            self._count(bypassed)
+        if self.quantize_8x4 is None:
+            raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
+        return self.quantize_8x4(a, a_global_sf)
+
+    def _acquire(self, m: int, n: int, layout: SfLayout, device: torch.device, padded_n: int | None) -> Tensor:
+        pool = self._prepared(m, n, layout, device, padded_n)
+        tensor = pool.acquire(m, n, layout, padded_k=padded_n)
+        if self._watching and pool.misses != self._misses:
+            self._grew(pool, f"{m} rows, k={n}, {layout.name}")
+        return tensor
+
+    def _prepared(self, m: int, n: int, layout: SfLayout, device: torch.device, padded_n: int | None) -> ScalePool:
+        pool = default_pool(device)
+        if pool is not self.pool:
+            pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
+            self.pool = pool
+        if (n, padded_n, layout) not in self._seen:
+            self._reserve(pool, n, layout, padded_n)
+        return pool
+
+    def _bypassed(self, m: int) -> str | None:
+        """Why a call is left to vLLM, or ``None``."""
+        if not self.enabled:
+            return UNREGISTERED
+        if m > self._max_rows:
+            return ABOVE_MAX_ROWS
+        if self.loading or (self.steps is not None and _forward_context() is None):
+            return OUTSIDE_A_STEP
+        return None
+
+    def _fail(self, error: Exception) -> str:
+        if strict():
+            raise error
+        if not self._failed:
+            self._failed = True
+            logger.error(
+                "safealloc: the pool failed, and vLLM allocates this and further failing calls by itself: %s: %s",
+                type(error).__name__,
+                error,
+            )
+        return POOL_ERROR
+
+    # --- start-up -----------------------------------------------------------------------------------------------------
+
+    def begin(self, vllm_config: Any, device: torch.device) -> None:
+        """Before vLLM measures memory: the configuration is known, and each shape is reserved when it is first seen."""
+        self.steps = Steps.of(vllm_config)
+        self._max_rows = self.steps.max_rows
+        self._seen.clear()
+        self._passes.clear()
+        self._counting = bool(self.steps.rows)
+        for k in set(self.linear_ks.values()):
+            self._prepared(0, k, _8x4, device, None)
+            self._prepared(0, k, _128x4, device, None)
+
+    def ready(self, device: torch.device) -> Sites:
+        """After vLLM's last capture: what its graphs went through. From here on growth is said."""
+        self._counting = False
+        sites = Sites(steps=len(self._passes))
+        for _, counts in self._passes.values():
+            sites.served = max(sites.served, counts[None])
+            for reason, count in counts.items():
+                if reason is not None:
+                    sites.bypassed[reason] = max(sites.bypassed[reason], count)
+        self._passes.clear()
+        sites.served += len(self.linear_ks)
+        if self.pool is not None:
+            self._misses = self.pool.misses
+            self._watching = True
+        return sites
+
+    def _reserve(self, pool: ScalePool, n: int, layout: SfLayout, padded_n: int | None) -> None:
+        """A buffer for each batch size that vLLM will capture, at the first sight of a k."""
+        if self.steps is not None and self.steps.rows and pool.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return  # not seen in the warm-up
+            rows = self._rows(n, layout)
+            if rows:
+                pool.reserve(rows, n, layout, self.steps.copies, padded_k=padded_n)
+        self._seen.add((n, padded_n, layout))
+
+    def _rows(self, n: int, layout: SfLayout) -> Iterable[int]:
+        assert self.steps is not None
+        if layout is _8x4:
+            return [rows for rows in self.steps.rows if rows <= MAX_ROWS_8X4]
+        if n in self.linear_ks.values():  # up to there our own kernel takes 8x4
+            return [rows for rows in self.steps.rows if rows > MAX_ROWS_8X4]
+        return self.steps.rows
+
+    def _count(self, bypassed: str | None) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            context = _forward_context()
+            known = self._passes.get(id(context))
+            if known is None or known[0]() is not context:
+                known = self._passes[id(context)] = (_weak(context), Counter())
+            known[1][bypassed] += 1
+
+    def _grew(self, pool: ScalePool, shape: str) -> None:
+        self._misses = pool.misses
+        if self._said or not _workspace_locked():
+            return
+        self._said = True
+        logger.warning(
+            "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB",
+            shape,
+            pool.cache_bytes >> 20,
+        )
+
+
+def strict() -> bool:
+    """Whether a pool error is raised instead of logged."""
+    return os.environ.get("SAFEALLOC_STRICT", "0") == "1"
+
+
+def _weak(context: Any) -> Callable[[], Any]:
+    return (lambda: None) if context is None else weakref.ref(context)
+
+
+def _forward_context() -> Any:
+    """The forward context of vLLM, which is set while a model runs."""
+    module = sys.modules.get("vllm.forward_context")
+    return None if module is None else module._forward_context
+
+
+def _workspace_locked() -> bool:
+    """Whether vLLM allows its own scratch memory to grow no more; true where there is none to ask."""
+    module = sys.modules.get("vllm.v1.worker.workspace")
+    manager = getattr(module, "_manager", None)
+    return manager is None or bool(manager.is_locked())
+
+
+def _own_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
+    """``create_fp4_scale_tensor`` where nothing is hooked: a compiled graph of a hooked run was loaded."""
+    return torch.zeros(_128x4.padded_shape(m, n), dtype=torch.uint8, device=device).view(torch.int32)
+
+
+allocator = Allocator()
+
+
+# --- what the hooks call: in traced code an opaque op, else the allocator ------------------------------------------------
+
+
+def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
+    """int32 ``[rounded_m, rounded_n // 4]`` in 128x4, from the pool where the pool serves the call."""
+    if _is_compiling() or active_fake_mode() is not None:
+        result: Tensor = torch.ops.safealloc.vllm_scales(m, n, device, padded_n)
+        return result
+    return allocator.scales(m, n, device, padded_n)
+
+
+def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    """NVFP4 data and 8x4 scales of ``a``."""
+    if _is_compiling() or active_fake_mode() is not None:
+        result: tuple[Tensor, Tensor] = torch.ops.safealloc.vllm_quantize_8x4(a, a_global_sf)
+        return result
+    return allocator.quantized_8x4(a, a_global_sf)
+
+
+_ALLOCATES = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)  # not to be folded or merged
+for _name in ("vllm_scales", "vllm_zero_scales"):
+    library.define(f"{_name}(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor", tags=_ALLOCATES)
+library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", tags=_ALLOCATES)
+
+
+def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return allocator.scales(m, n, device, padded_n)
+
+
+def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return allocator.zero_scales(m, n, device, padded_n)
+
+
+def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    return allocator.quantized_8x4(a, a_global_sf)
+
+
+def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    forbid_reuse(torch.ops.safealloc.vllm_scales.default)
+    return empty_scales(m, n, _128x4, device, padded_n).view(torch.int32)
+
+
+def _zero_scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return empty_scales(m, n, _128x4, device, padded_n).view(torch.int32)
+
+
+def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    forbid_reuse(torch.ops.safealloc.vllm_quantize_8x4.default)
+    m, n = a.shape
+    return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, _8x4, a.device)
+
+
+for _name, _real, _fake in (
+    ("vllm_scales", _scales_op, _scales_fake),
+    ("vllm_zero_scales", _zero_scales_op, _zero_scales_fake),
+    ("vllm_quantize_8x4", _quantize_8x4_op, _quantize_8x4_fake),
+):
+    library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"safealloc::{_name}", _fake, lib=library)

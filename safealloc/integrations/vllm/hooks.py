@@ -1,0 +1,296 @@
+"""What takes the place of vLLM's functions. Each hook is a function of the module that defines what it replaces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from safealloc.buffers import spec_of
+from safealloc.errors import LayoutMismatchError
+from safealloc.integrations.vllm import targets
+from safealloc.integrations.vllm.allocator import allocator, logger, quantized_8x4, scales, strict
+from safealloc.integrations.vllm.patches import Patches
+from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
+from safealloc.linear import MAX_ROWS_8X4
+
+Hook = Callable[[Patches, ModuleType, str], None]
+"""Replaces the attribute of a module, so that ``Patches.restore`` undoes it."""
+
+
+def _scale_tensor(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    def create_fp4_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
+        if is_sf_swizzled_layout:
+            return scales(m, n, device, None)
+        linear: Tensor = original(m, n, device, is_sf_swizzled_layout)
+        return linear
+
+    _tell(patches, "scale_tensor", original)
+    patches.rebind(original, create_fp4_scale_tensor, name)
+
+
+def _output_tensors(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    def create_fp4_output_tensors(
+        m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool, padded_n: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not is_sf_swizzled_layout:
+            padding = () if padded_n is None else (padded_n,)
+            linear: tuple[Tensor, Tensor] = original(m, n, device, is_sf_swizzled_layout, *padding)
+            return linear
+        # The buffer has to know the true n: what lies beyond it is padding, which a fused producer never writes.
+        output = torch.empty((m, (n if padded_n is None else padded_n) // 2), device=device, dtype=torch.uint8)
+        return output, scales(m, n, device, padded_n)
+
+    patches.rebind(original, create_fp4_output_tensors, name)
+
+
+def _quantize_8x4(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    def flashinfer_quant_nvfp4_8x4_sf_layout(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+        return quantized_8x4(a, a_global_sf)
+
+    _tell(patches, "quantize_8x4", original)
+    patches.rebind(original, flashinfer_quant_nvfp4_8x4_sf_layout, name)
+
+
+def _mm(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    def flashinfer_scaled_fp4_mm(
+        a: Tensor,
+        b: Tensor,
+        block_scale_a: Tensor,
+        block_scale_b: Tensor,
+        alpha: Tensor | None,
+        out_dtype: torch.dtype,
+        backend: str,
+        block_size: int = BLOCK_SIZE,
+        use_nvfp4: bool = True,
+    ) -> Tensor:
+        mxfp4 = () if block_size == BLOCK_SIZE and use_nvfp4 else (block_size, use_nvfp4)
+        spec = None if mxfp4 or torch.compiler.is_compiling() else spec_of(block_scale_a)
+        told_8x4 = backend == "trtllm" and a.shape[0] <= MAX_ROWS_8X4  # vLLM's rule, which looks at the rows alone
+        if spec is None or told_8x4 == (spec.layout is SfLayout.layout_8x4):
+            result: Tensor = original(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend, *mxfp4)
+            return result
+        is_8x4 = spec.layout is SfLayout.layout_8x4
+        check_operands(spec, a, is_8x4, backend)
+        if alpha is None:
+            alpha = torch.ones(1, dtype=torch.float32, device=a.device)
+        if backend in ("cutlass", "cudnn"):
+            block_scale_a, block_scale_b = block_scale_a.view(torch.uint8), block_scale_b.view(torch.uint8)
+        op: Callable[..., Tensor] = module.flashinfer_mm_fp4
+        return op(
+            a, b.t(), block_scale_a, block_scale_b.t(), alpha, out_dtype, use_8x4_sf_layout=is_8x4, backend=backend
+        )
+
+    patches.rebind(original, flashinfer_scaled_fp4_mm, name)
+
+
+def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
+    """At run time, also in compiled code: vLLM's own op stays in the graph, where its passes look for it."""
+    op = getattr(module, name)
+    kernels: dict[str, Callable[..., Tensor]] = dict(op._backend_fns)
+
+    def checked(kernel: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
+        spec = spec_of(call["A_scale"])
+        if spec is not None and call.get("block_size", BLOCK_SIZE) == BLOCK_SIZE and call.get("use_nvfp4", True):
+            check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
+        return kernel(*given, **named)
+
+    for device_type, kernel in kernels.items():
+        op.register_kernel(device_type)(functools.wraps(kernel)(functools.partial(checked, kernel)))
+        patches.undo_by(functools.partial(op.register_kernel(device_type), kernel))
+
+
+def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
+    """Refuse a GEMM that reads a pool buffer otherwise than it was written.
+
+    Args:
+        spec: of the buffer.
+        a: uint8 ``[m, k // 2]``; k may have been padded as far as the buffer's columns go.
+        use_8x4_sf_layout: what the GEMM is told.
+        backend: FlashInfer's.
+
+    Raises:
+        LayoutMismatchError: it would.
+    """
+    if use_8x4_sf_layout != (spec.layout is SfLayout.layout_8x4):
+        raise LayoutMismatchError(
+            f"the scales were written in {spec.layout.name}, and use_8x4_sf_layout={use_8x4_sf_layout} asks the GEMM to read "
+            f"them otherwise ({spec})"
+        )
+    if spec.layout is SfLayout.layout_8x4 and backend != "trtllm":
+        raise LayoutMismatchError(f"the scales are in layout_8x4, which backend {backend!r} does not read ({spec})")
+    if spec.rows != a.shape[0]:
+        raise LayoutMismatchError(f"the scales were written for {spec.rows} rows, a has {a.shape[0]}")
+    columns = spec.layout.round_up(spec.rows, 2 * a.shape[1] // BLOCK_SIZE)[1]
+    if columns != spec.padded_shape[1]:
+        raise LayoutMismatchError(f"the scales have {spec.padded_shape[1]} columns ({spec}), a needs {columns}")
+
+
+def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    def _silu_and_mul_nvfp4_dynamic(x: Tensor, linear: Any) -> Any:
+        out_shape = (*x.shape[:-1], x.shape[-1] // 2)
+        x_rows = x.reshape(-1, x.shape[-1])
+        rows, k = x_rows.shape[0], out_shape[-1]
+        data = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
+        block_scale = scales(rows, k, x.device, None).view(torch.float8_e4m3fn)
+        torch.ops._C.silu_and_mul_nvfp4_quant(data, block_scale, x_rows, linear.input_global_scale_inv)
+        return module.QuantizedActivation(
+            data=data.view((*out_shape[:-1], k // 2)),
+            scale=block_scale,
+            orig_dtype=x.dtype,
+            orig_shape=out_shape,
+            quant_key=module.kNvfp4Dynamic,
+        )
+
+    def in_table(producer: Any, other: Any) -> None:
+        for key in [key for key, value in module._FUSED_ACT_QUANT.items() if value is producer]:
+            module._FUSED_ACT_QUANT[key] = other
+
+    in_table(original, _silu_and_mul_nvfp4_dynamic)
+    patches.undo_by(lambda: in_table(_silu_and_mul_nvfp4_dynamic, original))
+    patches.rebind(original, _silu_and_mul_nvfp4_dynamic, name)
+
+
+def _attention_fusion(patches: Patches, module: ModuleType, name: str) -> None:
+    fusion = getattr(module, name)
+    original = fusion.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, graph: fx.Graph) -> None:  # noqa: N807
+        original(self, graph)
+        zero_for_attention(graph)
+
+    patches.set(fusion, "__call__", __call__)
+
+
+def zero_for_attention(graph: fx.Graph) -> int:
+    """Give attention that writes NVFP4 itself scales that are zeroed at each step; returns how many.
+
+    It writes the rows of real tokens only. In a captured batch the rest are dead rows, which in a pool buffer would keep the
+    scales of an earlier step.
+    """
+    changed = 0
+    for node in graph.nodes:
+        source = node.kwargs.get("output_block_scale")
+        while isinstance(source, fx.Node) and source.target is torch.ops.aten.view.dtype:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.target is torch.ops.safealloc.vllm_scales.default:
+            source.target = torch.ops.safealloc.vllm_zero_scales.default
+            changed += 1
+    return changed
+
+
+def _profile(patches: Patches, module: ModuleType, name: str) -> None:
+    worker, method = _method(module, name)
+    original = getattr(worker, method)
+
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> Any:
+        _guarded(allocator.begin, self.vllm_config, self.device)
+        return original(self)
+
+    patches.set(worker, method, determine_available_memory)
+
+
+def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
+    worker, method = _method(module, name)
+    original = getattr(worker, method)
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any) -> Any:
+        result = original(self)
+        _guarded(_say_ready, self)
+        return result
+
+    patches.set(worker, method, compile_or_warm_up_model)
+
+
+def _say_ready(worker: Any) -> None:
+    sites = allocator.ready(worker.device)
+    bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
+    stats = None if allocator.pool is None else allocator.pool.stats()
+    logger.info(
+        "safealloc: rank %s: serves %d of %d NVFP4 scale sites a step, in %d captured batch sizes; %s; bypassed: %s",
+        getattr(worker, "rank", 0),
+        sites.served,
+        sites.served + sum(sites.bypassed.values()),
+        sites.steps,
+        "no pool yet"
+        if stats is None
+        else f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks",
+        bypassed or "none",
+    )
+
+
+def _load(patches: Patches, module: ModuleType, name: str) -> None:
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def process_weights_after_loading(model: Any, model_config: Any, target_device: Any) -> Any:
+        allocator.loading += 1
+        try:
+            return original(model, model_config, target_device)
+        finally:
+            allocator.loading -= 1
+
+    patches.rebind(original, process_weights_after_loading, name)
+
+
+def _linear(patches: Patches, module: ModuleType, name: str) -> None:
+    from safealloc.integrations.vllm import kernel
+
+    kernel.add(patches, module)
+
+
+def _method(module: ModuleType, name: str) -> tuple[Any, str]:
+    class_name, _, method = name.partition(".")
+    return getattr(module, class_name), method
+
+
+def _tell(patches: Patches, attribute: str, original: Any) -> None:
+    """Let the allocator know vLLM's own function, until it is restored."""
+    before = getattr(allocator, attribute)
+    setattr(allocator, attribute, original)
+    patches.undo_by(lambda: setattr(allocator, attribute, before))
+
+
+def _guarded(function: Callable[..., None], *given: Any) -> None:
+    """A worker starts whatever happens to us."""
+    try:
+        function(*given)
+    except Exception as error:
+        if strict():
+            raise
+        logger.error("safealloc: %s: %s", type(error).__name__, error)
+
+
+HOOKS: dict[targets.Target, Hook] = {
+    targets.SCALES: _scale_tensor,
+    targets.OUTPUTS: _output_tensors,
+    targets.QUANTIZE_8X4: _quantize_8x4,
+    targets.MM: _mm,
+    targets.MM_OP: _mm_op,
+    targets.FUSED_ACT_QUANT: _fused_act_quant,
+    targets.ATTENTION_FUSION: _attention_fusion,
+    targets.MLA_FUSION: _attention_fusion,
+    targets.PROFILE: _profile,
+    targets.WARM_UP: _warm_up,
+    targets.LOAD: _load,
+    targets.LINEAR: _linear,
+}
+"""By target; the compile-cache key is the plugin's."""

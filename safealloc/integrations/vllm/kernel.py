@@ -1,0 +1,109 @@
+"""vLLM's NVFP4 W4A4 linear layers through :func:`safealloc.nvfp4_linear`."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safealloc import optional
+from safealloc.backends import GEMMS, Call
+from safealloc.integrations.vllm.allocator import allocator, logger
+from safealloc.integrations.vllm.patches import Patches
+from safealloc.layout import SfLayout
+from safealloc.linear import nvfp4_linear
+
+NAME = "SafeallocNvFp4LinearKernel"
+_TRTLLM_TILE = 128  # rows of the weight that trtllm's kernels want shuffled together
+
+
+def wanted() -> bool:
+    """Whether ``SAFEALLOC_LINEAR=1`` asks for the kernel before all others."""
+    return os.environ.get("SAFEALLOC_LINEAR", "0") == "1"
+
+
+def refusal(capability: int | None) -> str | None:
+    """Why the kernel cannot run on a compute capability (10 * major + minor; ``None`` is the current device's)."""
+    if capability is None:
+        if not torch.cuda.is_available():
+            return "it needs a CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    if capability >= 100 and optional.missing("flashinfer") is None:
+        return None
+    if reason := optional.missing("triton"):
+        return f"its Triton path needs Triton, and {reason}"
+    if capability < 89:
+        return f"float8_e4m3 needs compute capability 8.9, this is {capability / 10}"
+    return None
+
+
+def make(base: type) -> type:
+    """The kernel's class, a subclass of vLLM's ``NvFp4LinearKernel``."""
+
+    class SafeallocNvFp4LinearKernel(base):  # type: ignore[misc]
+        """Quantise and multiply as one op, whose scales lie in pool buffers.
+
+        On compute capability 10.0 and up, with FlashInfer: its trtllm GEMM, 8x4 up to 32 rows. Elsewhere, from 8.9 on, our
+        Triton GEMM, which is there to validate NVFP4 on GPUs that have no FP4 arithmetic: correct, not fast.
+        """
+
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            reason = refusal(compute_capability)
+            return reason is None, reason
+
+        @classmethod
+        def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            device = layer.weight.device
+            self.backend = _backend(device)
+            scales = SfLayout.layout_128x4.swizzle(layer.weight_scale.data.view(torch.uint8))
+            weight = layer.weight.data.contiguous()
+            if self.backend == "trtllm":
+                flashinfer = optional.require("flashinfer")
+                weight = flashinfer.shuffle_matrix_a(weight, _TRTLLM_TILE)
+                rows = layer.weight_scale.data.view(torch.uint8)
+                scales = flashinfer.shuffle_matrix_sf_a(rows, _TRTLLM_TILE).reshape(scales.shape)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.weight_scale = nn.Parameter(scales, requires_grad=False)
+            allocator.linear_ks[layer] = 2 * weight.shape[1]
+
+        def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            y = nvfp4_linear(
+                x.contiguous(),
+                layer.weight,
+                layer.weight_scale,
+                layer.input_global_scale_inv,
+                layer.alpha,
+                out_dtype=x.dtype,
+                backend=self.backend,
+            )
+            return y if bias is None else y + bias
+
+    return SafeallocNvFp4LinearKernel
+
+
+def _backend(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "reference"
+    trtllm = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
+    if trtllm is None:
+        return "trtllm"
+    logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation: trtllm cannot run, %s", trtllm)
+    return "triton"
+
+
+def add(patches: Patches, module: ModuleType) -> None:
+    """Put the kernel in vLLM's registry: first if it is asked for, else last, where "auto" does not come to it."""
+    from vllm.platforms.interface import PlatformEnum
+
+    kernels: list[type] = module._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CUDA, [])
+    kernel = make(module.NvFp4LinearKernel)
+    kernels.insert(0 if wanted() else len(kernels), kernel)
+    patches.undo_by(lambda: kernels.remove(kernel))

@@ -1,0 +1,121 @@
+"""Replacing names in modules of somebody else, now or when they are imported, and putting every original back."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+Action = Callable[[ModuleType], None]
+
+
+class Patches:
+    """What was replaced, and how to undo it. One at a time may wait for imports."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._waiting = _WaitingForImports()
+        self._undo: list[Callable[[], None]] = []
+
+    def when_imported(self, module: str, action: Action) -> None:
+        """Call ``action`` with a module: now if it is imported, else right after it is."""
+        with self._lock:
+            imported = sys.modules.get(module)
+            # A module that is being imported right now may lack what the action looks for.
+            if imported is not None and not getattr(getattr(imported, "__spec__", None), "_initializing", False):
+                action(imported)
+            else:
+                self._waiting.add(module, action)
+
+    def rebind(self, original: object, replacement: object, name: str) -> None:
+        """Replace an object by another under every name that some module has bound it to."""
+        with self._lock:
+            _rebind(original, replacement)
+            self._undo.append(lambda: _rebind(replacement, original))
+
+    def set(self, holder: Any, name: str, value: object) -> None:
+        """Set an attribute of a class."""
+        with self._lock:
+            own = name in vars(holder)
+            original = vars(holder).get(name)
+            setattr(holder, name, value)
+            self._undo.append(lambda: setattr(holder, name, original) if own else delattr(holder, name))
+
+    def undo_by(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` at :meth:`restore`."""
+        with self._lock:
+            self._undo.append(undo)
+
+    def restore(self) -> None:
+        """Put back every original, last replaced first, and wait for no import any more."""
+        with self._lock:
+            self._waiting.stop()
+            while self._undo:
+                self._undo.pop()()
+
+
+def _rebind(original: object, replacement: object) -> None:
+    for module in list(sys.modules.values()):
+        bound = getattr(module, "__dict__", None)
+        if isinstance(bound, dict):
+            for name in [name for name, value in list(bound.items()) if value is original]:
+                bound[name] = replacement
+
+
+class _WaitingForImports(importlib.abc.MetaPathFinder):
+    """First on ``sys.meta_path`` while there is something to wait for; finds nothing itself."""
+
+    def __init__(self) -> None:
+        self._actions: dict[str, list[Action]] = {}
+
+    def add(self, module: str, action: Action) -> None:
+        self._actions.setdefault(module, []).append(action)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def stop(self) -> None:
+        self._actions.clear()
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in self._actions:
+            return None
+        finders = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target)) is not None), None)
+        if spec is not None and isinstance(spec.loader, importlib.abc.Loader):
+            spec.loader = _Loader(spec.loader, lambda module: self._imported(name, module))
+        return spec
+
+    def _imported(self, name: str, module: ModuleType) -> None:
+        for action in self._actions.pop(name, []):
+            action(module)
+        if not self._actions:
+            self.stop()
+
+
+class _Loader(importlib.abc.Loader):
+    """Another loader, and a call when it is done; afterwards the module has only known the other one."""
+
+    def __init__(self, loader: importlib.abc.Loader, done: Action) -> None:
+        self._loader = loader
+        self._done = done
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._done(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

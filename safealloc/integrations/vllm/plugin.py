@@ -1,0 +1,129 @@
+"""Registers the hooks with vLLM: the entry point of ``vllm.general_plugins``, and the same by hand."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from safealloc import __version__
+from safealloc.integrations.vllm import targets
+from safealloc.integrations.vllm.allocator import allocator, logger
+from safealloc.integrations.vllm.hooks import HOOKS
+from safealloc.integrations.vllm.kernel import wanted
+from safealloc.integrations.vllm.patches import Patches
+
+HOOKS_VERSION = 1
+"""Part of vLLM's compile-cache key: raise it when traced code comes out different."""
+
+CACHE_KEY = "SAFEALLOC_VLLM_HOOKS"
+_LOGGER = "vllm.logger"
+
+
+@dataclass
+class _Registration:
+    patches: Patches = field(default_factory=Patches)
+    hooked: tuple[str, ...] = ()
+
+
+_lock = threading.RLock()
+_registration: _Registration | None = None
+
+
+def load() -> None:
+    """The entry point, which vLLM calls in each of its processes: :func:`register`, unless ``SAFEALLOC=0``."""
+    if enabled():
+        register()
+
+
+def enabled() -> bool:
+    """Whether ``SAFEALLOC`` leaves the plugin on."""
+    return os.environ.get("SAFEALLOC", "1") != "0"
+
+
+def registered() -> tuple[str, ...] | None:
+    """The hooks that are registered in this process, or ``None``."""
+    return None if _registration is None else _registration.hooked
+
+
+def register() -> None:
+    """Make the pool vLLM's scale allocator in this process; a second call changes nothing.
+
+    Functions that modules have bound already are replaced there too, modules that are not imported yet when they are. Never
+    raises, starts no CUDA, and makes no pool.
+    """
+    global _registration
+    with _lock:
+        if _registration is not None:
+            return
+        _registration = _Registration()
+        try:
+            _registration.hooked = _register(_registration.patches)
+        except Exception as error:  # vLLM calls plugins unguarded
+            logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
+            _unregister()
+
+
+def unregister() -> None:
+    """Put every original of vLLM back; a no-op where nothing is registered."""
+    with _lock:
+        if _registration is not None:
+            _unregister()
+            logger.info("safealloc: unregistered")
+
+
+def _unregister() -> None:
+    global _registration
+    assert _registration is not None
+    _registration.patches.restore()
+    _registration = None
+    allocator.reset()
+
+
+def _register(patches: Patches) -> tuple[str, ...]:
+    found = targets.installed()
+    if found is None:
+        raise ImportError("vLLM is not installed")
+    version, source = found
+    importlib.import_module(_LOGGER)  # sets up the handlers that the lines below are printed by
+    findings = targets.check(version, source)
+    hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
+    _add_cache_key(patches, findings)
+    for finding in findings:
+        hook = HOOKS.get(finding.target)
+        if finding.status == "hooked" and hook is not None:
+            patches.when_imported(finding.target.module, _Application(patches, finding))
+    allocator.enabled = True
+    logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(hooked))
+    left = [finding for finding in findings if finding.status in ("changed", "missing")]
+    if left:
+        reasons = "; ".join(f"{finding.target.name} ({finding.detail})" for finding in left)
+        logger.warning("safealloc: vLLM %s is left as it is at: %s", version, reasons)
+    return hooked
+
+
+class _Application:
+    """Replaces one target in its module; what goes wrong is said, and leaves that target to vLLM."""
+
+    def __init__(self, patches: Patches, finding: targets.Finding) -> None:
+        self.patches, self.finding = patches, finding
+
+    def __call__(self, module: ModuleType) -> None:
+        target, name = self.finding.target, self.finding.attribute
+        if not hasattr(module, name.partition(".")[0]):
+            return  # defined only where FlashInfer is installed
+        try:
+            HOOKS[target](self.patches, module, name)
+        except Exception as error:
+            logger.warning("safealloc: %s is left as it is: %s: %s", target.name, type(error).__name__, error)
+
+
+def _add_cache_key(patches: Patches, findings: list[targets.Finding]) -> None:
+    """Compiled code of a hooked vLLM and of a plain one must not be loaded by the other."""
+    key = ",".join([str(HOOKS_VERSION), *(finding.target.name for finding in findings if finding.status == "hooked")])
+    state = f"{key}{',first' if wanted() else ''}"
+    variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
+    variables[CACHE_KEY] = lambda: state
+    patches.undo_by(lambda: variables.pop(CACHE_KEY, None))

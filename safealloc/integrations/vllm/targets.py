@@ -1,0 +1,213 @@
+"""What of vLLM is hooked, and whether a given vLLM has it: by reading its sources, without importing them.
+
+One table serves the plugin, ``safealloc doctor`` and the check of every supported release. A function that is called with
+another signature than the table knows, or whose body is written anew here and has changed, is left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SUPPORTED = ("0.19.1", "0.33.0")
+"""The oldest and the newest vLLM whose sources the table was checked against."""
+
+Source = Callable[[str], str | None]
+"""The source of a module by its dotted name, or ``None``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One function, method or class of vLLM.
+
+    Attributes:
+        name: what the log and ``doctor`` call it.
+        module: where it is defined, by dotted name.
+        attributes: its name in the module, ``Class.method`` for a method; the first that is there is taken.
+        parameters: the lists of parameter names that the hook can stand in for; empty for a class.
+        since: the first release that has it: missing before is as it should be.
+        bodies: digests of the bodies that the hook writes anew; empty where it calls the original.
+    """
+
+    name: str
+    module: str
+    attributes: tuple[str, ...]
+    parameters: tuple[tuple[str, ...], ...] = ()
+    since: str = SUPPORTED[0]
+    bodies: frozenset[str] = frozenset()
+
+
+_CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
+_FUSION, _LINEAR = "vllm.compilation.passes.fusion", "vllm.model_executor.kernels.linear"
+_OUTPUTS = ("m", "n", "device", "is_sf_swizzled_layout")
+_MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backend")
+_MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
+_MXFP4 = ("block_size", "use_nvfp4")
+
+SCALES = Target("create_fp4_scale_tensor", _CUSTOM_OPS, ("create_fp4_scale_tensor",), (_OUTPUTS,))
+OUTPUTS = Target(
+    "create_fp4_output_tensors",
+    _CUSTOM_OPS,
+    ("create_fp4_output_tensors",),
+    (_OUTPUTS, (*_OUTPUTS, "padded_n")),
+    bodies=frozenset({"896762c244", "f9c7e982ed"}),
+)
+QUANTIZE_8X4 = Target(
+    "flashinfer_quant_nvfp4_8x4_sf_layout",
+    _FLASHINFER,
+    ("flashinfer_quant_nvfp4_8x4_sf_layout",),
+    (("a", "a_global_sf"),),
+)
+MM = Target("flashinfer_scaled_fp4_mm", _FLASHINFER, ("flashinfer_scaled_fp4_mm",), (_MM, (*_MM, *_MXFP4)))
+MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
+FUSED_ACT_QUANT = Target(
+    "fused_act_quant",
+    "vllm.model_executor.layers.fusion.fused_act_quant",
+    ("_silu_and_mul_nvfp4_dynamic",),
+    (("x", "linear"),),
+    since="0.29.0",
+    bodies=frozenset({"aaa7e71cc5", "d7cb240c5c"}),
+)
+ATTENTION_FUSION = Target(
+    "attention fusion",
+    f"{_FUSION}.attn_quant_fusion",
+    ("AttnQuantFusionPass", "AttnFusionPass"),
+)
+MLA_FUSION = Target("MLA fusion", f"{_FUSION}.mla_attn_quant_fusion", ("MLAAttnQuantFusionPass",), since="0.20.0")
+PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memory",), (("self",),))
+WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
+LOAD = Target(
+    "weights at load time",
+    "vllm.model_executor.model_loader.utils",
+    ("process_weights_after_loading",),
+    (("model", "model_config", "target_device"),),
+)
+CACHE_KEY = Target("compile-cache key", "vllm.envs", ("environment_variables",))
+LINEAR = Target("linear kernel", _LINEAR, ("_POSSIBLE_NVFP4_KERNELS",), since="0.20.0")
+
+TARGETS = (
+    SCALES,
+    OUTPUTS,
+    QUANTIZE_8X4,
+    MM,
+    MM_OP,
+    FUSED_ACT_QUANT,
+    ATTENTION_FUSION,
+    MLA_FUSION,
+    PROFILE,
+    WARM_UP,
+    LOAD,
+    CACHE_KEY,
+    LINEAR,
+)
+
+Status = Literal["hooked", "changed", "missing", "not yet there"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a vLLM has of a target.
+
+    Attributes:
+        target: the target.
+        status: "hooked" if the hook fits; "changed" or "missing" if vLLM's own path is left as it is; "not yet there" in
+            a release from before the target.
+        attribute: the name that was found, or "".
+        detail: why it is not hooked.
+    """
+
+    target: Target
+    status: Status
+    attribute: str = ""
+    detail: str = ""
+
+
+def installed() -> tuple[str, Source] | None:
+    """Version and sources of the installed vLLM, or ``None``; imports nothing."""
+    try:
+        version = importlib.metadata.version("vllm")
+        spec = importlib.util.find_spec("vllm")
+    except (importlib.metadata.PackageNotFoundError, ImportError, ValueError):
+        return None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    root = Path(spec.submodule_search_locations[0]).parent
+
+    def source(module: str) -> str | None:
+        path = root.joinpath(*module.split("."))
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+        return None
+
+    return version, source
+
+
+def check(version: str, source: Source) -> list[Finding]:
+    """What a vLLM has of each target."""
+    trees: dict[str, ast.Module | None] = {}
+    for module in {target.module for target in TARGETS}:
+        text = source(module)
+        trees[module] = None if text is None else ast.parse(text)
+    return [_check(target, version, trees[target.module]) for target in TARGETS]
+
+
+def own_allocation(source: Source) -> str | None:
+    """What vLLM's ``create_fp4_scale_tensor`` allocates with, ``"zeros"`` or ``"empty"``; ``None`` if it is not found."""
+    text = source(SCALES.module)
+    node = None if text is None else _find(ast.parse(text), SCALES.attributes[0])
+    if node is None:
+        return None
+    called = {call.func.attr for call in ast.walk(node) if isinstance(call, ast.Call) and hasattr(call.func, "attr")}
+    return "zeros" if "zeros" in called else "empty"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _check(target: Target, version: str, tree: ast.Module | None) -> Finding:
+    found = [(name, node) for name in target.attributes if (node := _find(tree, name)) is not None]
+    if not found:
+        if release(version) < release(target.since):
+            return Finding(target, "not yet there", detail=f"vLLM has it since {target.since}")
+        return Finding(target, "missing", detail=f"{target.module} has no {' or '.join(target.attributes)}")
+    attribute, node = found[0]
+    if target.parameters and isinstance(node, ast.FunctionDef):
+        given = tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+        if given not in target.parameters or node.args.vararg or node.args.kwarg:
+            return Finding(target, "changed", attribute, f"its parameters are ({', '.join(given)})")
+    if target.bodies and digest(node) not in target.bodies:
+        return Finding(target, "changed", attribute, f"its body is not one that is known ({digest(node)})")
+    return Finding(target, "hooked", attribute)
+
+
+def digest(node: ast.AST) -> str:
+    """Of a function's body, without its docstring and comments."""
+    body = list(getattr(node, "body", []))
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    text = "\n".join(ast.unparse(statement) for statement in body)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _find(tree: ast.AST | None, name: str) -> ast.AST | None:
+    """The definition of ``name`` or ``Class.method``, also below an ``if``."""
+    if tree is None:
+        return None
+    first, _, rest = name.partition(".")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == first:
+            return _find(ast.Module(node.body, []), rest) if rest else node
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not rest and any(isinstance(assigned, ast.Name) and assigned.id == first for assigned in targets):
+            return node
+    return None
