@@ -1,9 +1,11 @@
 """Keeps Inductor from handing a pool buffer to somebody else.
 
 Inductor plans the memory of a compiled graph itself: after the last use of an op's output it gives that memory to the next
-temporary of equal size and dtype, which for a pool buffer means stray bytes in padding that has to stay zero. A lowering
-that adds the output to ``never_reuse_buffers`` forbids it. Both are private to PyTorch (seen in 2.9 to 2.13), so the
-lowering is only there if they are; where they are not, tracing such an op is an error that names the op to use instead.
+temporary of equal size and dtype, or writes a temporary over it, which for a pool buffer means stray bytes in padding that
+has to stay zero. It leaves alone what aliases something, and frees it after its last use all the same. So a lowering lets
+the output alias itself. (``never_reuse_buffers`` would keep it until the compiled code returns, and the pool would need a
+buffer for each site instead of one for all.) This is private to PyTorch (seen in 2.9 to 2.14), so the lowering is only
+there if its parts are; where they are not, tracing such an op is an error that names the op to use instead.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ def forbid_reuse(op: torch._ops.OpOverload) -> None:
     """
     try:
         from torch._inductor import config, lowering
-        from torch._inductor.graph import GraphLowering
+        from torch._inductor.codegen.wrapper import FreeIfNotReusedLine
+        from torch._inductor.ir import FallbackKernel
+        from torch._inductor.scheduler import BaseSchedulerNode
         from torch._inductor.virtualized import V
 
         fallback = lowering.fallback_handler(op)
         register = lowering.register_lowering(op, type_promotion_kind=None)
-        if "never_reuse_buffers" not in GraphLowering.__init__.__code__.co_names:
-            raise AttributeError("GraphLowering has no never_reuse_buffers")
+        for function in (FreeIfNotReusedLine.plan, BaseSchedulerNode.decide_inplace_update):
+            if "get_inputs_that_alias_output" not in function.__code__.co_names:
+                raise AttributeError(f"{function.__qualname__} does not ask what aliases")
     except Exception as error:
         raise SafeAllocError(
             f"Inductor of torch {torch.__version__} cannot be told to leave a pool buffer alone ({error}): {_INSTEAD}"
@@ -47,7 +52,10 @@ def forbid_reuse(op: torch._ops.OpOverload) -> None:
             )
         outputs = fallback(*args, **kwargs)
         for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            V.graph.never_reuse_buffers.add(output.get_name())
+            kernel = output.data.data
+            kernel = kernel if isinstance(kernel, FallbackKernel) else kernel.inputs[0]
+            if kernel.get_name() not in kernel.alias_names:
+                kernel.alias_names.append(kernel.get_name())
         return outputs
 
     register(lower)

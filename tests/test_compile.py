@@ -17,7 +17,7 @@ import torch._inductor.lowering as lowering
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config
-from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -409,7 +409,15 @@ def quantize_then_temporary() -> tuple[Tensor, Tensor]:
     return first, total(temporary_after(first))
 
 
+def acquire_then_write_in_place() -> tuple[Tensor, Tensor]:
+    """The last use of a pool buffer is a pointwise kernel, whose result fits over it."""
+    first = ops.acquire(5, 64, 0, CPU)
+    seen = total(first)
+    return seen, total(first * 0 + NAN + (seen > 1e30).to(torch.uint8))
+
+
 CONSUMERS = [
+    pytest.param(acquire_then_write_in_place, ops.acquire.default, "safealloc.default_pool", id="in place"),
     pytest.param(acquire_then_temporary, ops.acquire.default, "safealloc.default_pool", id="acquire"),
     pytest.param(quantize_then_temporary, ops.nvfp4_quantize.default, "safealloc.quantize", id="nvfp4_quantize"),
 ]
@@ -442,6 +450,19 @@ def test_with_the_lowering_it_does_not(pool: ScalePool, consumer: Callable[[], T
     for _ in range(3):
         assert torch.equal(compiled()[1], FILLED)
     assert pool.verify() == 1
+
+
+def test_a_buffer_is_free_after_its_last_use(pool: ScalePool) -> None:
+    """Four sites of one shape in one compiled graph, as layers of a model, take one buffer in turn."""
+
+    def model(x: Tensor) -> Tensor:
+        for _ in range(4):
+            _, scales = nvfp4_quantize(x.to(torch.bfloat16), torch.ones(1), backend="reference")
+            x = x + total(scales)
+        return x
+
+    torch.compile(model, fullgraph=True)(torch.ones(5, 64))
+    assert pool.stats().buffers == 1
 
 
 def buffer_of(code: str) -> str:
@@ -533,13 +554,13 @@ def forgotten() -> Iterator[None]:
     forbid_reuse.cache_clear()
 
 
-@pytest.mark.parametrize("missing", ["fallback_handler", "register_lowering", "never_reuse_buffers"])
+@pytest.mark.parametrize("missing", ["fallback_handler", "register_lowering", "get_inputs_that_alias_output"])
 @pytest.mark.parametrize("model", [_escapes, _scales_escape], ids=["acquire", "nvfp4_quantize"])
 def test_without_the_private_api_tracing_is_an_error(
     monkeypatch: pytest.MonkeyPatch, forgotten: None, pool: ScalePool, missing: str, model: Callable[[Tensor], Any]
 ) -> None:
-    if missing == "never_reuse_buffers":
-        monkeypatch.setattr(GraphLowering, "__init__", lambda self: None)
+    if missing == "get_inputs_that_alias_output":
+        monkeypatch.setattr(BaseSchedulerNode, "decide_inplace_update", lambda self: None)
     else:
         monkeypatch.delattr(lowering, missing)
     message = r"cannot be told to leave a pool buffer alone[\s\S]*safealloc.nvfp4_linear"
