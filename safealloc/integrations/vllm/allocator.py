@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.default_pool import default_pool, empty_scales, library
 from safealloc.inductor import forbid_reuse
@@ -103,12 +104,13 @@ class Allocator:
         self.steps: Steps | None = None
         self.loading = 0  # loads under way
         self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by layer on our kernel
-        self._max_rows = max_rows_wanted() or sys.maxsize
         self.pool: ScalePool | None = None  # what it hands out from
-        self._seen: set[tuple[int, int | None, SfLayout]] = set()
-        self._counting = self._watching = self._said = self._failed = False
+        self._max_rows = max_rows_wanted() or sys.maxsize
+        self._starting = self._watching = self._failed = False
         self._misses = 0
-        self._passes: dict[int, tuple[Any, Counter[str | None]]] = {}
+        self._passes: dict[int, tuple[Any, Counter[str | None]]] = {}  # captured steps, by forward context
+        self._copies: Counter[tuple[int, SfLayout, int | None]] = Counter()  # reserved for each batch size
+        self._live: dict[tuple[int, SfLayout, int | None], list[StorageWeakRef]] = {}
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -119,23 +121,25 @@ class Allocator:
         bypassed = self._bypassed(m)
         if bypassed is None:
             try:
-                tensor = self._acquire(m, n, _128x4, device, padded_n).view(torch.int32)
+                pool = self._pool(device)
+                tensor = pool.acquire(m, n, _128x4, padded_k=padded_n).view(torch.int32)
+                if self._watching and pool.misses != self._misses:
+                    self._grew(pool, m, n, _128x4)
             except Exception as error:
                 bypassed = self._fail(error)
-            else:
-                if self._counting:
-                    self._count(None)
-                return tensor
-        if self._counting:
-            self._count(bypassed)
-        return self.scale_tensor(m, n if padded_n is None else padded_n, device, True)
+        if bypassed is not None:
+            tensor = self.scale_tensor(m, n if padded_n is None else padded_n, device, True)
+        if self._starting:
+            self._observe(n, _128x4, padded_n, tensor, bypassed)
+        return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """The same, zeroed at every step, for a producer that leaves real rows unwritten."""
-        if self._counting:
-            self._count(ATTENTION_FUSION)
         padded_rows, padded_cols = _128x4.padded_shape(m, n if padded_n is None else padded_n)
-        return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
+        tensor = torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
+        if self._starting:
+            self._observe(n, _128x4, padded_n, tensor, ATTENTION_FUSION)
+        return tensor
 
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
         """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
@@ -146,35 +150,19 @@ class Allocator:
         bypassed = self._bypassed(m)
         if bypassed is None:
             try:
-                pool = self._prepared(m, n, _8x4, a.device, None)
-                result = nvfp4_quantize(a.contiguous(), a_global_sf, layout=_8x4, pool=pool)
+                pool = self._pool(a.device)
+                data, tensor = nvfp4_quantize(a.contiguous(), a_global_sf, layout=_8x4, pool=pool)
+                if self._watching and pool.misses != self._misses:
+                    self._grew(pool, m, n, _8x4)
             except Exception as error:
                 bypassed = self._fail(error)
-            else:
-                if self._counting:
-                    self._count(None)
-                return result
-        if self._counting:
-            self._count(bypassed)
-        if self.quantize_8x4 is None:
-            raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
-        return self.quantize_8x4(a, a_global_sf)
-
-    def _acquire(self, m: int, n: int, layout: SfLayout, device: torch.device, padded_n: int | None) -> Tensor:
-        pool = self._prepared(m, n, layout, device, padded_n)
-        tensor = pool.acquire(m, n, layout, padded_k=padded_n)
-        if self._watching and pool.misses != self._misses:
-            self._grew(pool, f"{m} rows, k={n}, {layout.name}")
-        return tensor
-
-    def _prepared(self, m: int, n: int, layout: SfLayout, device: torch.device, padded_n: int | None) -> ScalePool:
-        pool = default_pool(device)
-        if pool is not self.pool:
-            pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
-            self.pool = pool
-        if (n, padded_n, layout) not in self._seen:
-            self._reserve(pool, n, layout, padded_n)
-        return pool
+        if bypassed is not None:
+            if self.quantize_8x4 is None:
+                raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
+            data, tensor = self.quantize_8x4(a, a_global_sf)
+        if self._starting:
+            self._observe(n, _8x4, None, tensor, bypassed)
+        return data, tensor
 
     def _bypassed(self, m: int) -> str | None:
         """Why a call is left to vLLM, or ``None``."""
@@ -198,22 +186,47 @@ class Allocator:
             )
         return POOL_ERROR
 
+    def _pool(self, device: torch.device) -> ScalePool:
+        pool = default_pool(device)
+        if pool is not self.pool:
+            pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
+            self.pool = pool
+        return pool
+
+    def _grew(self, pool: ScalePool, m: int, n: int, layout: SfLayout) -> None:
+        self._misses = pool.misses
+        if _workspace_locked():
+            self._watching = False
+            logger.warning(
+                "safealloc: the pool still grows after vLLM's warm-up, for %d rows, k=%d, %s; such shapes share a cache of "
+                "%d MiB",
+                m,
+                n,
+                layout.name,
+                pool.cache_bytes >> 20,
+            )
+
     # --- start-up -----------------------------------------------------------------------------------------------------
 
     def begin(self, vllm_config: Any, device: torch.device) -> None:
-        """Before vLLM measures memory: the configuration is known, and each shape is reserved when it is first seen."""
+        """Before vLLM measures memory: what it will capture is known, so each shape is reserved when it is first seen."""
         self.steps = Steps.of(vllm_config)
         self._max_rows = self.steps.max_rows
-        self._seen.clear()
         self._passes.clear()
-        self._counting = bool(self.steps.rows)
-        for k in set(self.linear_ks.values()):
-            self._prepared(0, k, _8x4, device, None)
-            self._prepared(0, k, _128x4, device, None)
+        self._live.clear()
+        self._copies.clear()
+        self._watching = False
+        self._starting = bool(self.steps.rows) and device.type == "cuda"
+        if self._starting:
+            self._pool(device)
+            for k in set(self.linear_ks.values()):
+                self._reserve(k, _8x4, None, 1)
+                self._reserve(k, _128x4, None, 1)
 
-    def ready(self, device: torch.device) -> Sites:
+    def ready(self) -> Sites:
         """After vLLM's last capture: what its graphs went through. From here on growth is said."""
-        self._counting = False
+        self._starting = False
+        self._live.clear()
         sites = Sites(steps=len(self._passes))
         for _, counts in self._passes.values():
             sites.served = max(sites.served, counts[None])
@@ -227,42 +240,38 @@ class Allocator:
             self._watching = True
         return sites
 
-    def _reserve(self, pool: ScalePool, n: int, layout: SfLayout, padded_n: int | None) -> None:
-        """A buffer for each batch size that vLLM will capture, at the first sight of a k."""
-        if self.steps is not None and self.steps.rows and pool.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return  # not seen in the warm-up
-            rows = self._rows(n, layout)
-            if rows:
-                pool.reserve(rows, n, layout, self.steps.copies, padded_k=padded_n)
-        self._seen.add((n, padded_n, layout))
+    def _observe(self, n: int, layout: SfLayout, padded_n: int | None, tensor: Tensor, bypassed: str | None) -> None:
+        """In the warm-up: see how many of a shape are held at once, and reserve as many for each captured batch size."""
+        if torch.cuda.is_current_stream_capturing():
+            self._count(bypassed)
+            return
+        site = n, layout, padded_n
+        live = [storage for storage in self._live.get(site, ()) if not storage.expired()]
+        live.append(StorageWeakRef(tensor.untyped_storage()))
+        self._live[site] = live
+        if bypassed in (None, ABOVE_MAX_ROWS) and len(live) > self._copies[site]:
+            self._copies[site] = len(live)
+            try:
+                self._reserve(n, layout, padded_n, len(live))
+            except Exception as error:
+                self._fail(error)
 
-    def _rows(self, n: int, layout: SfLayout) -> Iterable[int]:
+    def _reserve(self, n: int, layout: SfLayout, padded_n: int | None, copies: int) -> None:
         assert self.steps is not None
+        assert self.pool is not None
+        rows: Iterable[int] = self.steps.rows
         if layout is _8x4:
-            return [rows for rows in self.steps.rows if rows <= MAX_ROWS_8X4]
-        if n in self.linear_ks.values():  # up to there our own kernel takes 8x4
-            return [rows for rows in self.steps.rows if rows > MAX_ROWS_8X4]
-        return self.steps.rows
+            rows = [size for size in rows if size <= MAX_ROWS_8X4]
+        elif n in self.linear_ks.values():  # up to there our own kernel takes 8x4
+            rows = [size for size in rows if size > MAX_ROWS_8X4]
+        self.pool.reserve(rows, n, layout, copies * self.steps.copies, padded_k=padded_n)
 
     def _count(self, bypassed: str | None) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            context = _forward_context()
-            known = self._passes.get(id(context))
-            if known is None or known[0]() is not context:
-                known = self._passes[id(context)] = (_weak(context), Counter())
-            known[1][bypassed] += 1
-
-    def _grew(self, pool: ScalePool, shape: str) -> None:
-        self._misses = pool.misses
-        if self._said or not _workspace_locked():
-            return
-        self._said = True
-        logger.warning(
-            "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB",
-            shape,
-            pool.cache_bytes >> 20,
-        )
+        context = _forward_context()
+        known = self._passes.get(id(context))
+        if known is None or known[0]() is not context:
+            known = self._passes[id(context)] = (_weak(context), Counter())
+        known[1][bypassed] += 1
 
 
 def strict() -> bool:

@@ -221,7 +221,7 @@ def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _say_ready(worker: Any) -> None:
-    sites = allocator.ready(worker.device)
+    sites = allocator.ready()
     bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
     stats = None if allocator.pool is None else allocator.pool.stats()
     logger.info(

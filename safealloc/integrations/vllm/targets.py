@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,7 +57,7 @@ OUTPUTS = Target(
     _CUSTOM_OPS,
     ("create_fp4_output_tensors",),
     (_OUTPUTS, (*_OUTPUTS, "padded_n")),
-    bodies=frozenset({"896762c244", "f9c7e982ed"}),
+    bodies=frozenset({"5dba6d0e8a", "11093bc733"}),
 )
 QUANTIZE_8X4 = Target(
     "flashinfer_quant_nvfp4_8x4_sf_layout",
@@ -72,8 +72,8 @@ FUSED_ACT_QUANT = Target(
     "vllm.model_executor.layers.fusion.fused_act_quant",
     ("_silu_and_mul_nvfp4_dynamic",),
     (("x", "linear"),),
-    since="0.29.0",
-    bodies=frozenset({"aaa7e71cc5", "d7cb240c5c"}),
+    since="0.30.0",
+    bodies=frozenset({"9d01b31984", "342effc3cf"}),
 )
 ATTENTION_FUSION = Target(
     "attention fusion",
@@ -152,21 +152,30 @@ def installed() -> tuple[str, Source] | None:
 
 def check(version: str, source: Source) -> list[Finding]:
     """What a vLLM has of each target."""
-    trees: dict[str, ast.Module | None] = {}
-    for module in {target.module for target in TARGETS}:
-        text = source(module)
-        trees[module] = None if text is None else ast.parse(text)
+    trees = {module: _parsed(source, module) for module in {target.module for target in TARGETS}}
     return [_check(target, version, trees[target.module]) for target in TARGETS]
 
 
 def own_allocation(source: Source) -> str | None:
     """What vLLM's ``create_fp4_scale_tensor`` allocates with, ``"zeros"`` or ``"empty"``; ``None`` if it is not found."""
-    text = source(SCALES.module)
-    node = None if text is None else _find(ast.parse(text), SCALES.attributes[0])
+    node = _find(_parsed(source, SCALES.module), SCALES.attributes[0])
     if node is None:
         return None
     called = {call.func.attr for call in ast.walk(node) if isinstance(call, ast.Call) and hasattr(call.func, "attr")}
     return "zeros" if "zeros" in called else "empty"
+
+
+def kernel_zeroes_padding(source: Source) -> bool | None:
+    """Whether vLLM says, in ``create_fp4_scale_tensor``, that its quantisation kernel zeroes padding (vLLM's PR 53568).
+
+    The kernel itself is compiled. ``None`` if the function is not found.
+    """
+    node = _find(_parsed(source, SCALES.module), SCALES.attributes[0])
+    if node is None:
+        return None
+    text = ast.get_source_segment(source(SCALES.module) or "", node) or ""
+    words = re.sub(r"[\s#]+", " ", text)
+    return re.search(r"kernel (explicitly )?zeroes (every|all|the) padd", words) is not None
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -174,40 +183,105 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-def _check(target: Target, version: str, tree: ast.Module | None) -> Finding:
+def _parsed(source: Source, module: str) -> ast.Module | str | None:
+    """The tree of a module, or why there is none; ``None`` where vLLM has no such module."""
+    try:
+        text = source(module)
+        return None if text is None else ast.parse(text)
+    except (OSError, SyntaxError, ValueError) as error:  # ValueError: it is not UTF-8
+        return f"the source of {module} cannot be read: {type(error).__name__}: {error}"
+
+
+def _check(target: Target, version: str, tree: ast.Module | str | None) -> Finding:
+    if isinstance(tree, str):
+        return Finding(target, "changed", detail=tree)
     found = [(name, node) for name in target.attributes if (node := _find(tree, name)) is not None]
     if not found:
         if release(version) < release(target.since):
             return Finding(target, "not yet there", detail=f"vLLM has it since {target.since}")
         return Finding(target, "missing", detail=f"{target.module} has no {' or '.join(target.attributes)}")
     attribute, node = found[0]
-    if target.parameters and isinstance(node, ast.FunctionDef):
-        given = tuple(argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-        if given not in target.parameters or node.args.vararg or node.args.kwarg:
+    if target.parameters:
+        if not isinstance(node, ast.FunctionDef):
+            return Finding(target, "changed", attribute, "it is no function")
+        given = _parameters(node.args)
+        if given not in target.parameters:
             return Finding(target, "changed", attribute, f"its parameters are ({', '.join(given)})")
     if target.bodies and digest(node) not in target.bodies:
         return Finding(target, "changed", attribute, f"its body is not one that is known ({digest(node)})")
     return Finding(target, "hooked", attribute)
 
 
+def _parameters(given: ast.arguments) -> tuple[str, ...]:
+    """Names, with a ``*`` before those that are taken by keyword only."""
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args)]
+    if given.vararg or given.kwonlyargs:
+        names.append(f"*{given.vararg.arg if given.vararg else ''}")
+    names += [argument.arg for argument in given.kwonlyargs]
+    return (*names, f"**{given.kwarg.arg}") if given.kwarg else tuple(names)
+
+
 def digest(node: ast.AST) -> str:
-    """Of a function's body, without its docstring and comments."""
+    """Of a function's body, without its docstring and comments; the same under every Python."""
     body = list(getattr(node, "body", []))
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]
-    text = "\n".join(ast.unparse(statement) for statement in body)
+    text = "\n".join(_structure(statement) for statement in body)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _find(tree: ast.AST | None, name: str) -> ast.AST | None:
-    """The definition of ``name`` or ``Class.method``, also below an ``if``."""
-    if tree is None:
+def _structure(value: object) -> str:
+    """A syntax tree as text. What ``ast.unparse`` and ``ast.dump`` write depends on Python's version.
+
+    Fields that are empty are left out, since a newer Python may have added them, and so is what says nothing about meaning.
+    Python 3.12 splits the text of an f-string otherwise than 3.11.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(_structure, value))}]"
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = {name: field for name, field in ast.iter_fields(value) if name not in ("ctx", "kind", "type_comment")}
+    if isinstance(value, ast.JoinedStr):
+        fields["values"] = _joined(value.values)
+    given = (f"{name}={_structure(field)}" for name, field in fields.items() if field is not None and field != [])
+    none = "value=None" if isinstance(value, ast.Constant) and value.value is None else ""
+    return f"{type(value).__name__}({', '.join(given)}{none})"
+
+
+def _joined(parts: list[ast.expr]) -> list[str | ast.expr]:
+    joined: list[str | ast.expr] = []
+    for part in parts:
+        text = str(part.value) if isinstance(part, ast.Constant) else None
+        if text is None:
+            joined.append(part)
+        elif joined and isinstance(joined[-1], str):
+            joined[-1] += text
+        elif text:
+            joined.append(text)
+    return joined
+
+
+def _find(tree: ast.Module | str | None, name: str) -> ast.stmt | None:
+    """The definition of ``name`` or ``Class.method``, also below an ``if``, but none inside another function or class."""
+    if not isinstance(tree, ast.Module):
         return None
     first, _, rest = name.partition(".")
-    for node in ast.walk(tree):
+    for node in _statements(tree.body):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == first:
             return _find(ast.Module(node.body, []), rest) if rest else node
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if not rest and any(isinstance(assigned, ast.Name) and assigned.id == first for assigned in targets):
             return node
     return None
+
+
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Of a module or class, with what stands below ``if``, ``try`` and ``with``."""
+    for node in body:
+        yield node
+        if isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from _statements(node.body)
+        if isinstance(node, ast.Try):
+            yield from _statements([statement for handler in node.handlers for statement in handler.body])
+        if isinstance(node, (ast.If, ast.Try)):
+            yield from _statements(node.orelse)

@@ -1,0 +1,254 @@
+"""One run of the real vLLM engine: ``python engine_program.py REQUEST.json RESULT.json``.
+
+The model is a small NVFP4 Llama with random weights, made on the spot. 2832 = 177 blocks of 16, so that the down
+projection has padding columns, and vLLM pads its k. The plugin is loaded by vLLM, through its entry point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+import torch
+import vllm_stand_ins
+
+DEFAULTS = {
+    "mode": 3,
+    "cudagraph_mode": "FULL_AND_PIECEWISE",
+    "sizes": [1, 2, 4, 8, 16, 32],
+    "batches": [3],
+    "tokens": 16,
+    "control": None,  # "empty": torch.empty, as vLLM 0.22.1 allocates
+    "linear": "cutlass",  # or "safealloc", whose plugin brings it
+    "simple": False,  # stand-ins that need no safealloc
+    "adversary": False,
+    "corrupt": False,
+    "sleep": [],
+    "layers": 4,
+    "hidden": 1024,
+    "intermediate": 2832,
+    "engine": {},
+}
+
+
+def model_folder(request: dict) -> str:
+    folder = tempfile.mkdtemp()
+    hidden = request["hidden"]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": request["intermediate"],
+        "num_hidden_layers": request["layers"],
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": max(1, hidden // 512),
+        "head_dim": 128,
+        "vocab_size": 2048,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "NVFP4",
+            "group_size": 16,
+            "ignore": ["lm_head"],
+        },
+    }
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def prepare(request: dict) -> None:
+    """Stand-in ops, weights that are filled, and the kernel that the request asks for."""
+    import vllm._custom_ops as ops
+    import vllm.model_executor.kernels.linear as linear
+    from vllm.model_executor.kernels.linear.nvfp4.cutlass import CutlassNvFp4LinearKernel
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4LinearMethod
+    from vllm.platforms import current_platform
+
+    vllm_stand_ins.install(simple=request["simple"])
+    original = ModelOptNvFp4LinearMethod.process_weights_after_loading
+
+    def process_weights_after_loading(self, layer):
+        kernel_process = self.kernel.process_weights_after_loading
+
+        def filled(layer):
+            vllm_stand_ins.fill_weights(layer)
+            kernel_process(layer)
+
+        self.kernel.process_weights_after_loading = filled
+        layer.input_scale.data.fill_(1.0)
+        layer.weight_scale_2.data.fill_(1.0)
+        original(self, layer)
+
+    ModelOptNvFp4LinearMethod.process_weights_after_loading = process_weights_after_loading
+    if request["linear"] == "cutlass":
+
+        class StandInKernel(CutlassNvFp4LinearKernel):
+            @classmethod
+            def is_supported(cls, compute_capability=None):
+                return True, None
+
+        linear._POSSIBLE_NVFP4_KERNELS[current_platform._enum].insert(0, StandInKernel)
+    if request["control"] == "empty":
+
+        def create_fp4_scale_tensor(m, n, device, is_sf_swizzled_layout):
+            columns = -(-(n // 16) // 4)
+            return torch.empty((-(-m // 128) * 128, columns), dtype=torch.int32, device=device)
+
+        ops.create_fp4_scale_tensor = create_fp4_scale_tensor
+
+
+def dirty_free_memory() -> None:
+    blocks = [
+        torch.full((nbytes,), 0x7F, dtype=torch.uint8, device="cuda")
+        for nbytes in (512, 1024, 2048, 4096, 1 << 13, 1 << 14, 1 << 16, 1 << 20, 2 << 20, 20 << 20)
+        for _ in range(8)
+    ]
+    del blocks
+
+
+class Engine:
+    def __init__(self, request: dict) -> None:
+        from vllm import LLM, SamplingParams
+        from vllm.v1.worker.gpu_worker import Worker
+
+        self.request = request
+        self.sampling = SamplingParams(max_tokens=request["tokens"], ignore_eos=True, detokenize=False, temperature=0)
+        compilation = {"mode": request["mode"], "cudagraph_mode": request["cudagraph_mode"]}
+        if request["cudagraph_mode"] != "NONE":
+            compilation["cudagraph_capture_sizes"] = request["sizes"]
+        engine = {"gpu_memory_utilization": 0.1, "max_model_len": 2048, "max_num_seqs": 32} | request["engine"]
+        if request["adversary"]:
+            execute = Worker.execute_model
+
+            def execute_model(self, *given, **named):
+                dirty_free_memory()
+                return execute(self, *given, **named)
+
+            Worker.execute_model = execute_model
+        started = time.monotonic()
+        self.llm = LLM(
+            model=model_folder(request),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            attention_backend="TRITON_ATTN",
+            compilation_config=compilation,
+            **engine,
+        )
+        self.seconds = time.monotonic() - started
+
+    def generate(self) -> list[list[list[int]]]:
+        generator = torch.Generator().manual_seed(0)
+        answers = []
+        for batch in self.request["batches"]:
+            lengths = torch.randint(1, 60, (batch,), generator=generator).tolist()
+            prompts = [
+                {"prompt_token_ids": torch.randint(3, 2048, (length,), generator=generator).tolist()}
+                for length in lengths
+            ]
+            outputs = self.llm.generate(prompts, self.sampling, use_tqdm=False)
+            answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        return answers
+
+    def weights(self) -> list[torch.Tensor]:
+        model = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        return [*model.parameters(), *model.buffers()]
+
+
+def digest(answers: list) -> str:
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+
+
+def run(request: dict) -> dict:
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(f"{record.levelname} {record.getMessage()}")
+
+    prepare(request)
+    log = logging.getLogger("vllm.safealloc")  # after the import of vLLM, which sets up logging anew
+    log.addHandler(Collect())
+    log.setLevel(logging.INFO)
+    hook_calls = [0]
+    if importlib.util.find_spec("safealloc") is not None:
+        from safealloc.integrations.vllm.allocator import allocator
+
+        def count(function):
+            def counted(*given):
+                hook_calls[0] += 1
+                return function(*given)
+
+            return counted
+
+        allocator.scales = count(allocator.scales)
+    engine = Engine(request)
+    answers = engine.generate()
+    flat = [token for batch in answers for tokens in batch for token in tokens]
+    result = {
+        "seconds to start": round(engine.seconds, 1),
+        "tokens": digest(answers),
+        "generated": len(flat),
+        "distinct": len(set(flat)),
+        "hook calls": hook_calls[0],
+        "said": said,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+    }
+    if request["simple"]:
+        return result
+    from safealloc import PaddingCorruptionError, default_pool
+
+    pool = default_pool("cuda:0")
+    result["stats"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
+    result["verified"] = pool.verify()
+    result["addresses"] = sorted(pool._inventory.by_address)
+    for level in request["sleep"]:
+        saved = [weight.detach().cpu() for weight in engine.weights()]
+        engine.llm.sleep(level=level)
+        dirty_free_memory()
+        asleep = torch.cuda.memory_allocated()
+        engine.llm.wake_up()
+        if level == 2:
+            for weight, copy in zip(engine.weights(), saved, strict=True):
+                weight.data.copy_(copy)
+        result[f"tokens after sleep level {level}"] = digest(engine.generate())
+        result[f"verified after sleep level {level}"] = pool.verify()
+        result[f"same addresses after sleep level {level}"] = result["addresses"] == sorted(pool._inventory.by_address)
+        result[f"bytes allocated in sleep level {level}"] = asleep
+    if request["corrupt"]:
+        for spec, base in [(buffer.spec, buffer.base) for buffer in pool._inventory.by_address.values()]:
+            mask = spec.layout.padding_mask(spec.rows, spec.k, "cuda", padded_k=spec.padded_k)
+            base.view(-1)[mask] = 0x7F
+        result["tokens with NaN in the padding"] = digest(engine.generate())
+        try:
+            pool.verify()
+            result["verify names it"] = False
+        except PaddingCorruptionError:
+            result["verify names it"] = True
+        pool.verify(repair=True)
+        result["tokens after repair"] = digest(engine.generate())
+    result["stats at the end"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
+    return result
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(run(DEFAULTS | given), indent=1))

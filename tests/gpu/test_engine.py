@@ -1,0 +1,178 @@
+"""The real vLLM engine with the plugin, on a GPU: each run is a process of its own (engine_program.py)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm_engine
+
+HERE = Path(__file__).parent
+SHARED_GPU = {"engine": {"kv_cache_memory_bytes": 2 << 30}}  # several engines at once cannot measure free memory
+MIXED = {"batches": [1, 3, 8, 16, 4], "tokens": 16}  # 512 tokens
+EAGER = {"mode": 0, "cudagraph_mode": "NONE"}
+FULL = {"mode": 3, "cudagraph_mode": "FULL"}
+PIECEWISE = {"mode": 3, "cudagraph_mode": "PIECEWISE"}
+OFF = {"SAFEALLOC": "0"}
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "eager, vLLM's own": (EAGER | MIXED, OFF),
+    "eager, pool": (EAGER | MIXED | {"adversary": True, "corrupt": True}, {}),
+    "eager, torch.empty": (EAGER | MIXED | {"adversary": True, "control": "empty"}, OFF),
+    "FULL, vLLM's own": (FULL | MIXED, OFF),
+    "FULL, pool": (FULL | MIXED | {"adversary": True, "corrupt": True}, {}),
+    "PIECEWISE, vLLM's own": (PIECEWISE | MIXED, OFF),
+    "PIECEWISE, pool": (PIECEWISE | MIXED | {"adversary": True, "corrupt": True}, {}),
+    "both, sleep": (MIXED | {"sleep": [1, 2], "engine": {"enable_sleep_mode": True} | SHARED_GPU["engine"]}, {}),
+    "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
+    "our kernel, eager": (EAGER | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
+}
+CACHE = {**FULL, "simple": True, "sizes": [1, 2, 4], "layers": 2, "batches": [2], "tokens": 4}
+
+
+def start(
+    request: dict[str, Any], environment: dict[str, str], folder: Path, *, installed: bool = True
+) -> dict[str, Any]:
+    """Run the program; its result, or what it printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    question, answer = folder / "request.json", folder / "result.json"
+    answer.unlink(missing_ok=True)
+    question.write_text(json.dumps(request))
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if not installed:
+        paths = [path for path in paths if not list(Path(path or ".").glob("safealloc*"))]
+    settings = {"VLLM_CACHE_ROOT": str(folder / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "2", "SAFEALLOC_STRICT": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine_program.py"), str(question), str(answer)],
+        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    result = json.loads(answer.read_text()) if answer.exists() else {}
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    return result | {"exit": done.returncode, "printed": (done.stdout + done.stderr)[-6000:]}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    """All runs that can share the GPU, at once; beside them the runs that share one cache folder, one after the other."""
+    folder = Path(os.environ.get("SAFEALLOC_ENGINE_FOLDER") or tempfile.mkdtemp())
+
+    def cached() -> list[dict[str, Any]]:
+        cache = {"VLLM_CACHE_ROOT": str(folder / "one cache")}
+        states = [("off", OFF, True), ("on", {}, True), ("off", OFF, True), ("on", {}, True), ("gone", {}, False)]
+        return [
+            start(CACHE | SHARED_GPU, cache | environment, folder / f"cache {number} {name}", installed=installed)
+            for number, (name, environment, installed) in enumerate(states)
+        ]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        caches = executor.submit(cached)
+        served = executor.submit(serve, folder)
+        runs = {
+            name: executor.submit(start, SHARED_GPU | request, environment, folder / name)
+            for name, (request, environment) in RUNS.items()
+        }
+        found: dict[str, Any] = {name: run.result() for name, run in runs.items()}
+        found["cache"], found["served"] = caches.result(), served.result()
+    # Alone on the GPU, since vLLM measures what is free.
+    found["0.95"] = start(FULL | {"batches": [4], "engine": {"gpu_memory_utilization": 0.95}}, {}, folder / "0.95")
+    (folder / "results.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def serve(folder: Path) -> dict[str, Any]:
+    """As ``vllm serve`` runs it: the engine in a process of its own, into which vLLM loads the plugin, and our kernel."""
+    request = FULL | SHARED_GPU | {"linear": "safealloc", "simple": True, "batches": [2]}
+    return start(request, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "SAFEALLOC_LINEAR": "1"}, folder / "served")
+
+
+@pytest.mark.parametrize("name", [*RUNS, "0.95", "served"])
+def test_starts_and_generates(results, name):
+    assert results[name]["exit"] == 0, results[name]["printed"]
+    assert results[name]["generated"] > 0
+    if name != "served":  # whose weights are whatever was there
+        assert results[name]["distinct"] > 1
+
+
+@pytest.mark.parametrize("mode", ["eager", "FULL", "PIECEWISE"])
+def test_tokens_are_those_of_vllms_own_zeros(results, mode):
+    """Under an adversary that writes NaN bytes into all free memory before each step."""
+    assert results[f"{mode}, pool"]["generated"] == 512
+    assert results[f"{mode}, pool"]["tokens"] == results[f"{mode}, vLLM's own"]["tokens"]
+
+
+def test_tokens_depend_on_the_padding(results):
+    """The same adversary spoils them where the buffers come from torch.empty, as in vLLM 0.22.1."""
+    assert results["eager, torch.empty"]["tokens"] != results["eager, vLLM's own"]["tokens"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "FULL", "PIECEWISE"])
+def test_corruption_is_seen_named_and_healed(results, mode):
+    run = results[f"{mode}, pool"]
+    assert run["tokens with NaN in the padding"] != run["tokens"]
+    assert run["verify names it"]
+    assert run["tokens after repair"] == run["tokens"]
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_every_site_of_a_captured_step_is_served(results, mode):
+    """Four linears a layer and four layers; buffers of the warm-up, and nothing zeroed in a graph."""
+    run = results[f"{mode}, pool"]
+    (line,) = [line for line in run["said"] if "sites a step" in line]
+    assert "rank 0: serves 16 of 16 NVFP4 scale sites a step" in line
+    assert "bypassed: none" in line
+    assert run["stats"]["capture_fallbacks"] == 0
+    assert run["stats"]["captured"] > 0
+    assert run["verified"] >= run["stats"]["captured"]
+
+
+def test_nothing_else_is_said(results):
+    for name in ("FULL, pool", "PIECEWISE, pool", "eager, pool"):
+        assert [line for line in results[name]["said"] if line.startswith(("WARNING", "ERROR"))] == []
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_neither_loses_nor_moves_a_buffer(results, level):
+    run = results["both, sleep"]
+    assert run[f"same addresses after sleep level {level}"]
+    assert run[f"tokens after sleep level {level}"] == run["tokens"]
+    assert run[f"verified after sleep level {level}"] == run["verified"]
+
+
+def test_a_shared_cache_folder_follows_the_state(results):
+    """Off, on, off, on, and then without the package: a cache of one state is never loaded in another."""
+    off, on, off_again, on_again, gone = results["cache"]
+    for run in results["cache"]:
+        assert run["exit"] == 0, run["printed"]
+    assert on["hook calls"] > 0
+    assert on_again["hook calls"] == on["hook calls"]
+    assert off["hook calls"] == off_again["hook calls"] == gone["hook calls"] == 0
+    assert len({run["tokens"] for run in results["cache"]}) == 1
+
+
+def test_starts_with_nearly_all_memory(results):
+    assert results["0.95"]["stats"]["capture_fallbacks"] == 0
+
+
+def test_our_linear_kernel(results):
+    """In graphs and without; every layer counts as a site."""
+    for name in ("our kernel", "our kernel, eager"):
+        assert results[name]["stats"]["capture_fallbacks"] == 0
+        assert results[name]["verified"] > 0
+    (line,) = [line for line in results["our kernel"]["said"] if "sites a step" in line]
+    assert "serves 16 of 16" in line
+
+
+def test_the_plugin_works_in_an_engine_process(results):
+    assert "safealloc: rank 0: serves 16 of 16" in results["served"]["printed"]
