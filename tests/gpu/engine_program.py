@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -172,6 +173,27 @@ class Engine:
         return [*model.parameters(), *model.buffers()]
 
 
+def generated_code() -> dict[str, int]:
+    """What Inductor made of the scale buffers: quantisations, those that write a pool buffer, and buffers used for more."""
+    found = {"quantisations": 0, "into a pool buffer": 0, "reused": 0}
+    for file in Path(os.environ["VLLM_CACHE_ROOT"]).rglob("*.py"):
+        text = file.read_text(errors="replace")
+        if "safealloc.vllm_scales" not in text:
+            continue
+        ours: set[str] = set()
+        for line in text.splitlines():
+            if made := re.match(r"\s*(\w+) = torch\.ops\.safealloc\.vllm_scales\.default\(", line):
+                ours.add(made[1])
+            elif (alias := re.match(r"\s*(\w+) = (\w+)(\[0\])?$", line)) and alias[2] in ours:
+                ours.add(alias[1])
+            elif "# reuse" in line and ours & set(re.findall(r"\w+", line)):
+                found["reused"] += 1
+            elif re.search(r"torch\.ops\._C\.(scaled_fp4_quant\.out|silu_and_mul_nvfp4_quant\.default)\(", line):
+                found["quantisations"] += 1
+                found["into a pool buffer"] += bool(ours & set(re.findall(r"\w+", line)))
+    return found
+
+
 def digest(answers: list) -> str:
     return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
 
@@ -212,6 +234,8 @@ def run(request: dict) -> dict:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
     }
+    if request["mode"] == 3 and os.environ.get("SAFEALLOC") != "0":
+        result["generated code"] = generated_code()
     if request["simple"]:
         return result
     from safealloc import PaddingCorruptionError, default_pool

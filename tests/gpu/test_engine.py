@@ -130,11 +130,20 @@ def test_every_site_of_a_captured_step_is_served(results, mode):
     """Four linears a layer and four layers; buffers of the warm-up, and nothing zeroed in a graph."""
     run = results[f"{mode}, pool"]
     (line,) = [line for line in run["said"] if "sites a step" in line]
-    assert "rank 0: serves 16 of 16 NVFP4 scale sites a step" in line
+    assert "rank 0: serves 16 of 16 NVFP4 scale sites a step, in 6 captured batch sizes" in line
     assert "bypassed: none" in line
     assert run["stats"]["capture_fallbacks"] == 0
-    assert run["stats"]["captured"] > 0
+    assert run["stats"]["captured"] == 12  # two shapes a batch size: layers take turns
     assert run["verified"] >= run["stats"]["captured"]
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_inductor_leaves_the_buffers_alone(results, mode):
+    """Each quantisation in the generated code writes a buffer of its own from the pool: not cloned, merged or reused."""
+    code = results[f"{mode}, pool"]["generated code"]
+    assert code["quantisations"] > 0
+    assert code["into a pool buffer"] == code["quantisations"]
+    assert code["reused"] == 0
 
 
 def test_nothing_else_is_said(results):

@@ -108,7 +108,8 @@ class Allocator:
         self._max_rows = max_rows_wanted() or sys.maxsize
         self._starting = self._watching = self._failed = False
         self._misses = 0
-        self._passes: dict[int, tuple[Any, Counter[str | None]]] = {}  # captured steps, by forward context
+        self._passes: list[Counter[str | None]] = []  # captured steps: how often a site was served, or bypassed and why
+        self._pass_of: dict[int, tuple[Any, Counter[str | None]]] = {}  # by forward context
         self._copies: Counter[tuple[int, SfLayout, int | None]] = Counter()  # reserved for each batch size
         self._live: dict[tuple[int, SfLayout, int | None], list[StorageWeakRef]] = {}
 
@@ -213,6 +214,7 @@ class Allocator:
         self.steps = Steps.of(vllm_config)
         self._max_rows = self.steps.max_rows
         self._passes.clear()
+        self._pass_of.clear()
         self._live.clear()
         self._copies.clear()
         self._watching = False
@@ -228,12 +230,13 @@ class Allocator:
         self._starting = False
         self._live.clear()
         sites = Sites(steps=len(self._passes))
-        for _, counts in self._passes.values():
+        for counts in self._passes:
             sites.served = max(sites.served, counts[None])
             for reason, count in counts.items():
                 if reason is not None:
                     sites.bypassed[reason] = max(sites.bypassed[reason], count)
         self._passes.clear()
+        self._pass_of.clear()
         sites.served += len(self.linear_ks)
         if self.pool is not None:
             self._misses = self.pool.misses
@@ -268,9 +271,10 @@ class Allocator:
 
     def _count(self, bypassed: str | None) -> None:
         context = _forward_context()
-        known = self._passes.get(id(context))
+        known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
-            known = self._passes[id(context)] = (_weak(context), Counter())
+            known = self._pass_of[id(context)] = (_weak(context), Counter())
+            self._passes.append(known[1])
         known[1][bypassed] += 1
 
 

@@ -1,0 +1,268 @@
+"""Decode latency of the real vLLM engine with each scale allocator, side by side in one run.
+
+python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 4]
+
+One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
+our Triton quantiser and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
+nothing else; the last row is our linear kernel, quantisation and GEMM in one op. All engines are started first, then
+measured in turn, so that drift meets all of them. Needs vLLM and a GPU of compute capability 8.9 or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.progress
+import torch
+
+from safealloc.commands import report
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+
+BATCHES = [1, 4, 8, 16, 32]
+ALLOCATORS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "vLLM's own": ({}, {"SAFEALLOC": "0"}),
+    "torch.empty": ({"control": "empty"}, {"SAFEALLOC": "0"}),
+    "pool": ({}, {}),
+    "pool, our linear kernel": ({"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
+}
+MODEL = {"hidden": 4096, "intermediate": 14336, "layers": 32}
+TOKENS = (8, 72)  # a step is their difference
+REPLAYS = 30
+
+
+def main() -> None:
+    """Start the engines, measure in turn, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/vllm-decode.json")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=24, help="of random lengths, for the time to first token")
+    parser.add_argument("--layers", type=int, default=MODEL["layers"])
+    parser.add_argument("--child", type=int, metavar="FD", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        child(given.child)
+        return
+    report.check_writable(given.json)
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    report.write_json(given.json, measure(given.rounds, given.prompts, given.layers))
+    print(f"wrote {given.json}")
+
+
+def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
+    """Everything, as the JSON has it."""
+    engines = {name: Child(name, *setting, layers=layers) for name, setting in ALLOCATORS.items()}
+    facts = {name: engine.ask(None) for name, engine in engines.items()}
+    lengths = [random.Random(0).randint(33, 1900) for _ in range(prompts)]
+    times: dict[str, Any] = {name: {"tpot": {}, "replay": {}, "first_token": []} for name in engines}
+    jobs = [("tpot", batch) for batch in BATCHES for _ in range(rounds)]
+    jobs += [("first_token", length) for length in lengths]
+    jobs += [("replay", batch) for batch in BATCHES for _ in range(rounds)]  # last: they write the KV cache
+    for kind, what in rich.progress.track(jobs, description="vLLM decode"):
+        for name, engine in engines.items():
+            seconds = engine.ask({"kind": kind, "what": what})
+            if kind == "first_token":
+                times[name][kind].append(seconds)
+            else:
+                times[name][kind].setdefault(what, []).append(seconds)
+    for engine in engines.values():
+        engine.stop()
+    return {
+        "benchmark": "vllm_decode",
+        "versions": report.versions() | {"vllm": facts["pool"]["vllm"]},
+        "device": facts["pool"]["device"],
+        "model": MODEL | {"layers": layers},
+        "rounds": rounds,
+        "prompt_lengths": lengths,
+        "allocators": {
+            name: facts[name] | summary(times[name], times["vLLM's own"], times["torch.empty"]) for name in engines
+        },
+    }
+
+
+def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+    """Medians; ratios are medians of ratios within a round."""
+
+    def ratio(ours: list[float], theirs: list[float]) -> float:
+        return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 4)
+
+    batches = [
+        {
+            "batch": batch,
+            "tpot_us": round(1e6 * statistics.median(times["tpot"][batch]), 1),
+            "tpot_to_vllms_own": ratio(times["tpot"][batch], own["tpot"][batch]),
+            "replay_us": round(1e6 * statistics.median(times["replay"][batch]), 1),
+            "replay_to_vllms_own": ratio(times["replay"][batch], own["replay"][batch]),
+            "replay_over_empty_us": round(
+                1e6
+                * statistics.median(a - b for a, b in zip(times["replay"][batch], empty["replay"][batch], strict=True)),
+                1,
+            ),
+        }
+        for batch in BATCHES
+    ]
+    return {
+        "batches": batches,
+        "first_token_ms": round(1e3 * statistics.median(times["first_token"]), 3),
+        "first_token_to_vllms_own": ratio(times["first_token"], own["first_token"]),
+    }
+
+
+class Child:
+    """An engine in a process of its own, asked one thing at a time."""
+
+    def __init__(self, name: str, request: dict[str, Any], environment: dict[str, str], *, layers: int) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        answers, theirs = os.pipe()
+        request = {"name": name, **MODEL, "layers": layers, "sizes": BATCHES, "cudagraph_mode": "FULL", **request}
+        request["engine"] = {"kv_cache_memory_bytes": 4 << 30, "max_num_batched_tokens": 2048}
+        self.output = (self.folder / "output.txt").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--child", str(theirs)],
+            stdin=subprocess.PIPE,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            pass_fds=[theirs],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "VLLM_CACHE_ROOT": str(self.folder / "cache"),
+                "TORCHINDUCTOR_COMPILE_THREADS": "3",
+                **environment,
+            },
+        )
+        os.close(theirs)
+        self.answers = os.fdopen(answers)
+        self.tell(request)
+
+    def tell(self, question: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, question: Any) -> Any:
+        if question is not None:
+            self.tell(question)
+        answer = self.answers.readline()
+        if not answer:
+            self.output.close()
+            raise RuntimeError((self.folder / "output.txt").read_text()[-4000:])
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+# --- in the engine's process --------------------------------------------------------------------------------------------
+
+
+def child(descriptor: int) -> None:
+    """Answer the parent's questions until it closes the pipe."""
+    answers = os.fdopen(descriptor, "w")
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    import engine_program
+
+    request = engine_program.DEFAULTS | json.loads(sys.stdin.readline())
+    engine_program.prepare(request)
+    graphs = watch_captures()
+    torch.cuda.reset_peak_memory_stats()
+    engine = engine_program.Engine(request)
+    by_batch = dict(zip(sorted(BATCHES, reverse=True), graphs[-len(BATCHES) :], strict=True))
+    answer(facts(request, engine, by_batch))
+    for line in sys.stdin:
+        question = json.loads(line)
+        what = question["what"]
+        if question["kind"] == "tpot":
+            seconds = [generate(engine, [4] * what, tokens) for tokens in TOKENS]
+            answer((seconds[1] - seconds[0]) / (TOKENS[1] - TOKENS[0]))
+        elif question["kind"] == "first_token":
+            answer(generate(engine, [what], 1))
+        else:
+            answer(replay(by_batch[what]["graph"]))
+
+
+def watch_captures() -> list[dict[str, Any]]:
+    """Each graph that is captured from now on, and its nodes."""
+    from safealloc import captures
+    from safealloc.capture import _nodes
+
+    seen: list[dict[str, Any]] = []
+    leave = torch.cuda.graph.__exit__
+
+    def leave_and_note(self: Any, *given: Any) -> Any:
+        under_way = captures.under_way(torch.cuda.current_stream().cuda_stream)
+        nodes = None if under_way is None else _nodes(under_way)
+        result = leave(self, *given)
+        seen.append({"graph": self.cuda_graph, "nodes": nodes})
+        return result
+
+    torch.cuda.graph.__exit__ = leave_and_note
+    return seen
+
+
+def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, Any]) -> dict[str, Any]:
+    import vllm
+
+    found: dict[str, Any] = {
+        "vllm": vllm.__version__,
+        "device": torch.cuda.get_device_name(),
+        "graph_nodes": {batch: graph["nodes"] for batch, graph in by_batch.items()},
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+        "seconds_to_start": round(engine.seconds, 1),
+    }
+    if os.environ.get("SAFEALLOC") != "0":
+        from safealloc import default_pool
+
+        stats = default_pool("cuda:0").stats()
+        found["pool"] = {name: getattr(stats, name) for name in stats.__slots__}
+    return found
+
+
+def generate(engine: Any, lengths: list[int], tokens: int) -> float:
+    """Seconds to generate so many tokens for prompts of these lengths."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
+    numbers = random.Random(1)
+    prompts = [{"prompt_token_ids": [numbers.randint(3, 2000) for _ in range(length)]} for length in lengths]
+    engine.llm.reset_prefix_cache()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine.llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of GPU time a replay."""
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / REPLAYS
+
+
+if __name__ == "__main__":
+    main()
