@@ -484,6 +484,21 @@ class ScalePool:
             if self._capture() is None:
                 self._reclaim()
 
+    def held(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> int:
+        """How many buffers of a shape somebody holds now.
+
+        Args:
+            rows, k, layout, padded_k: as in :meth:`acquire`.
+        """
+        spec = ScaleSpec.checked(rows, k, layout, padded_k)
+        with self._lock:
+            return sum(buffer.held() for buffer in self._inventory.by_address.values() if buffer.spec == spec)
+
+    def captures(self) -> int:
+        """How many captures of living graphs were given buffers."""
+        with self._lock:
+            return sum(use.capture.alive for use in self._captures.values())
+
     def stats(self) -> PoolStats:
         """The pool's counters now."""
         with self._lock:

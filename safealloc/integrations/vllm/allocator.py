@@ -80,12 +80,12 @@ class Sites:
     """Allocation sites that captured steps went through.
 
     Attributes:
-        steps: captured steps, so one a batch size.
+        captures: CUDA graphs that hold pool buffers; several a batch size where vLLM splits its model.
         served: sites a step that the pool serves.
         bypassed: sites a step that vLLM serves, by reason.
     """
 
-    steps: int = 0
+    captures: int = 0
     served: int = 0
     bypassed: Counter[str] = field(default_factory=Counter)
 
@@ -131,7 +131,7 @@ class Allocator:
         if bypassed is not None:
             tensor = self.scale_tensor(m, n if padded_n is None else padded_n, device, True)
         if self._starting:
-            self._observe(n, _128x4, padded_n, tensor, bypassed)
+            self._observe(m, n, _128x4, padded_n, tensor, bypassed)
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
@@ -139,7 +139,7 @@ class Allocator:
         padded_rows, padded_cols = _128x4.padded_shape(m, n if padded_n is None else padded_n)
         tensor = torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
         if self._starting:
-            self._observe(n, _128x4, padded_n, tensor, ATTENTION_FUSION)
+            self._observe(m, n, _128x4, padded_n, tensor, ATTENTION_FUSION)
         return tensor
 
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class Allocator:
                 raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
             data, tensor = self.quantize_8x4(a, a_global_sf)
         if self._starting:
-            self._observe(n, _8x4, None, tensor, bypassed)
+            self._observe(m, n, _8x4, None, tensor, bypassed)
         return data, tensor
 
     def _bypassed(self, m: int) -> str | None:
@@ -229,7 +229,7 @@ class Allocator:
         """After vLLM's last capture: what its graphs went through. From here on growth is said."""
         self._starting = False
         self._live.clear()
-        sites = Sites(steps=len(self._passes))
+        sites = Sites(captures=0 if self.pool is None else self.pool.captures())
         for counts in self._passes:
             sites.served = max(sites.served, counts[None])
             for reason, count in counts.items():
@@ -238,24 +238,34 @@ class Allocator:
         self._passes.clear()
         self._pass_of.clear()
         sites.served += len(self.linear_ks)
-        if self.pool is not None:
+        if (
+            self.pool is not None and self.steps is not None and self.steps.rows
+        ):  # without graphs, batches come as they come
             self._misses = self.pool.misses
             self._watching = True
         return sites
 
-    def _observe(self, n: int, layout: SfLayout, padded_n: int | None, tensor: Tensor, bypassed: str | None) -> None:
+    def _observe(
+        self, m: int, n: int, layout: SfLayout, padded_n: int | None, tensor: Tensor, bypassed: str | None
+    ) -> None:
         """In the warm-up: see how many of a shape are held at once, and reserve as many for each captured batch size."""
         if torch.cuda.is_current_stream_capturing():
             self._count(bypassed)
             return
         site = n, layout, padded_n
-        live = [storage for storage in self._live.get(site, ()) if not storage.expired()]
-        live.append(StorageWeakRef(tensor.untyped_storage()))
-        self._live[site] = live
-        if bypassed in (None, ABOVE_MAX_ROWS) and len(live) > self._copies[site]:
-            self._copies[site] = len(live)
+        if bypassed is None:
+            assert self.pool is not None
+            held = self.pool.held(m, n, layout, padded_k=padded_n)
+        elif bypassed == ABOVE_MAX_ROWS:  # vLLM's own tensor, whose storage goes with its last holder
+            live = [storage for storage in self._live.get(site, ()) if not storage.expired()]
+            self._live[site] = [*live, StorageWeakRef(tensor.untyped_storage())]
+            held = len(live) + 1
+        else:
+            return
+        if held > self._copies[site]:
+            self._copies[site] = held
             try:
-                self._reserve(n, layout, padded_n, len(live))
+                self._reserve(n, layout, padded_n, held)
             except Exception as error:
                 self._fail(error)
 

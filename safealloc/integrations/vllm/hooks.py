@@ -225,11 +225,11 @@ def _say_ready(worker: Any) -> None:
     bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
     stats = None if allocator.pool is None else allocator.pool.stats()
     logger.info(
-        "safealloc: rank %s: serves %d of %d NVFP4 scale sites a step, in %d captured batch sizes; %s; bypassed: %s",
+        "safealloc: rank %s: serves %d of %d NVFP4 scale sites a step, in %d captures; %s; bypassed: %s",
         getattr(worker, "rank", 0),
         sites.served,
         sites.served + sum(sites.bypassed.values()),
-        sites.steps,
+        sites.captures,
         "no pool yet"
         if stats is None
         else f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks",
