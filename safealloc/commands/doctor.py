@@ -19,7 +19,7 @@ from rich.console import Console
 
 from safealloc import ScalePool, __version__, capture, captures, optional
 from safealloc.backends import GEMMS, QUANTIZERS, Backend, Call, choose
-from safealloc.commands import report
+from safealloc.commands import doctor_vllm, report
 from safealloc.errors import SafeAllocError
 from safealloc.inductor import forbid_reuse
 from safealloc.layout import SfLayout
@@ -89,11 +89,13 @@ class Result:
         versions: of the packages and the driver.
         devices: the CPU and every CUDA device.
         inductor: why Inductor cannot be told to leave pool buffers alone, or ``None``.
+        vllm: which hooks would be registered with it, and the state of the plugin.
     """
 
     versions: Sequence[Finding]
     devices: Sequence[DeviceFinding]
     inductor: str | None
+    vllm: doctor_vllm.VllmFinding
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -101,6 +103,7 @@ class Result:
             "versions": {found.name: {"version": found.version, "reason": found.reason} for found in self.versions},
             "devices": [asdict(device) for device in self.devices],
             "inductor": self.inductor,
+            "vllm": asdict(self.vllm),
         }
 
 
@@ -115,7 +118,9 @@ def run(say: report.Say) -> Result:
         say("devices")
         found = [_device(device) for device in devices]
         say("Inductor")
-        return Result(versions, found, _inductor())
+        inductor = _inductor()
+        say("vLLM")
+        return Result(versions, found, inductor, doctor_vllm.look(optional.missing("vllm")))
 
 
 def show(result: Result, out: Console) -> None:
@@ -129,6 +134,7 @@ def show(result: Result, out: Console) -> None:
         headings = ("", "backend", "layouts", "auto", "why not")
         report.table(out, title, headings, (((kind, *_cells(found)), True) for kind, found in rows))
         out.print(f"Graph lifetimes on {device.device}: {device.graph_lifetimes or 'tracked by the CUDA driver'}.\n")
+    doctor_vllm.show(result.vllm, out)
     out.print(f"Inductor: {result.inductor or 'leaves pool buffers alone'}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -23,12 +24,11 @@ class Patches:
 
     def when_imported(self, module: str, action: Action) -> None:
         """Call ``action`` with a module: now if it is imported, else right after it is."""
-        with self._lock:
-            imported = sys.modules.get(module)
-            # A module that is being imported right now may lack what the action looks for.
-            if imported is not None and not getattr(getattr(imported, "__spec__", None), "_initializing", False):
-                action(imported)
-            else:
+        imported = sys.modules.get(module)
+        if imported is not None and not _under_way(imported):
+            action(imported)  # without the lock: it may import what another thread is importing
+        else:
+            with self._lock:
                 self._waiting.add(module, action)
 
     def rebind(self, original: object, replacement: object, name: str) -> None:
@@ -54,13 +54,21 @@ class Patches:
         """Put back every original, last replaced first, and wait for no import any more."""
         with self._lock:
             self._waiting.stop()
-            while self._undo:
-                self._undo.pop()()
+            with contextlib.ExitStack() as all_of_them:  # in reverse; one that fails keeps none from being called
+                while self._undo:
+                    all_of_them.callback(self._undo.pop(0))
+
+
+def _under_way(module: ModuleType) -> bool:
+    """Whether a module is being imported right now, and may lack what an action looks for."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _rebind(original: object, replacement: object) -> None:
     for module in list(sys.modules.values()):
-        bound = getattr(module, "__dict__", None)
+        bound = None
+        with contextlib.suppress(AttributeError):  # getattr would load a module of importlib.util.LazyLoader
+            bound = object.__getattribute__(module, "__dict__")
         if isinstance(bound, dict):
             for name in [name for name, value in list(bound.items()) if value is original]:
                 bound[name] = replacement
@@ -79,19 +87,27 @@ class _WaitingForImports(importlib.abc.MetaPathFinder):
 
     def stop(self) -> None:
         self._actions.clear()
-        if self in sys.meta_path:
+        with contextlib.suppress(ValueError):  # two threads may stop at once
             sys.meta_path.remove(self)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        self._catch_up()
         if name not in self._actions:
             return None
         finders = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
         spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target)) is not None), None)
-        if spec is not None and isinstance(spec.loader, importlib.abc.Loader):
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader, lambda module: self._imported(name, module))
         return spec
+
+    def _catch_up(self) -> None:
+        """A module whose import was under way when somebody began to wait for it is seen at the next import."""
+        for name in list(self._actions):
+            module = sys.modules.get(name)
+            if module is not None and not _under_way(module):
+                self._imported(name, module)
 
     def _imported(self, name: str, module: ModuleType) -> None:
         for action in self._actions.pop(name, []):

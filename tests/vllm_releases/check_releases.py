@@ -1,0 +1,335 @@
+"""Which hooks fit which vLLM release, by ``targets.check`` on the sources in its wheel; nothing is imported or installed.
+
+python tests/vllm_releases/check_releases.py [RELEASE ...] [--wheels DIR] [--json FILE] [--markdown]
+
+pip tells where a wheel is. Of the hundreds of megabytes in it only the few source files that are looked at are read, by
+HTTP range requests; of the wheels in ``--wheels DIR`` too nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import re
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from safealloc.integrations.vllm import targets
+
+RESULT = Path(__file__).with_name("hooks_by_release.json")
+PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(5, 45)), "manylinux2014_x86_64", "manylinux1_x86_64"]
+"""pip takes no tag that is not listed: 0.21.0 is for manylinux_2_24, which no other release is for."""
+
+_PYTHONS = ("3.12", "3.11", "3.13")
+_AT_ONCE = 4
+_TRIES = 4
+_CHUNK = 1 << 20
+
+
+class UnavailableError(Exception):
+    """A release that cannot be looked at, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What was found out about one release.
+
+    Attributes:
+        version: of vLLM.
+        wheel: its file name.
+        torch: the version that it requires.
+        allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
+        kernel_zeroes_padding: whether that function says that the quantisation kernel zeroes padding.
+        findings: one a target.
+        unavailable: why nothing was found out, or "".
+    """
+
+    version: str
+    wheel: str = ""
+    torch: str | None = None
+    allocation: str | None = None
+    kernel_zeroes_padding: bool | None = None
+    findings: Sequence[targets.Finding] = ()
+    unavailable: str = field(default="", kw_only=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.unavailable:
+            return {"unavailable": self.unavailable}
+        return {
+            "wheel": self.wheel,
+            "torch": self.torch,
+            "allocation": self.allocation,
+            "kernel_zeroes_padding": self.kernel_zeroes_padding,
+            "hooks": {found.target.name: found.status for found in self.findings},
+            "why_not": {found.target.name: found.detail for found in self.findings if found.detail},
+        }
+
+    @property
+    def unfit(self) -> bool:
+        """Whether a hook does not fit that should, or nobody knows."""
+        return bool(self.unavailable) or any(found.status in ("changed", "missing") for found in self.findings)
+
+
+class _Remote(io.RawIOBase):
+    """A file behind HTTP, read piece by piece."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url, self._at = url, 0
+        with _opened(urllib.request.Request(url, method="HEAD")) as answer:
+            self._size = int(answer.headers["Content-Length"])
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        span = {"Range": f"bytes={self._at}-{self._at + wanted - 1}"}
+        with _opened(urllib.request.Request(self._url, headers=span)) as answer:
+            if answer.status != 206:
+                raise UnavailableError("the package index does not serve parts of a file")
+            read: bytes = answer.read()
+        buffer[: len(read)] = read
+        self._at += len(read)
+        return len(read)
+
+
+def _opened(request: urllib.request.Request) -> Any:
+    """The answer; after an error that may pass, another try."""
+    for wait in range(_TRIES):
+        try:
+            return urllib.request.urlopen(request, timeout=60, context=_tls())
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                raise UnavailableError(f"the package index answers {error.code}") from None
+            last = f"the package index answers {error.code}"
+        except OSError as error:
+            last = f"the package index cannot be reached: {type(error).__name__}"
+        time.sleep(2**wait)
+    raise UnavailableError(last)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """With the certificates that pip is set up for."""
+    known = ssl.create_default_context()
+    certificates = _pip("config", "get", "global.cert").stdout.strip()
+    if certificates and Path(certificates).is_file():
+        known.load_verify_locations(certificates)
+    return known
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def published() -> list[str]:
+    """The releases from the oldest supported one on, oldest first, prereleases not among them."""
+    done = _pip("index", "versions", "vllm", "--python-version", _PYTHONS[0], "--only-binary=:all:", *_platforms())
+    listed = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
+    if listed is None:
+        raise SystemExit("pip lists no releases of vLLM: name them as arguments")
+    oldest = targets.release(targets.SUPPORTED[0])
+    found = {version.strip() for version in listed[1].split(",")}
+    return sorted((version for version in found if targets.release(version) >= oldest), key=targets.release)
+
+
+def _platforms() -> Iterator[str]:
+    for platform in PLATFORMS:
+        yield from ("--platform", platform)
+
+
+def _located(version: str) -> str:
+    """The address of a release's wheel."""
+    why = ""
+    for python in _PYTHONS:
+        done = _pip(
+            *("install", "--dry-run", "--quiet", "--report", "-", "--no-deps", "--ignore-installed"),
+            *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
+            *("--target", "there-is-no-such-directory", *_platforms(), f"vllm=={version}"),
+        )
+        if done.returncode == 0:
+            return str(json.loads(done.stdout)["install"][0]["download_info"]["url"])
+        why = why or f"pip finds no wheel for Linux on x86-64 and Python {', '.join(_PYTHONS)}"
+    raise UnavailableError(why)
+
+
+def from_index(version: str) -> Release:
+    """Look at a release where pip finds it."""
+    try:
+        address = urllib.parse.urlsplit(url := _located(version))
+        name = urllib.parse.unquote(address.path.rpartition("/")[2])
+        if address.scheme == "file":
+            return looked_at(name, Path(urllib.request.url2pathname(address.path)).open("rb"))
+        return looked_at(name, io.BufferedReader(_Remote(url), _CHUNK))
+    except (UnavailableError, zipfile.BadZipFile) as error:
+        return Release(version, unavailable=str(error))
+
+
+def from_file(path: Path) -> Release:
+    """Look at a wheel on this machine."""
+    try:
+        return looked_at(path.name, path.open("rb"))
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Release(path.name.split("-")[1], unavailable=f"{path.name}: {type(error).__name__}: {reason}")
+
+
+def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
+    """Check a wheel's sources.
+
+    Args:
+        name: the wheel's file name.
+        file: the wheel, which is closed afterwards.
+    """
+    with file, zipfile.ZipFile(file) as wheel:
+        members = set(wheel.namelist())
+
+        @functools.cache
+        def source(module: str) -> str | None:
+            path = module.replace(".", "/")
+            found = next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in members), None)
+            return None if found is None else wheel.read(found).decode()
+
+        version = name.split("-")[1]
+        metadata = wheel.read(f"vllm-{version}.dist-info/METADATA").decode()
+        torch = re.search(r"^Requires-Dist: torch ?\(?==([\w.+]+)", metadata, re.MULTILINE)
+        return Release(
+            version,
+            name,
+            None if torch is None else torch[1],
+            targets.own_allocation(source),
+            targets.kernel_zeroes_padding(source),
+            targets.check(version, source),
+        )
+
+
+def scan(what: Sequence[Any], look: Callable[[Any], Release]) -> list[Release]:
+    """Look at several releases at once, with a progress bar on standard error where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    out = Console(stderr=True)
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task("vLLM releases", total=len(what))
+
+        def looked(one: Any) -> Release:
+            found = look(one)
+            progress.update(task, advance=1, description=f"vLLM {found.version}")
+            return found
+
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return sorted(threads.map(looked, what), key=lambda found: targets.release(found.version))
+
+
+def as_json(found: Sequence[Release]) -> dict[str, Any]:
+    """The result as it is committed."""
+    return {
+        "command": "tests/vllm_releases/check_releases.py",
+        "supported": list(targets.SUPPORTED),
+        "targets": {target.name: _as_dict(target) for target in targets.TARGETS},
+        "releases": {release.version: release.as_dict() for release in found},
+    }
+
+
+def _as_dict(target: targets.Target) -> dict[str, Any]:
+    """What decides whether it fits, so that a change of the table shows that the result is of another one."""
+    return {
+        "module": target.module,
+        "attributes": list(target.attributes),
+        "parameters": [", ".join(names) for names in target.parameters],
+        "since": target.since,
+        "bodies": sorted(target.bodies),
+    }
+
+
+def markdown(found: Sequence[Release]) -> str:
+    """A table for the README; releases in a row that do not differ share a line."""
+    lines = ["| vLLM | torch | its own scale allocation | hooks that fit | left to vLLM |", "|---|---|---|---|---|"]
+    for cells, same in groupby(found, _cells):
+        versions = [release.version for release in same]
+        named = versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
+        lines.append(f"| {' | '.join((named, *cells))} |")
+    return "\n".join(lines)
+
+
+def _cells(release: Release) -> tuple[str, ...]:
+    if release.unavailable:
+        return ("?", "?", "?", release.unavailable)
+    kernel = "; its quantisation kernel zeroes padding" if release.kernel_zeroes_padding else ""
+    hooked = [found for found in release.findings if found.status == "hooked"]
+    left = [
+        f"{found.target.name}{', not yet there' if found.status == 'not yet there' else f': {found.status}, {found.detail}'}"
+        for found in release.findings
+        if found.status != "hooked"
+    ]
+    existing = [found for found in release.findings if found.status != "not yet there"]
+    return (
+        release.torch or "?",
+        f"`torch.{release.allocation}`{kernel}",
+        f"{len(hooked)} of {len(existing)}",
+        "; ".join(left).replace("|", "\\|") or "nothing",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scan, write, print; 1 if a hook does not fit or a release cannot be looked at."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "releases", nargs="*", metavar="RELEASE", help="(all that pip lists from the oldest supported one)"
+    )
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="look at the wheels of vLLM there instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write the result there; committed is {RESULT.name}")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    given = parser.parse_args(arguments)
+    if given.wheels is None:
+        found = scan(given.releases or published(), from_index)
+    else:
+        wheels = [wheel for wheel in sorted(given.wheels.glob("vllm-*.whl")) if _asked_for(wheel, given.releases)]
+        if not wheels:
+            parser.error(f"--wheels {given.wheels}: there is no such wheel of vLLM")
+        found = scan(wheels, from_file)
+    if given.json is not None:
+        given.json.write_text(json.dumps(as_json(found), indent=1) + "\n")
+    if given.markdown:
+        print(markdown(found))
+    else:
+        for release in found:
+            print(release.version, *_cells(release), sep="  ")
+    return int(any(release.unfit for release in found))
+
+
+def _asked_for(wheel: Path, releases: Sequence[str]) -> bool:
+    return not releases or wheel.name.split("-")[1] in releases
+
+
+if __name__ == "__main__":
+    sys.exit(main())
