@@ -1,6 +1,6 @@
 """Decode latency of the real vLLM engine with each scale allocator, side by side in one run.
 
-python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 4]
+python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
 
 One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
 our Triton quantiser and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
@@ -39,15 +39,14 @@ ALLOCATORS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 MODEL = {"hidden": 4096, "intermediate": 14336, "layers": 32}
 TOKENS = (8, 72)  # a step is their difference
-REPLAYS = 30
 
 
 def main() -> None:
     """Start the engines, measure in turn, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/vllm-decode.json")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=24, help="of random lengths, for the time to first token")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=20, help="of random lengths, for the time to first token")
     parser.add_argument("--layers", type=int, default=MODEL["layers"])
     parser.add_argument("--child", type=int, metavar="FD", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -65,18 +64,15 @@ def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
     """Everything, as the JSON has it."""
     engines = {name: Child(name, *setting, layers=layers) for name, setting in ALLOCATORS.items()}
     facts = {name: engine.ask(None) for name, engine in engines.items()}
-    lengths = [random.Random(0).randint(33, 1900) for _ in range(prompts)]
-    times: dict[str, Any] = {name: {"tpot": {}, "replay": {}, "first_token": []} for name in engines}
+    numbers = random.Random(0)
+    lengths = [numbers.randint(33, 1900) for _ in range(prompts)]
+    times: dict[str, Any] = {name: {"tpot": {}, "first_token": {}, "replay": {}} for name in engines}
     jobs = [("tpot", batch) for batch in BATCHES for _ in range(rounds)]
     jobs += [("first_token", length) for length in lengths]
     jobs += [("replay", batch) for batch in BATCHES for _ in range(rounds)]
     for kind, what in rich.progress.track(jobs, description="vLLM decode"):
         for name, engine in engines.items():
-            seconds = engine.ask({"kind": kind, "what": what})
-            if kind == "first_token":
-                times[name][kind].append(seconds)
-            else:
-                times[name][kind].setdefault(what, []).append(seconds)
+            times[name][kind].setdefault(what, []).append(engine.ask({"kind": kind, "what": what}))
     for engine in engines.values():
         engine.stop()
     return {
@@ -85,7 +81,7 @@ def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
         "device": facts["pool"]["device"],
         "model": MODEL | {"layers": layers},
         "rounds": rounds,
-        "prompt_lengths": lengths,
+        "seconds": times,
         "allocators": {
             name: facts[name] | summary(times[name], times["vLLM's own"], times["torch.empty"]) for name in engines
         },
@@ -113,10 +109,11 @@ def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -
         }
         for batch in BATCHES
     ]
+    ours, theirs = ([time for several in kept["first_token"].values() for time in several] for kept in (times, own))
     return {
         "batches": batches,
-        "first_token_ms": round(1e3 * statistics.median(times["first_token"]), 3),
-        "first_token_to_vllms_own": ratio(times["first_token"], own["first_token"]),
+        "first_token_ms": round(1e3 * statistics.median(ours), 3),
+        "first_token_to_vllms_own": ratio(ours, theirs),
     }
 
 
@@ -197,36 +194,37 @@ def child(descriptor: int) -> None:
         elif question["kind"] == "first_token":
             answer(generate(engine, [what], 1))
         else:
-            generate(engine, [4] * what, TOKENS[0])  # the graph finds what this batch's last step left
-            answer(replay(by_batch[what]["graph"]))
+            with Replays() as replays:
+                generate(engine, [4] * what, TOKENS[1])
+            answer(replays.seconds())
 
 
-def watch_captures() -> list[dict[str, Any]]:
-    """Each graph that is captured from now on, and its nodes."""
+def watch_captures() -> list[dict[str, int] | None]:
+    """The nodes of each graph that is captured from now on, by type."""
     from safealloc import captures
     from safealloc.capture import _nodes
 
-    seen: list[dict[str, Any]] = []
+    seen: list[dict[str, int] | None] = []
     leave = torch.cuda.graph.__exit__
 
     def leave_and_note(self: Any, *given: Any) -> Any:
         under_way = captures.under_way(torch.cuda.current_stream().cuda_stream)
         nodes = None if under_way is None else _nodes(under_way)
         result = leave(self, *given)
-        seen.append({"graph": self.cuda_graph, "nodes": nodes})
+        seen.append(nodes)
         return result
 
     torch.cuda.graph.__exit__ = leave_and_note
     return seen
 
 
-def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, Any]) -> dict[str, Any]:
+def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, dict[str, int] | None]) -> dict[str, Any]:
     import vllm
 
     found: dict[str, Any] = {
         "vllm": vllm.__version__,
         "device": torch.cuda.get_device_name(),
-        "graph_nodes": {batch: graph["nodes"] for batch, graph in by_batch.items()},
+        "graph_nodes": by_batch,
         "allocated_bytes": torch.cuda.memory_allocated(),
         "reserved_bytes": torch.cuda.memory_reserved(),
         "seconds_to_start": round(engine.seconds, 1),
@@ -253,16 +251,30 @@ def generate(engine: Any, lengths: list[int], tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of GPU time a replay."""
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / REPLAYS
+class Replays:
+    """GPU time of each graph that vLLM replays meanwhile, by events around it."""
+
+    def __enter__(self) -> Replays:
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.replay = replay = torch.cuda.CUDAGraph.replay
+
+        def timed(graph: torch.cuda.CUDAGraph) -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay(graph)
+            end.record()
+            self.events.append((start, end))
+
+        torch.cuda.CUDAGraph.replay = timed
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        torch.cuda.CUDAGraph.replay = self.replay
+
+    def seconds(self) -> float:
+        """The median; a decode step is one graph, and the first few are not decode steps."""
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in self.events[4:]) / 1e3
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ _128x4, _8x4 = SfLayout.layout_128x4, SfLayout.layout_8x4
 
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
 OUTSIDE_A_STEP = "weights at load time"
+NO_ROWS = "no rows"
 POOL_ERROR = "pool error"
 UNREGISTERED = "the plugin is not registered"
 ATTENTION_FUSION = "attention fusion, which leaves dead rows unwritten: zeroed at each step"
@@ -171,6 +172,8 @@ class Allocator:
             return UNREGISTERED
         if m > self._max_rows:
             return ABOVE_MAX_ROWS
+        if m < 1:  # a data-parallel rank without a token
+            return NO_ROWS
         if self.loading or (self.steps is not None and _forward_context() is None):
             return OUTSIDE_A_STEP
         return None

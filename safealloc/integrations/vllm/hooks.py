@@ -108,9 +108,8 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
         return kernel(*given, **named)
 
-    for device_type, kernel in kernels.items():
-        op.register_kernel(device_type)(functools.wraps(kernel)(functools.partial(checked, kernel)))
-        patches.undo_by(functools.partial(op.register_kernel(device_type), kernel))
+    op._backend_fns.update({device: functools.partial(checked, kernel) for device, kernel in kernels.items()})
+    patches.undo_by(lambda: op._backend_fns.update(kernels))
 
 
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
@@ -143,14 +142,14 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
     original = getattr(module, name)
 
     def _silu_and_mul_nvfp4_dynamic(x: Tensor, linear: Any) -> Any:
-        out_shape = (*x.shape[:-1], x.shape[-1] // 2)
+        out_shape = x.shape[:-1] + (x.shape[-1] // 2,)  # noqa: RUF005  a torch.Size, as vLLM's
         x_rows = x.reshape(-1, x.shape[-1])
         rows, k = x_rows.shape[0], out_shape[-1]
         data = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
         block_scale = scales(rows, k, x.device, None).view(torch.float8_e4m3fn)
         torch.ops._C.silu_and_mul_nvfp4_quant(data, block_scale, x_rows, linear.input_global_scale_inv)
         return module.QuantizedActivation(
-            data=data.view((*out_shape[:-1], k // 2)),
+            data=data.view(*out_shape[:-1], k // 2),
             scale=block_scale,
             orig_dtype=x.dtype,
             orig_shape=out_shape,
