@@ -162,7 +162,10 @@ class Child:
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 # --- in the engine's process --------------------------------------------------------------------------------------------

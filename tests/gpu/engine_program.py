@@ -40,11 +40,13 @@ DEFAULTS = {
     "hidden": 1024,
     "intermediate": 2832,
     "engine": {},
+    "folder": None,
 }
 
 
 def model_folder(request: dict) -> str:
-    folder = tempfile.mkdtemp()
+    folder = request["folder"] or tempfile.mkdtemp()  # part of vLLM's compile-cache key
+    os.makedirs(folder, exist_ok=True)
     hidden = request["hidden"]
     config = {
         "architectures": ["LlamaForCausalLM"],
