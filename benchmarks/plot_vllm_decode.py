@@ -20,7 +20,6 @@ COLOURS = {
     "vLLM's own": "#c8372d",
     "torch.empty": "#7a828c",
     "pool": "#1f8a5b",
-    "pool, our linear kernel": "#2f6db5",
 }
 LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}
 
@@ -52,10 +51,10 @@ def draw(result: dict[str, Any]) -> plt.Figure:
             "axes.spines.right": False,
         }
     )
-    allocators = result["allocators"]
+    allocators = {name: found for name, found in result["allocators"].items() if name in COLOURS}
     batches = [row["batch"] for row in allocators["pool"]["batches"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-    shown = [name for name in allocators if name not in ("torch.empty", "pool, our linear kernel")]
+    shown = [name for name in allocators if name != "torch.empty"]
     bars(left, batches, {name: values(allocators[name], "replay_over_empty_us") for name in shown})
     left.set_ylabel("GPU time a decode step over torch.empty (µs)")
     left.set_title("What the scale buffers cost a step", loc="left")
@@ -74,7 +73,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         fontsize=11,
     )
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in allocators]
-    figure.legend(handles, [LABELS.get(name, name) for name in allocators], ncol=4, loc="lower center", frameon=False)
+    figure.legend(handles, [LABELS.get(name, name) for name in allocators], ncol=3, loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
     return figure
 

@@ -4,8 +4,9 @@ python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.jso
 
 One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
 our Triton quantiser and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
-nothing else; the last row is our linear kernel, quantisation and GEMM in one op. All engines are started first, then
-measured in turn, so that drift meets all of them. Needs vLLM and a GPU of compute capability 8.9 or more.
+nothing else; the last row is our linear kernel, quantisation and GEMM in one op, which is no comparison of allocators: the
+stand-in for vLLM's fused SiLU is in plain torch. All engines are started first, then measured in turn, so that drift meets
+all of them. Needs vLLM and a GPU of compute capability 8.9 or more.
 """
 
 from __future__ import annotations

@@ -92,8 +92,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     doctor = subparsers.add_parser(
         "doctor",
-        help="what is installed, which backends run here, and why the others do not",
-        description="What is installed, which backends run on each device, and why the others do not.",
+        help="what is installed, which backends and vLLM hooks work here, and why the others do not",
+        description="What is installed, which backends run on each device, which hooks fit the installed vLLM, and why the "
+        "others do not.",
     )
     commands = {"repro": repro, "doctor": doctor}
     for command in commands.values():

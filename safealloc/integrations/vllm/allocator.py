@@ -220,10 +220,12 @@ class Allocator:
         self._pass_of.clear()
         self._live.clear()
         self._copies.clear()
-        self._watching = False
-        self._starting = bool(self.steps.rows) and device.type == "cuda"
+        self._watching = self._starting = False
+        if device.type != "cuda":
+            return
+        self._pool(device)
+        self._starting = bool(self.steps.rows)
         if self._starting:
-            self._pool(device)
             for k in set(self.linear_ks.values()):
                 self._reserve(k, _8x4, None, 1)
                 self._reserve(k, _128x4, None, 1)

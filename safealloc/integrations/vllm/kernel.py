@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 from typing import Any
@@ -89,7 +90,9 @@ def make(base: type) -> type:
     return SafeallocNvFp4LinearKernel
 
 
+@functools.cache
 def _backend(device: torch.device) -> str:
+    """What the layers on a device run on; says so once where that is not what one would serve with."""
     if device.type != "cuda":
         return "reference"
     trtllm = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
