@@ -10,13 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-PANEL, INK, GRID = "#f6f7f9", "#20252b", "#d5d9df"  # a light panel of its own, readable on white and on dark pages
-RED, ORANGE, GREEN, GREY = "#c8372d", "#e08a1e", "#1f8a5b", "#7a828c"
+from figure import GREEN, GREY, GRID, INK, ORANGE, PANEL, RED, style
 
 
 def main() -> None:
@@ -34,19 +29,7 @@ def main() -> None:
 
 def draw(result: dict[str, Any]) -> plt.Figure:
     """The figure: rows with NaN on the left, wrong numbers that zeroing leaves on the right."""
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.facecolor": "white",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
+    style()
     published = [row for row in result["published"] if row["backend"] == "trtllm"]
     ours = [row for row in result["safealloc"] if row["section"] == "published" and row["backend"] == "trtllm"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9))

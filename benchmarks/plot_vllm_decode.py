@@ -10,16 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from figure import GREEN, GREY, GRID, INK, PANEL, RED, style
 
-PANEL, INK, GRID = "#f6f7f9", "#20252b", "#d5d9df"  # a light panel of its own, readable on white and on dark pages
 COLOURS = {
-    "vLLM's own": "#c8372d",
-    "torch.empty": "#7a828c",
-    "pool": "#1f8a5b",
+    "vLLM's own": RED,
+    "torch.empty": GREY,
+    "pool": GREEN,
 }
 LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}
 
@@ -38,19 +35,7 @@ def main() -> None:
 
 def draw(result: dict[str, Any]) -> plt.Figure:
     """GPU time a step that the allocator adds to torch.empty, and time per output token relative to vLLM's own."""
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.facecolor": "white",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
+    style()
     allocators = {name: found for name, found in result["allocators"].items() if name in COLOURS}
     batches = [row["batch"] for row in allocators["pool"]["batches"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
