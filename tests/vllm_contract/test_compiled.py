@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -33,8 +34,9 @@ from torch._inductor.utils import run_and_get_code
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from safealloc import LayoutMismatchError, ScalePool, ScaleSpec
+from safealloc import LayoutMismatchError, SafeAllocError, ScalePool, ScaleSpec
 from safealloc.integrations import vllm as integration
+from safealloc.integrations.vllm import ops as our_ops
 from safealloc.integrations.vllm.allocator import allocator
 
 N, K = 24, 80
@@ -323,6 +325,32 @@ def test_compiled_before_it_was_unregistered(pool: ScalePool) -> None:
         integration.unregister()
         assert torch.equal(compiled(activation(5, K)), expected)
     assert mm_calls[-1].spec is None
+
+
+def test_an_inductor_that_cannot_be_told_gets_vllms_own_memory(
+    pool: ScalePool, plugin: None, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PyTorch without the private parts: vLLM starts all the same, and eager code has the pool."""
+
+    def refuse(op: object) -> None:
+        raise SafeAllocError("it has changed")
+
+    monkeypatch.setattr(our_ops, "forbid_reuse", refuse)
+    our_ops._distrust.cache_clear()
+    try:
+        kernel, layer = kernel_and_layer("cutlass", N, K)
+        with padding_is_written(), torch.inference_mode():
+            expected = kernel.apply_weights(layer, activation(5, K))
+            asked = pool.stats().misses
+            compiled = torch.compile(lambda x: kernel.apply_weights(layer, x), fullgraph=True)
+            for _ in range(2):
+                assert torch.equal(compiled(activation(5, K)), expected)
+        assert pool.stats().misses == asked == 1
+        assert pool.stats().hits == 0
+        (error,) = [record for record in log if record.levelno >= logging.WARNING]
+        assert "vLLM allocates by itself in compiled code: it has changed" in error.getMessage()
+    finally:
+        our_ops._distrust.cache_clear()
 
 
 def test_without_the_plugin_nothing_of_ours_is_traced(pool: ScalePool) -> None:

@@ -1,4 +1,4 @@
-"""Which of vLLM's calls get a pool buffer, and the opaque ops through which compiled code asks.
+"""Which of vLLM's calls get a pool buffer.
 
 A call is answered at run time, since compiled code serves all batch sizes: with a pool buffer for a step that a CUDA graph
 may hold, with vLLM's own allocation for everything else.
@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safealloc.default_pool import default_pool, empty_scales, library
-from safealloc.inductor import forbid_reuse
-from safealloc.layout import SfLayout
+from safealloc.default_pool import default_pool
+from safealloc.layout import BLOCK_SIZE, SfLayout
 from safealloc.linear import MAX_ROWS_8X4
 from safealloc.pool import ScalePool
 from safealloc.quantize import nvfp4_quantize
@@ -30,7 +28,6 @@ from safealloc.quantize import nvfp4_quantize
 # Below vLLM's logger, whose handlers and level a user has set up; one of our own would print nothing.
 logger = logging.getLogger("vllm.safealloc")
 
-_is_compiling = torch.compiler.is_compiling
 _128x4, _8x4 = SfLayout.layout_128x4, SfLayout.layout_8x4
 
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
@@ -38,6 +35,7 @@ OUTSIDE_A_STEP = "weights at load time"
 NO_ROWS = "no rows"
 POOL_ERROR = "pool error"
 UNREGISTERED = "the plugin is not registered"
+INDUCTOR = "Inductor cannot be told to leave a pool buffer alone"
 ATTENTION_FUSION = "attention fusion, which leaves dead rows unwritten: zeroed at each step"
 
 
@@ -92,7 +90,13 @@ class Sites:
 
 
 class Allocator:
-    """One process's answers. What vLLM's own functions do is told by :meth:`originals`."""
+    """One process's answers.
+
+    Attributes:
+        scale_tensor, quantize_8x4: vLLM's own functions, which the hooks tell it.
+        enabled: whether the plugin is registered.
+        pool: what it hands out from, once it has.
+    """
 
     def __init__(self) -> None:
         self.scale_tensor: Callable[[int, int, torch.device, bool], Tensor] = _own_scale_tensor
@@ -116,11 +120,17 @@ class Allocator:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
-        """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``."""
+    def scales(self, m: int, n: int, device: torch.device, padded_n: int | None, bypassed: str | None = None) -> Tensor:
+        """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``.
+
+        Args:
+            m, n, device: vLLM's.
+            padded_n: the n of the GEMM, where vLLM pads it.
+            bypassed: why the call is left to vLLM, if the caller knows.
+        """
         if padded_n == n:
             padded_n = None
-        bypassed = self._bypassed(m)
+        bypassed = bypassed or self._bypassed(m)
         if bypassed is None:
             try:
                 pool = self._pool(device)
@@ -137,19 +147,18 @@ class Allocator:
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """The same, zeroed at every step, for a producer that leaves real rows unwritten."""
-        padded_rows, padded_cols = _128x4.padded_shape(m, n if padded_n is None else padded_n)
-        tensor = torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
+        tensor = _zeros(m, n if padded_n is None else padded_n, device)
         if self._starting:
             self._observe(m, n, _128x4, padded_n, tensor, ATTENTION_FUSION)
         return tensor
 
-    def quantized_8x4(self, a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
         """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
 
         FlashInfer's quantiser allocates by itself, so ours writes here.
         """
         m, n = a.shape
-        bypassed = self._bypassed(m)
+        bypassed = bypassed or self._bypassed(m)
         if bypassed is None:
             try:
                 pool = self._pool(a.device)
@@ -315,70 +324,15 @@ def _workspace_locked() -> bool:
     return manager is None or bool(manager.is_locked())
 
 
+def _zeros(m: int, n: int, device: torch.device) -> Tensor:
+    """int32 ``[rounded_m, rounded_n // 4]``."""
+    padded_rows, padded_cols = _128x4.round_up(m, n // BLOCK_SIZE)
+    return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
+
+
 def _own_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
-    """``create_fp4_scale_tensor`` where nothing is hooked: a compiled graph of a hooked run was loaded."""
-    return torch.zeros(_128x4.padded_shape(m, n), dtype=torch.uint8, device=device).view(torch.int32)
+    """``create_fp4_scale_tensor`` where nothing is hooked, and code that was compiled before still asks."""
+    return _zeros(m, n, device)
 
 
 allocator = Allocator()
-
-
-# --- what the hooks call: in traced code an opaque op, else the allocator ------------------------------------------------
-
-
-def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
-    """int32 ``[rounded_m, rounded_n // 4]`` in 128x4, from the pool where the pool serves the call."""
-    if _is_compiling() or active_fake_mode() is not None:
-        result: Tensor = torch.ops.safealloc.vllm_scales(m, n, device, padded_n)
-        return result
-    return allocator.scales(m, n, device, padded_n)
-
-
-def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    """NVFP4 data and 8x4 scales of ``a``."""
-    if _is_compiling() or active_fake_mode() is not None:
-        result: tuple[Tensor, Tensor] = torch.ops.safealloc.vllm_quantize_8x4(a, a_global_sf)
-        return result
-    return allocator.quantized_8x4(a, a_global_sf)
-
-
-_ALLOCATES = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)  # not to be folded or merged
-for _name in ("vllm_scales", "vllm_zero_scales"):
-    library.define(f"{_name}(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor", tags=_ALLOCATES)
-library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", tags=_ALLOCATES)
-
-
-def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return allocator.scales(m, n, device, padded_n)
-
-
-def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return allocator.zero_scales(m, n, device, padded_n)
-
-
-def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    return allocator.quantized_8x4(a, a_global_sf)
-
-
-def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    forbid_reuse(torch.ops.safealloc.vllm_scales.default)
-    return empty_scales(m, n, _128x4, device, padded_n).view(torch.int32)
-
-
-def _zero_scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return empty_scales(m, n, _128x4, device, padded_n).view(torch.int32)
-
-
-def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    forbid_reuse(torch.ops.safealloc.vllm_quantize_8x4.default)
-    m, n = a.shape
-    return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, _8x4, a.device)
-
-
-for _name, _real, _fake in (
-    ("vllm_scales", _scales_op, _scales_fake),
-    ("vllm_zero_scales", _zero_scales_op, _zero_scales_fake),
-    ("vllm_quantize_8x4", _quantize_8x4_op, _quantize_8x4_fake),
-):
-    library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"safealloc::{_name}", _fake, lib=library)

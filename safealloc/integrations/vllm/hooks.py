@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from safealloc.buffers import spec_of
 from safealloc.errors import LayoutMismatchError
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.allocator import allocator, logger, quantized_8x4, scales, strict
+from safealloc.integrations.vllm.allocator import allocator, logger, strict
+from safealloc.integrations.vllm.ops import quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
 from safealloc.linear import MAX_ROWS_8X4

@@ -1,0 +1,89 @@
+"""How vLLM's code asks the allocator: at once in eager code, through an opaque op in traced code.
+
+The ops allocate, so they are not to be folded or merged; they have vLLM's shapes and dtypes, so that its fusion passes match
+them as what they replace.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+
+from safealloc.default_pool import empty_scales, library
+from safealloc.errors import SafeAllocError
+from safealloc.inductor import forbid_reuse
+from safealloc.integrations.vllm.allocator import INDUCTOR, allocator, logger, strict
+from safealloc.layout import SfLayout
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
+    """int32 ``[rounded_m, rounded_n // 4]`` in 128x4, from the pool where the pool serves the call."""
+    if _is_compiling() or active_fake_mode() is not None:
+        result: Tensor = torch.ops.safealloc.vllm_scales(m, n, device, padded_n)
+        return result
+    return allocator.scales(m, n, device, padded_n)
+
+
+def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    """NVFP4 data of ``a``, uint8 ``[m, n // 2]``, and its 8x4 scales, uint8."""
+    if _is_compiling() or active_fake_mode() is not None:
+        result: tuple[Tensor, Tensor] = torch.ops.safealloc.vllm_quantize_8x4(a, a_global_sf)
+        return result
+    return allocator.quantized_8x4(a, a_global_sf)
+
+
+@functools.cache
+def _distrust() -> str | None:
+    """Why compiled code gets vLLM's own memory, with which Inductor may do as it likes, or ``None``."""
+    try:
+        forbid_reuse(torch.ops.safealloc.vllm_scales.default)
+        forbid_reuse(torch.ops.safealloc.vllm_quantize_8x4.default)
+    except SafeAllocError as error:
+        if strict():
+            raise
+        logger.error("safealloc: vLLM allocates by itself in compiled code: %s", error)
+        return INDUCTOR
+    return None
+
+
+_ALLOCATES = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+for _name in ("vllm_scales", "vllm_zero_scales"):
+    library.define(f"{_name}(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor", tags=_ALLOCATES)
+library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", tags=_ALLOCATES)
+
+
+def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return allocator.scales(m, n, device, padded_n, _distrust())
+
+
+def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return allocator.zero_scales(m, n, device, padded_n)
+
+
+def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    return allocator.quantized_8x4(a, a_global_sf, _distrust())
+
+
+def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    _distrust()
+    return empty_scales(m, n, SfLayout.layout_128x4, device, padded_n).view(torch.int32)
+
+
+def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
+    _distrust()
+    m, n = a.shape
+    return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, SfLayout.layout_8x4, a.device)
+
+
+for _name, _real, _fake in (
+    ("vllm_scales", _scales_op, _scales_fake),
+    ("vllm_zero_scales", _zero_scales_op, _scales_fake),
+    ("vllm_quantize_8x4", _quantize_8x4_op, _quantize_8x4_fake),
+):
+    library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"safealloc::{_name}", _fake, lib=library)
