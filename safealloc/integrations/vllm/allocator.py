@@ -89,6 +89,50 @@ class Sites:
     bypassed: Counter[str] = field(default_factory=Counter)
 
 
+_Site = tuple[int, SfLayout, int | None]  # n, layout, padded_n
+
+
+@dataclass
+class _StartUp:
+    """What is seen from before vLLM measures memory until after its last capture.
+
+    Attributes:
+        live: tensors of vLLM's own that a site was given, while somebody holds them.
+        copies: buffers of a site that are reserved for each captured batch size.
+        passes: captured steps: how often a site was served (``None``), or bypassed and why.
+        pass_of: the step of a forward context.
+    """
+
+    live: dict[_Site, list[StorageWeakRef]] = field(default_factory=dict)
+    copies: Counter[_Site] = field(default_factory=Counter)
+    passes: list[Counter[str | None]] = field(default_factory=list)
+    pass_of: dict[int, tuple[Callable[[], Any], Counter[str | None]]] = field(default_factory=dict)
+
+    def count(self, bypassed: str | None) -> None:
+        """One allocation in a capture."""
+        context = _forward_context()
+        known = self.pass_of.get(id(context))
+        if known is None or known[0]() is not context:
+            known = self.pass_of[id(context)] = (_weak(context), Counter())
+            self.passes.append(known[1])
+        known[1][bypassed] += 1
+
+    def held(self, site: _Site, tensor: Tensor) -> int:
+        """How many tensors of vLLM's own, this one among them, are held; their storage goes with the last holder."""
+        live = [storage for storage in self.live.get(site, ()) if not storage.expired()]
+        self.live[site] = [*live, StorageWeakRef(tensor.untyped_storage())]
+        return len(live) + 1
+
+    def sites(self, captures: int, layers: int) -> Sites:
+        """Sites a step, the largest of all steps; ``layers`` serve themselves."""
+        found = Sites(captures, layers + max((counts[None] for counts in self.passes), default=0))
+        for counts in self.passes:
+            for reason, count in counts.items():
+                if reason is not None:
+                    found.bypassed[reason] = max(found.bypassed[reason], count)
+        return found
+
+
 class Allocator:
     """One process's answers.
 
@@ -111,12 +155,9 @@ class Allocator:
         self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by layer on our kernel
         self.pool: ScalePool | None = None  # what it hands out from
         self._max_rows = max_rows_wanted() or sys.maxsize
-        self._starting = self._watching = self._failed = False
+        self._start_up: _StartUp | None = None
+        self._watching = self._failed = False
         self._misses = 0
-        self._passes: list[Counter[str | None]] = []  # captured steps: how often a site was served, or bypassed and why
-        self._pass_of: dict[int, tuple[Any, Counter[str | None]]] = {}  # by forward context
-        self._copies: Counter[tuple[int, SfLayout, int | None]] = Counter()  # reserved for each batch size
-        self._live: dict[tuple[int, SfLayout, int | None], list[StorageWeakRef]] = {}
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -141,15 +182,15 @@ class Allocator:
                 bypassed = self._fail(error)
         if bypassed is not None:
             tensor = self.scale_tensor(m, n if padded_n is None else padded_n, device, True)
-        if self._starting:
-            self._observe(m, n, _128x4, padded_n, tensor, bypassed)
+        if self._start_up is not None:
+            self._observe(self._start_up, m, n, _128x4, padded_n, tensor, bypassed)
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """The same, zeroed at every step, for a producer that leaves real rows unwritten."""
         tensor = _zeros(m, n if padded_n is None else padded_n, device)
-        if self._starting:
-            self._observe(m, n, _128x4, padded_n, tensor, ATTENTION_FUSION)
+        if self._start_up is not None:
+            self._observe(self._start_up, m, n, _128x4, padded_n, tensor, ATTENTION_FUSION)
         return tensor
 
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
@@ -171,8 +212,8 @@ class Allocator:
             if self.quantize_8x4 is None:
                 raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
             data, tensor = self.quantize_8x4(a, a_global_sf)
-        if self._starting:
-            self._observe(m, n, _8x4, None, tensor, bypassed)
+        if self._start_up is not None:
+            self._observe(self._start_up, m, n, _8x4, None, tensor, bypassed)
         return data, tensor
 
     def _bypassed(self, m: int) -> str | None:
@@ -225,59 +266,49 @@ class Allocator:
         """Before vLLM measures memory: what it will capture is known, so each shape is reserved when it is first seen."""
         self.steps = Steps.of(vllm_config)
         self._max_rows = self.steps.max_rows
-        self._passes.clear()
-        self._pass_of.clear()
-        self._live.clear()
-        self._copies.clear()
-        self._watching = self._starting = False
+        self._start_up, self._watching = None, False
         if device.type != "cuda":
             return
         self._pool(device)
-        self._starting = bool(self.steps.rows)
-        if self._starting:
+        if self.steps.rows:
+            self._start_up = _StartUp()
             for k in set(self.linear_ks.values()):
                 self._reserve(k, _8x4, None, 1)
                 self._reserve(k, _128x4, None, 1)
 
     def ready(self) -> Sites:
         """After vLLM's last capture: what its graphs went through. From here on growth is said."""
-        self._starting = False
-        self._live.clear()
-        sites = Sites(captures=0 if self.pool is None else self.pool.captures())
-        for counts in self._passes:
-            sites.served = max(sites.served, counts[None])
-            for reason, count in counts.items():
-                if reason is not None:
-                    sites.bypassed[reason] = max(sites.bypassed[reason], count)
-        self._passes.clear()
-        self._pass_of.clear()
-        sites.served += len(self.linear_ks)
-        if (
-            self.pool is not None and self.steps is not None and self.steps.rows
-        ):  # without graphs, batches come as they come
-            self._misses = self.pool.misses
-            self._watching = True
-        return sites
+        start_up, self._start_up = self._start_up or _StartUp(), None
+        if self.pool is None:
+            return start_up.sites(0, len(self.linear_ks))
+        if self.steps is not None and self.steps.rows:  # without graphs, batches come as they come
+            self._misses, self._watching = self.pool.misses, True
+        return start_up.sites(self.pool.captures(), len(self.linear_ks))
 
     def _observe(
-        self, m: int, n: int, layout: SfLayout, padded_n: int | None, tensor: Tensor, bypassed: str | None
+        self,
+        start_up: _StartUp,
+        m: int,
+        n: int,
+        layout: SfLayout,
+        padded_n: int | None,
+        tensor: Tensor,
+        bypassed: str | None,
     ) -> None:
-        """In the warm-up: see how many of a shape are held at once, and reserve as many for each captured batch size."""
+        """Before a capture: see how many of a shape are held at once, and reserve as many for each captured batch size."""
         if torch.cuda.is_current_stream_capturing():
-            self._count(bypassed)
+            start_up.count(bypassed)
             return
         site = n, layout, padded_n
         if bypassed is None:
             assert self.pool is not None
             held = self.pool.held(m, n, layout, padded_k=padded_n)
-        elif bypassed == ABOVE_MAX_ROWS:  # vLLM's own tensor, whose storage goes with its last holder
-            live = [storage for storage in self._live.get(site, ()) if not storage.expired()]
-            self._live[site] = [*live, StorageWeakRef(tensor.untyped_storage())]
-            held = len(live) + 1
+        elif bypassed == ABOVE_MAX_ROWS:
+            held = start_up.held(site, tensor)
         else:
             return
-        if held > self._copies[site]:
-            self._copies[site] = held
+        if held > start_up.copies[site]:
+            start_up.copies[site] = held
             try:
                 self._reserve(n, layout, padded_n, held)
             except Exception as error:
@@ -292,14 +323,6 @@ class Allocator:
         elif n in self.linear_ks.values():  # up to there our own kernel takes 8x4
             rows = [size for size in rows if size > MAX_ROWS_8X4]
         self.pool.reserve(rows, n, layout, copies * self.steps.copies, padded_k=padded_n)
-
-    def _count(self, bypassed: str | None) -> None:
-        context = _forward_context()
-        known = self._pass_of.get(id(context))
-        if known is None or known[0]() is not context:
-            known = self._pass_of[id(context)] = (_weak(context), Counter())
-            self._passes.append(known[1])
-        known[1][bypassed] += 1
 
 
 def strict() -> bool:
