@@ -11,6 +11,9 @@ from typing import NoReturn
 from safealloc import __version__
 
 
+_MOST_ROWS = 1 << 20  # in one batch
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safealloc.commands.report import UsageError
 
     try:
-        return _repro(given) if given.command == "repro" else _doctor(given)
+        return _COMMANDS[given.command](given)
     except UsageError as error:
         commands[given.command].error(str(error))
     except KeyboardInterrupt:
@@ -65,6 +68,20 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(given: argparse.Namespace) -> int:
+    from safealloc.commands import plan, report
+
+    report.check_writable(given.json)
+    sizes = given.sizes or plan.vllm_sizes(given.max_size)
+    result = plan.run(given.config, given.tensor_parallel, sizes, given.layout)
+    report.write_json(given.json, result.as_dict())
+    plan.show(result, report.console())
+    return 0
+
+
+_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan}
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="safealloc", description="NVFP4 scale buffers whose padding is zero at every CUDA graph replay."
@@ -87,7 +104,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     repro.add_argument("--seed", type=_seed, default=0, help="of the random operands and orders (%(default)s)")
     repro.add_argument(
-        "--replays", type=_replays, default=200, metavar="N", help="of each CUDA graph, on a CUDA device (%(default)s)"
+        "--replays",
+        type=_at_least_1,
+        default=200,
+        metavar="N",
+        help="of each CUDA graph, on a CUDA device (%(default)s)",
     )
 
     doctor = subparsers.add_parser(
@@ -96,7 +117,36 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         description="What is installed, which backends run on each device, which hooks fit the installed vLLM, and why the "
         "others do not.",
     )
-    commands = {"repro": repro, "doctor": doctor}
+    plan = subparsers.add_parser(
+        "plan",
+        help="every buffer a pool will hold for a model in vLLM, and its bytes",
+        description="Every buffer that a pool will hold on each rank for a model in vLLM, from its Hugging Face "
+        "configuration.",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="a config.json, or the folder it is in")
+    plan.add_argument(
+        "--tensor-parallel",
+        "--tp",
+        type=_at_least_1,
+        default=1,
+        metavar="N",
+        help="ranks a layer is split over (%(default)s)",
+    )
+    captured = plan.add_mutually_exclusive_group()
+    captured.add_argument(
+        "--max-size",
+        type=_rows,
+        default=512,
+        metavar="N",
+        help="largest of vLLM's default batch sizes; vLLM's own is 1024 on compute capability 10.x (%(default)s)",
+    )
+    captured.add_argument(
+        "--sizes", type=_sizes, metavar="N,N,...", help="captured batch sizes, instead of vLLM's default"
+    )
+    plan.add_argument(
+        "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
+    )
+    commands = {"repro": repro, "doctor": doctor, "plan": plan}
     for command in commands.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     return parser, commands
@@ -108,7 +158,18 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _replays(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def _at_least_1(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _rows(text: str) -> int:
+    rows = _at_least_1(text)
+    if rows > _MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_ROWS}, got {text}")
+    return rows
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_rows(part.strip()) for part in text.split(","))

@@ -1,0 +1,180 @@
+"""What a pool will hold, from models' configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safealloc.cli import main
+from safealloc.commands import plan
+from safealloc.commands.plan import Site, vllm_sizes
+from safealloc.commands.report import UsageError
+from safealloc.layout import SfLayout
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+}
+DEEPSEEK_R1 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 61,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "v_head_dim": 128,
+}
+QWEN3_235B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "num_hidden_layers": 94,
+    "num_experts": 128,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def planned(tmp_path: Path, fields: Any, ranks: int = 1, sizes=(1, 8), rule: str = "128x4") -> plan.Result:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return plan.run(tmp_path, ranks, sizes, rule)
+
+
+def test_vllms_default_sizes():
+    assert len(vllm_sizes(512)) == 51
+    assert len(vllm_sizes(1024)) == 83
+    assert vllm_sizes(512)[:6] == (1, 2, 4, 8, 16, 24)
+    assert vllm_sizes(512)[-2:] == (496, 512)
+    assert vllm_sizes(3) == (1, 2)
+
+
+@pytest.mark.parametrize(("largest", "mebibytes"), [(512, 30.1), (1024, 88.6)])
+def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes):
+    """One buffer a batch size and k, on one rank."""
+    result = planned(tmp_path, LLAMA_70B, sizes=vllm_sizes(largest))
+    assert round(result.nbytes / 2**20, 1) == mebibytes
+    assert len(result.buffers) == 2 * len(vllm_sizes(largest))
+    assert result.per_call_nbytes == largest * 28672 // 16
+
+
+def test_tensor_parallel_ranks_split_what_is_split(tmp_path):
+    result = planned(tmp_path, LLAMA_70B, ranks=8)
+    assert result.sites == [
+        Site("qkv_proj", 8192, 80),
+        Site("o_proj", 1024, 80),
+        Site("mlp.gate_up_proj", 8192, 80),
+        Site("mlp.down_proj", 3584, 80),
+    ]
+    assert {spec.k for spec in result.buffers} == {8192, 1024, 3584}
+
+
+def test_latent_attention_and_shared_experts(tmp_path):
+    """DeepSeek-R1: three dense layers, then experts with a shared one."""
+    assert planned(tmp_path, DEEPSEEK_R1, ranks=8).sites == [
+        Site("fused_qkv_a_proj", 7168, 61),
+        Site("q_b_proj", 1536, 61),
+        Site("kv_b_proj", 512, 61),
+        Site("o_proj", 2048, 61),
+        Site("mlp.gate_up_proj", 7168, 3),
+        Site("mlp.down_proj", 2304, 3),
+        Site("shared_experts.gate_up_proj", 7168, 58),
+        Site("shared_experts.down_proj", 256, 58),
+    ]
+
+
+def test_a_model_of_experts_only(tmp_path):
+    """Qwen3-235B-A22B: what is left is attention."""
+    result = planned(tmp_path, QWEN3_235B, ranks=4)
+    assert result.sites == [Site("qkv_proj", 4096, 94), Site("o_proj", 2048, 94)]
+    assert result.as_dict()["expert_scales_included"] is False
+
+
+def test_some_layers_without_experts(tmp_path):
+    fields = QWEN3_235B | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [7]}
+    sites = {site.name: site.layers for site in planned(tmp_path, fields).sites}
+    assert sites["mlp.down_proj"] == 5  # layers 1, 3 and 5 have experts
+
+
+def test_trtllm_takes_8x4_up_to_32_rows(tmp_path):
+    result = planned(tmp_path, LLAMA_70B, sizes=(40, 32, 1, 32), rule="trtllm")
+    layouts = {(spec.rows, spec.layout) for spec in result.buffers}
+    assert layouts == {(1, SfLayout.layout_8x4), (32, SfLayout.layout_8x4), (40, SfLayout.layout_128x4)}
+    assert result.sizes == (1, 32, 40)
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path):
+    fields = {"architectures": ["SomeForConditionalGeneration"], "text_config": LLAMA_70B | {"architectures": None}}
+    assert planned(tmp_path, fields).nbytes == planned(tmp_path, LLAMA_70B).nbytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "says"),
+    [
+        ([], 1, "JSON object"),
+        ({}, 1, "hidden_size"),
+        ({**LLAMA_70B, "hidden_size": "large"}, 1, "hidden_size must be a whole number"),
+        ({**LLAMA_70B, "hidden_size": 8200}, 1, "not a multiple of 16"),
+        ({**LLAMA_70B, "num_attention_heads": 0}, 1, "at least 1"),
+        ({**LLAMA_70B, "num_hidden_layers": True}, 1, "num_hidden_layers"),
+        (LLAMA_70B, 3, "3 ranks cannot share evenly"),
+        (LLAMA_70B, 1024, "on each of 1024 ranks"),
+        ({**QWEN3_235B, "decoder_sparse_step": [1]}, 1, "decoder_sparse_step"),
+    ],
+)
+def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
+    with pytest.raises(UsageError, match=says):
+        planned(tmp_path, fields, ranks)
+
+
+def test_the_command(tmp_path, capsys):
+    config, result = tmp_path / "config.json", tmp_path / "plan.json"
+    config.write_text(json.dumps(LLAMA_70B))
+    assert main(["plan", str(config), "--max-size", "1024", "--json", str(result)]) == 0
+    printed = capsys.readouterr().out
+    assert "166 buffers, 88.6 MiB" in printed
+    written = json.loads(result.read_text())
+    assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])
+    assert main(["plan", str(tmp_path), "--sizes", "1, 8,300", "--tp", "2", "--layout", "trtllm"]) == 0
+    assert "Buffers for 3 captured batch sizes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no/such/config.json"],
+        ["config.json", "--sizes", "1,,2"],
+        ["config.json", "--sizes", "0"],
+        ["config.json", "--sizes", "1", "--max-size", "4"],
+        ["config.json", "--tp", "-1"],
+        ["config.json", "--sizes", "9" * 30],
+        ["config.json", "--max-size", "9" * 30],
+        ["config.json", "--layout", "8x4"],
+        ["bytes.bin"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(LLAMA_70B))
+    Path("bytes.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", *arguments])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
