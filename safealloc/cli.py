@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from safealloc import __version__
 
-
 _MOST_ROWS = 1 << 20  # in one batch
 
 
