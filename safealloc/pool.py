@@ -462,6 +462,7 @@ class ScalePool:
             buffers += [(spec, tensor) for spec, tensor in loose if tensor is not None]
             corruptions = find_corruptions(buffers)
             if corruptions and not repair:
+                del buffers, loose  # else the traceback of the error would hold them
                 raise PaddingCorruptionError(corruptions)
             dirty = {corruption.address for corruption in corruptions}
             for spec, base in buffers:

@@ -291,6 +291,18 @@ def test_max_bytes_is_an_error_and_leaves_the_pool_as_it_was():
         del third
 
 
+def test_an_error_that_somebody_keeps_holds_no_buffer():
+    """Its traceback shows what verify looked at; a buffer made for one call must go with its holder all the same."""
+    with ScalePool("cpu", cache_bytes=0) as pool:
+        buffer = pool.acquire(5, 80, W)
+        buffer.view(-1)[-1] = 0x7F
+        with pytest.raises(PaddingCorruptionError) as kept:
+            pool.verify()
+        del buffer
+        assert pool.verify() == 0
+        assert kept.value.corruptions
+
+
 def test_buffers_made_for_one_call_count_towards_max_bytes():
     size = W.nbytes(1, 1024)
     with ScalePool("cpu", max_bytes=2 * size, cache_bytes=0) as pool:
