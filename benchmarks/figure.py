@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,3 +32,15 @@ def style() -> None:
             "axes.spines.right": False,
         }
     )
+
+
+def write(about: str, draw: Callable[[dict[str, Any]], plt.Figure], result: str, picture: str) -> None:
+    """Read the JSON, write the picture: the files on the command line, or these below the project's root."""
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("result", nargs="?", type=Path, default=root / result)
+    parser.add_argument("picture", nargs="?", type=Path, default=root / picture)
+    given = parser.parse_args()
+    given.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(json.loads(given.result.read_text())).savefig(given.picture, dpi=150, facecolor=PANEL)
+    print(f"wrote {given.picture}")

@@ -5,26 +5,10 @@ python benchmarks/plot_repro.py [benchmarks/results/repro-cpu.json] [docs/repro.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figure import GREEN, GREY, GRID, INK, ORANGE, PANEL, RED, style
-
-
-def main() -> None:
-    """Read the JSON, write the picture."""
-    root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", nargs="?", type=Path, default=root / "benchmarks/results/repro-cpu.json")
-    parser.add_argument("picture", nargs="?", type=Path, default=root / "docs/repro.png")
-    given = parser.parse_args()
-    result = json.loads(given.result.read_text())
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(result).savefig(given.picture, dpi=150, facecolor=PANEL)
-    print(f"wrote {given.picture}")
+from figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
@@ -120,4 +104,4 @@ def _mark() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, draw, "benchmarks/results/repro-cpu.json", "docs/repro.png")

@@ -5,13 +5,10 @@ python benchmarks/plot_vllm_decode.py [benchmarks/results/vllm-decode-h200.json]
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figure import GREEN, GREY, GRID, INK, PANEL, RED, style
+from figure import GREEN, GREY, GRID, INK, RED, style, write
 
 COLOURS = {
     "vLLM's own": RED,
@@ -19,18 +16,6 @@ COLOURS = {
     "pool": GREEN,
 }
 LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}
-
-
-def main() -> None:
-    """Read the JSON, write the picture."""
-    root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", nargs="?", type=Path, default=root / "benchmarks/results/vllm-decode-h200.json")
-    parser.add_argument("picture", nargs="?", type=Path, default=root / "docs/vllm-decode.png")
-    given = parser.parse_args()
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(given.result.read_text())).savefig(given.picture, dpi=150, facecolor=PANEL)
-    print(f"wrote {given.picture}")
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
@@ -80,4 +65,4 @@ def bars(axes: plt.Axes, batches: list[int], series: dict[str, list[float]]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, draw, "benchmarks/results/vllm-decode-h200.json", "docs/vllm-decode.png")

@@ -185,7 +185,6 @@ def child(descriptor: int) -> None:
     request = engine_program.DEFAULTS | json.loads(sys.stdin.readline())
     engine_program.prepare(request)
     graphs = watch_captures()
-    torch.cuda.reset_peak_memory_stats()
     engine = engine_program.Engine(request)
     by_batch = dict(zip(sorted(BATCHES, reverse=True), graphs[-len(BATCHES) :], strict=True))
     answer(facts(request, engine, by_batch))

@@ -212,6 +212,22 @@ def _layout_of(
 
 
 def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayout | None) -> None:
+    check_agrees(spec, m, k, said)
+    if a_descale.numel() != spec.nbytes:
+        raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
+
+
+def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None:
+    """Refuse a GEMM that would read a buffer otherwise than it was written.
+
+    Args:
+        spec: of the activation's scales.
+        m, k: of the activation; k may have been padded as far as the buffer's columns go.
+        said: the layout that the GEMM is told, if it is told one.
+
+    Raises:
+        LayoutMismatchError: the layout, the rows or the columns contradict the buffer.
+    """
     if said is not None and said is not spec.layout:
         raise LayoutMismatchError(
             f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
@@ -227,8 +243,6 @@ def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayo
             f"a_descale has {padded_cols} scale columns ({spec}), a has k={k}: pad a to a k that rounds up to them, or "
             "acquire the buffer with padded_k"
         )
-    if a_descale.numel() != spec.nbytes:
-        raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
 
 
 def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:

@@ -358,7 +358,7 @@ def test_the_linear_kernel_on_each_device(install, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(optional, "missing", lambda name: None)
     trtllm = SimpleNamespace(refusal=lambda call: None if call.device.index == 0 else "no such kernel")
-    monkeypatch.setattr(doctor_vllm, "GEMMS", {"trtllm": trtllm})
+    monkeypatch.setattr(kernel, "GEMMS", {"trtllm": trtllm})
     install()
     found = doctor_vllm.look(None)
     assert found.linear == [

@@ -15,10 +15,8 @@ import torch
 from rich.console import Console
 
 from safealloc import optional
-from safealloc.backends import GEMMS, Call
 from safealloc.commands import report
 from safealloc.integrations.vllm import allocator, kernel, plugin, targets
-from safealloc.layout import SfLayout
 
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
@@ -197,7 +195,7 @@ def _linear_on(device: torch.device) -> LinearFinding:
     refusal = kernel.refusal(10 * major + minor)
     if refusal is not None:
         return LinearFinding(str(device), None, refusal)
-    trtllm = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
+    trtllm = kernel.trtllm_refusal(device)
     return LinearFinding(str(device), "triton" if trtllm else "trtllm", trtllm)
 
 

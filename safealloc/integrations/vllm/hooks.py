@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from safealloc.buffers import spec_of
 from safealloc.errors import LayoutMismatchError
-from safealloc.integrations.vllm import targets
+from safealloc.gemm import check_agrees
+from safealloc.integrations.vllm import kernel, targets
 from safealloc.integrations.vllm.allocator import allocator, logger, strict
 from safealloc.integrations.vllm.ops import quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
@@ -100,17 +101,17 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
 def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
     """At run time, also in compiled code: vLLM's own op stays in the graph, where its passes look for it."""
     op = getattr(module, name)
-    kernels: dict[str, Callable[..., Tensor]] = dict(op._backend_fns)
+    originals: dict[str, Callable[..., Tensor]] = dict(op._backend_fns)
 
-    def checked(kernel: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+    def checked(original: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
         spec = spec_of(call["A_scale"])
         if spec is not None and call.get("block_size", BLOCK_SIZE) == BLOCK_SIZE and call.get("use_nvfp4", True):
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
-        return kernel(*given, **named)
+        return original(*given, **named)
 
-    op._backend_fns.update({device: functools.partial(checked, kernel) for device, kernel in kernels.items()})
-    patches.undo_by(lambda: op._backend_fns.update(kernels))
+    op._backend_fns.update({device: functools.partial(checked, one) for device, one in originals.items()})
+    patches.undo_by(lambda: op._backend_fns.update(originals))
 
 
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
@@ -125,18 +126,10 @@ def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend:
     Raises:
         LayoutMismatchError: it would.
     """
-    if use_8x4_sf_layout != (spec.layout is SfLayout.layout_8x4):
-        raise LayoutMismatchError(
-            f"the scales were written in {spec.layout.name}, and use_8x4_sf_layout={use_8x4_sf_layout} asks the GEMM to read "
-            f"them otherwise ({spec})"
-        )
-    if spec.layout is SfLayout.layout_8x4 and backend != "trtllm":
+    told = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+    check_agrees(spec, a.shape[0], 2 * a.shape[1], told)
+    if told is SfLayout.layout_8x4 and backend != "trtllm":
         raise LayoutMismatchError(f"the scales are in layout_8x4, which backend {backend!r} does not read ({spec})")
-    if spec.rows != a.shape[0]:
-        raise LayoutMismatchError(f"the scales were written for {spec.rows} rows, a has {a.shape[0]}")
-    columns = spec.layout.round_up(spec.rows, 2 * a.shape[1] // BLOCK_SIZE)[1]
-    if columns != spec.padded_shape[1]:
-        raise LayoutMismatchError(f"the scales have {spec.padded_shape[1]} columns ({spec}), a needs {columns}")
 
 
 def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
@@ -252,8 +245,6 @@ def _load(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _linear(patches: Patches, module: ModuleType, name: str) -> None:
-    from safealloc.integrations.vllm import kernel
-
     kernel.add(patches, module)
 
 

@@ -17,7 +17,6 @@ from safealloc.integrations.vllm.patches import Patches
 from safealloc.layout import SfLayout
 from safealloc.linear import nvfp4_linear
 
-NAME = "SafeallocNvFp4LinearKernel"
 _TRTLLM_TILE = 128  # rows of the weight that trtllm's kernels want shuffled together
 
 
@@ -40,6 +39,11 @@ def refusal(capability: int | None) -> str | None:
     if capability < 89:
         return f"float8_e4m3 needs compute capability 8.9, this is {capability / 10}"
     return None
+
+
+def trtllm_refusal(device: torch.device) -> str | None:
+    """Why the kernel runs on the Triton GEMM on a device, or ``None`` where it runs on trtllm."""
+    return GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
 
 
 def make(base: type) -> type:
@@ -95,7 +99,7 @@ def _backend(device: torch.device) -> str:
     """What the layers on a device run on; says so once where that is not what one would serve with."""
     if device.type != "cuda":
         return "reference"
-    trtllm = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
+    trtllm = trtllm_refusal(device)
     if trtllm is None:
         return "trtllm"
     logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation: trtllm cannot run, %s", trtllm)

@@ -90,7 +90,7 @@ def _register(patches: Patches) -> tuple[str, ...]:
     importlib.import_module(_LOGGER)  # sets up the handlers that the lines below are printed by
     findings = targets.check(version, source)
     hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
-    _add_cache_key(patches, findings)
+    _add_cache_key(patches, hooked)
     for finding in findings:
         hook = HOOKS.get(finding.target)
         if finding.status == "hooked" and hook is not None:
@@ -120,10 +120,9 @@ class _Application:
             logger.warning("safealloc: %s is left as it is: %s: %s", target.name, type(error).__name__, error)
 
 
-def _add_cache_key(patches: Patches, findings: list[targets.Finding]) -> None:
+def _add_cache_key(patches: Patches, hooked: tuple[str, ...]) -> None:
     """Compiled code of a hooked vLLM and of a plain one must not be loaded by the other."""
-    key = ",".join([str(HOOKS_VERSION), *(finding.target.name for finding in findings if finding.status == "hooked")])
-    state = f"{key}{',first' if wanted() else ''}"
+    state = f"{','.join([str(HOOKS_VERSION), *hooked])}{',first' if wanted() else ''}"
     variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
     variables[CACHE_KEY] = lambda: state
     patches.undo_by(lambda: variables.pop(CACHE_KEY, None))
