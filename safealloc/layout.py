@@ -219,6 +219,11 @@ class ScaleSpec:
         return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}"
 
 
+def short(layout: SfLayout) -> str:
+    """``"128x4"`` for layout_128x4."""
+    return layout.name.removeprefix("layout_")
+
+
 def checked_layout(layout: SfLayout | int) -> SfLayout:
     """``layout`` as an :class:`SfLayout`; FlashInfer's enum of the same values is accepted.
 

@@ -10,9 +10,10 @@ import pytest
 
 from safealloc.cli import main
 from safealloc.commands import plan
-from safealloc.commands.plan import Site, vllm_sizes
+from safealloc.commands.plan import vllm_sizes
 from safealloc.commands.report import UsageError
 from safealloc.layout import SfLayout
+from safealloc.models import Site, sites
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,6 +36,8 @@ DEEPSEEK_R1 = {
     "moe_layer_freq": 1,
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
 QWEN3_235B = {
@@ -43,6 +46,7 @@ QWEN3_235B = {
     "intermediate_size": 12288,
     "moe_intermediate_size": 1536,
     "num_attention_heads": 64,
+    "num_key_value_heads": 4,
     "head_dim": 128,
     "num_hidden_layers": 94,
     "num_experts": 128,
@@ -73,42 +77,71 @@ def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes):
     assert result.per_call_nbytes == largest * 28672 // 16
 
 
+def layers(first: int, end: int) -> tuple[int, ...]:
+    return tuple(range(first, end))
+
+
 def test_tensor_parallel_ranks_split_what_is_split(tmp_path):
     result = planned(tmp_path, LLAMA_70B, ranks=8)
     assert result.sites == [
-        Site("qkv_proj", 8192, 80),
-        Site("o_proj", 1024, 80),
-        Site("mlp.gate_up_proj", 8192, 80),
-        Site("mlp.down_proj", 3584, 80),
+        Site("qkv_proj", 8192, 1280, layers(0, 80)),  # 8 of 64 heads, 1 of 8 key and 1 of 8 value heads, of 128
+        Site("o_proj", 1024, 8192, layers(0, 80)),
+        Site("mlp.gate_up_proj", 8192, 7168, layers(0, 80)),
+        Site("mlp.down_proj", 3584, 8192, layers(0, 80)),
     ]
     assert {spec.k for spec in result.buffers} == {8192, 1024, 3584}
+
+
+@pytest.mark.parametrize(("ranks", "n"), [(1, 80 * 128), (4, 20 * 128), (8, 10 * 128), (16, 6 * 128), (32, 4 * 128)])
+def test_more_ranks_than_key_value_heads_have_copies_of_them(ranks, n):
+    qkv = sites(LLAMA_70B, ranks)[0]
+    assert (qkv.k, qkv.n) == (8192, n)
+
+
+def test_without_a_number_of_key_value_heads_each_head_has_its_own():
+    """Multi-head attention, as ``transformers`` reads such a configuration."""
+    fields = {name: value for name, value in LLAMA_70B.items() if name != "num_key_value_heads"}
+    assert sites(fields, 1)[0].n == sites(fields | {"num_key_value_heads": None}, 1)[0].n == 3 * 8192
 
 
 def test_latent_attention_and_shared_experts(tmp_path):
     """DeepSeek-R1: three dense layers, then experts with a shared one."""
     assert planned(tmp_path, DEEPSEEK_R1, ranks=8).sites == [
-        Site("fused_qkv_a_proj", 7168, 61),
-        Site("q_b_proj", 1536, 61),
-        Site("kv_b_proj", 512, 61),
-        Site("o_proj", 2048, 61),
-        Site("mlp.gate_up_proj", 7168, 3),
-        Site("mlp.down_proj", 2304, 3),
-        Site("shared_experts.gate_up_proj", 7168, 58),
-        Site("shared_experts.down_proj", 256, 58),
+        Site("fused_qkv_a_proj", 7168, 1536 + 512 + 64, layers(0, 61)),
+        Site("q_b_proj", 1536, 16 * (128 + 64), layers(0, 61)),
+        Site("kv_b_proj", 512, 16 * (128 + 128), layers(0, 61)),
+        Site("o_proj", 2048, 7168, layers(0, 61)),
+        Site("mlp.gate_up_proj", 7168, 4608, layers(0, 3)),
+        Site("mlp.down_proj", 2304, 7168, layers(0, 3)),
+        Site("shared_experts.gate_up_proj", 7168, 512, layers(3, 61)),
+        Site("shared_experts.down_proj", 256, 7168, layers(3, 61)),
+    ]
+
+
+def test_latent_attention_whose_queries_are_not_compressed():
+    """DeepSeek-V2-Lite has no q_lora_rank."""
+    found = sites(DEEPSEEK_R1 | {"q_lora_rank": None}, 8)
+    assert [(site.name, site.k, site.n) for site in found[:3]] == [
+        ("q_proj", 7168, 16 * (128 + 64)),
+        ("kv_a_proj_with_mqa", 7168, 512 + 64),
+        ("kv_b_proj", 512, 16 * (128 + 128)),
     ]
 
 
 def test_a_model_of_experts_only(tmp_path):
     """Qwen3-235B-A22B: what is left is attention."""
     result = planned(tmp_path, QWEN3_235B, ranks=4)
-    assert result.sites == [Site("qkv_proj", 4096, 94), Site("o_proj", 2048, 94)]
+    assert result.sites == [
+        Site("qkv_proj", 4096, (16 + 2) * 128, layers(0, 94)),
+        Site("o_proj", 2048, 4096, layers(0, 94)),
+    ]
     assert result.as_dict()["expert_scales_included"] is False
 
 
 def test_some_layers_without_experts(tmp_path):
     fields = QWEN3_235B | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [7]}
-    sites = {site.name: site.layers for site in planned(tmp_path, fields).sites}
-    assert sites["mlp.down_proj"] == 5  # layers 1, 3 and 5 have experts
+    found = {site.name: site.layers for site in planned(tmp_path, fields).sites}
+    assert found["mlp.down_proj"] == (0, 2, 4, 6, 7)  # layers 1, 3 and 5 have experts
 
 
 def test_trtllm_takes_8x4_up_to_32_rows(tmp_path):
@@ -132,9 +165,16 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**LLAMA_70B, "hidden_size": 8200}, 1, "not a multiple of 16"),
         ({**LLAMA_70B, "num_attention_heads": 0}, 1, "at least 1"),
         ({**LLAMA_70B, "num_hidden_layers": True}, 1, "num_hidden_layers"),
-        (LLAMA_70B, 3, "3 ranks cannot share evenly"),
-        (LLAMA_70B, 1024, "on each of 1024 ranks"),
+        ({**LLAMA_70B, "num_hidden_layers": 10**30}, 1, "at most 65536"),
+        (LLAMA_70B, 3, "64 heads, which 3 ranks cannot share evenly"),
+        ({**LLAMA_70B, "num_key_value_heads": 6}, 4, "6 key and value heads, which 4 ranks cannot share evenly"),
+        ({**LLAMA_70B, "num_key_value_heads": 6}, 8, "cannot be copied evenly to 8 ranks"),
+        ({**LLAMA_70B, "num_key_value_heads": 0}, 1, "num_key_value_heads must be at least 1"),
+        ({**LLAMA_70B, "intermediate_size": 28676}, 8, "mlp.down_proj has 28676 columns, which 8 ranks"),
+        ({**LLAMA_70B, "intermediate_size": 28736}, 8, "3592 columns on each of 8 ranks, not a multiple of 16"),
+        ({**DEEPSEEK_R1, "qk_rope_head_dim": None}, 1, "no qk_rope_head_dim"),
         ({**QWEN3_235B, "decoder_sparse_step": [1]}, 1, "decoder_sparse_step"),
+        ({**QWEN3_235B, "mlp_only_layers": 7}, 1, "mlp_only_layers must be a list"),
     ],
 )
 def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
@@ -150,6 +190,8 @@ def test_the_command(tmp_path, capsys):
     assert "166 buffers, 88.6 MiB" in printed
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])
+    assert written["sites"][0] == {"name": "qkv_proj", "k": 8192, "n": 10240, "layers": 80}
+    assert ["qkv_proj", "8192", "10240", "80"] in [line.split() for line in printed.splitlines()]
     assert main(["plan", str(tmp_path), "--sizes", "1, 8,300", "--tp", "2", "--layout", "trtllm"]) == 0
     assert "Buffers for 3 captured batch sizes" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from safealloc.backends import GEMMS, QUANTIZERS, Backend, Call, choose
 from safealloc.commands import doctor_vllm, report
 from safealloc.errors import SafeAllocError
 from safealloc.inductor import forbid_reuse
-from safealloc.layout import SfLayout
+from safealloc.layout import SfLayout, short
 
 PACKAGES = {
     # what is used of it: its distributions
@@ -155,7 +155,7 @@ def _versions() -> list[Finding]:
     ]
     cuda = torch.version.cuda
     found.append(Finding("CUDA (torch)", cuda, None if cuda else "this torch was built without CUDA"))
-    found.append(_driver())
+    found.append(driver())
     for module, distributions in PACKAGES.items():
         name = "cuda.bindings" if module.startswith("cuda.bindings") else module
         reason = optional.missing(module)
@@ -172,7 +172,7 @@ def _version(module: str, distributions: Sequence[str]) -> str | None:
     return None if loaded is None else str(getattr(loaded, "__version__", "unknown"))
 
 
-def _driver() -> Finding:
+def driver() -> Finding:
     name = "CUDA driver"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -211,9 +211,9 @@ def _backends(table: Mapping[str, Backend], calls: Sequence[Call]) -> list[Backe
         found.append(
             BackendFinding(
                 name=row.name,
-                usable=tuple(report.short(call.layout) for call in calls if refusals[call] is None),
-                auto=tuple(report.short(call.layout) for call in calls if auto[call] == row.name),
-                refused={report.short(call.layout): reason for call, reason in refusals.items() if reason is not None},
+                usable=tuple(short(call.layout) for call in calls if refusals[call] is None),
+                auto=tuple(short(call.layout) for call in calls if auto[call] == row.name),
+                refused={short(call.layout): reason for call, reason in refusals.items() if reason is not None},
             )
         )
     return found

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from safealloc import models
 from safealloc.commands import report
-from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
+from safealloc.layout import ScaleSpec, SfLayout, short
 from safealloc.linear import MAX_ROWS_8X4
 
 MAX_SIZES = (512, 1024)
@@ -22,21 +23,6 @@ def vllm_sizes(largest: int) -> tuple[int, ...]:
     """The batch sizes that vLLM captures by default: 1, 2, 4, then by 8 below 256, by 16 from there (vLLM 0.33.0)."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
     return tuple(size for size in sizes if size <= largest)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Layers that quantise an activation of one width.
-
-    Attributes:
-        name: of the linear layer that reads it.
-        k: its columns on one tensor-parallel rank.
-        layers: how many there are.
-    """
-
-    name: str
-    k: int
-    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +43,7 @@ class Result:
     tensor_parallel: int
     sizes: tuple[int, ...]
     layout_rule: str
-    sites: Sequence[Site]
+    sites: Sequence[models.Site]
     buffers: Sequence[ScaleSpec]
     experts: bool
 
@@ -77,7 +63,7 @@ class Result:
             "tensor_parallel": self.tensor_parallel,
             "sizes": list(self.sizes),
             "layout_rule": self.layout_rule,
-            "sites": [{"name": site.name, "k": site.k, "layers": site.layers} for site in self.sites],
+            "sites": [site.as_dict() for site in self.sites],
             "buffers": [
                 {
                     "rows": spec.rows,
@@ -107,14 +93,10 @@ def run(config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: s
         UsageError: the file is no configuration of a transformer, or cannot be split that way.
     """
     fields = _read(config)
-    sites = _sites(fields, tensor_parallel)
-    for site in sites:
-        if site.k < BLOCK_SIZE or site.k % BLOCK_SIZE:
-            raise report.UsageError(
-                f"{site.name} has {site.k} columns on each of {tensor_parallel} ranks, not a multiple of {BLOCK_SIZE}"
-            )
     ordered = tuple(sorted(set(sizes)))
     try:
+        sites = models.sites(fields, tensor_parallel)
+        experts = models.has_experts(fields)
         buffers = [
             ScaleSpec.checked(rows, k, _layout(rows, layout_rule), None)
             for k in sorted({site.k for site in sites})
@@ -123,15 +105,13 @@ def run(config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: s
     except ValueError as error:
         raise report.UsageError(str(error)) from error
     architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
-    return Result(
-        str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, _number(fields, _EXPERTS, 0) > 0
-    )
+    return Result(str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, experts)
 
 
 def show(result: Result, out: Console) -> None:
     """Print a plan: batch sizes whose buffers have one shape share a row."""
-    sites = [((site.name, str(site.k), str(site.layers)), True) for site in result.sites]
-    report.table(out, f"{result.model} on {result.tensor_parallel} ranks: sites", ("", "k", "layers"), sites)
+    sites = [((site.name, str(site.k), str(site.n), str(len(site.layers))), True) for site in result.sites]
+    report.table(out, f"{result.model} on {result.tensor_parallel} ranks: sites", ("", "k", "n", "layers"), sites)
     groups: dict[tuple[int, SfLayout, tuple[int, int]], list[ScaleSpec]] = {}
     for spec in result.buffers:
         groups.setdefault((spec.k, spec.layout, spec.padded_shape), []).append(spec)
@@ -140,7 +120,7 @@ def show(result: Result, out: Console) -> None:
             (
                 str(k),
                 f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
-                report.short(layout),
+                short(layout),
                 f"{padded_rows} x {padded_cols}",
                 str(len(specs)),
                 _size(sum(spec.nbytes for spec in specs)),
@@ -179,76 +159,3 @@ def _read(config: Path) -> Mapping[str, Any]:
         raise report.UsageError(f"{path}: a configuration is a JSON object")
     text = fields.get("text_config")  # of a multimodal model
     return {**fields, **text} if isinstance(text, dict) else fields
-
-
-_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
-
-
-def _number(fields: Mapping[str, Any], names: Sequence[str], default: int | None = None) -> int:
-    """The first field of these names that is there and not null."""
-    for name in names:
-        value = fields.get(name)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise report.UsageError(f"the configuration's {name} must be a whole number, it is {value!r}")
-            return value
-    if default is None:
-        raise report.UsageError(f"the configuration has no {' or '.join(names)}")
-    return default
-
-
-def _sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
-    hidden = _number(fields, ["hidden_size"])
-    layers = _number(fields, ["num_hidden_layers"])
-    heads = _number(fields, ["num_attention_heads"])
-    if min(hidden, layers, heads) < 1:
-        raise report.UsageError(
-            "the configuration's hidden_size, num_hidden_layers and num_attention_heads must be at least 1"
-        )
-    sites = _attention(fields, hidden, heads, layers, ranks)
-    dense = layers - _expert_layers(fields, layers)
-    if dense:
-        sites.append(Site("mlp.gate_up_proj", hidden, dense))
-        sites.append(
-            Site("mlp.down_proj", _split(_number(fields, ["intermediate_size"]), ranks, "mlp.down_proj"), dense)
-        )
-    shared = _shared_width(fields)
-    if dense < layers and shared:
-        sites.append(Site("shared_experts.gate_up_proj", hidden, layers - dense))
-        sites.append(
-            Site("shared_experts.down_proj", _split(shared, ranks, "shared_experts.down_proj"), layers - dense)
-        )
-    return sites
-
-
-def _attention(fields: Mapping[str, Any], hidden: int, heads: int, layers: int, ranks: int) -> list[Site]:
-    if not fields.get("kv_lora_rank"):
-        head = _number(fields, ["head_dim"], hidden // heads)
-        return [Site("qkv_proj", hidden, layers), Site("o_proj", _split(heads * head, ranks, "o_proj"), layers)]
-    # Multi-head latent attention: the projections into the latent space are replicated, those out of it split by heads.
-    sites = [Site("fused_qkv_a_proj", hidden, layers)]
-    if _number(fields, ["q_lora_rank"], 0):
-        sites.append(Site("q_b_proj", _number(fields, ["q_lora_rank"]), layers))
-    sites.append(Site("kv_b_proj", _number(fields, ["kv_lora_rank"]), layers))
-    return [*sites, Site("o_proj", _split(heads * _number(fields, ["v_head_dim"]), ranks, "o_proj"), layers)]
-
-
-def _expert_layers(fields: Mapping[str, Any], layers: int) -> int:
-    """How many layers are expert layers: all but the first few (DeepSeek), or every so many but some (Qwen)."""
-    if _number(fields, _EXPERTS, 0) == 0:
-        return 0
-    step = max(1, _number(fields, ["decoder_sparse_step", "moe_layer_freq"], 1))
-    first = _number(fields, ["first_k_dense_replace"], 0)
-    dense = fields.get("mlp_only_layers") or []
-    return sum(layer >= first and layer not in dense and (layer + (first == 0)) % step == 0 for layer in range(layers))
-
-
-def _shared_width(fields: Mapping[str, Any]) -> int:
-    width = _number(fields, ["shared_expert_intermediate_size"], 0)
-    return width or _number(fields, ["n_shared_experts"], 0) * _number(fields, ["moe_intermediate_size"], 0)
-
-
-def _split(width: int, ranks: int, name: str) -> int:
-    if width % ranks:
-        raise report.UsageError(f"{name} has {width} columns, which {ranks} ranks cannot share evenly")
-    return width // ranks

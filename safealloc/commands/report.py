@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safealloc import SfLayout, __version__, optional
+from safealloc import __version__, optional
 
 Say = Callable[[str], None]
 """Tells whoever waits what is being done."""
@@ -122,8 +122,3 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def short(layout: SfLayout) -> str:
-    """``"128x4"`` for layout_128x4."""
-    return layout.name.removeprefix("layout_")

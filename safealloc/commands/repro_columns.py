@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
@@ -20,7 +19,7 @@ from safealloc.commands.repro_operands import (
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from safealloc.layout import BLOCK_SIZE, SfLayout, short
 
 N = 64
 K = (16, 48, 80, 496, 720)

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 
-from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     ONE,
     Section,
@@ -25,7 +24,7 @@ from safealloc.commands.repro_operands import (
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from safealloc.layout import BLOCK_SIZE, SfLayout, short
 
 K, N, PADDED_ROWS = 512, 256, 128
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safealloc import PaddingCorruptionError, ScalePool, capture, nvfp4_quantize
 from safealloc.backends import Call, triton_refusal
-from safealloc.commands.report import Say, short
+from safealloc.commands.report import Say
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
@@ -33,7 +33,7 @@ from safealloc.commands.repro_operands import (
     zeroed,
 )
 from safealloc.kernels.reference import E4M3_NAN
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from safealloc.layout import BLOCK_SIZE, SfLayout, short
 
 N = 256
 ROWS = (1, 3, 8, 17, 32, 48)

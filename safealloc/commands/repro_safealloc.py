@@ -13,7 +13,6 @@ from torch import Tensor
 from safealloc import LayoutMismatchError, ScalePool, nvfp4_quantize
 from safealloc.backends import GEMMS, Call
 from safealloc.commands import repro_columns
-from safealloc.commands.report import short
 from safealloc.commands.repro_operands import (
     Section,
     Weight,
@@ -25,7 +24,7 @@ from safealloc.commands.repro_operands import (
 )
 from safealloc.commands.repro_published import BACKENDS, PADDED_ROWS, ROWS, K, N, layout_read
 from safealloc.kernels import reference
-from safealloc.layout import SfLayout
+from safealloc.layout import SfLayout, short
 
 COLUMNS_K = (48, 496)
 COLUMNS_ROWS = (1, 33)
