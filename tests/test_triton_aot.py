@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.errors import PTXASError  # noqa: E402
 
+from safealloc.bench import in_kernel  # noqa: E402
 from safealloc.kernels import triton_gemm, triton_padding, triton_quantize  # noqa: E402
 from safealloc.layout import SfLayout  # noqa: E402
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 ARCHITECTURES = (89, 90, 100, 103, 120)
 E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
-TILINGS = sorted({triton_quantize._tiling(1 << power) for power in range(31)})
+SHAPES = [(1 << a, 1 << b) for a in range(0, 21, 4) for b in range(12)]
+TILINGS = sorted({triton_quantize.tiling_for(rows, cols) for rows, cols in SHAPES})
 GEMM_ROWS = (16, 32, 64, 128)
 # tl.div_rn of Triton 3.5 flushes subnormals: it differs for global scales above 2**126, or where scale / g is below 2**-126.
 FLUSHING_DIVISION = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
@@ -62,34 +64,47 @@ def compiled(kernel: Any, architecture: int, types: dict[str, str], constants: d
     return str(binary.asm["ptx"])
 
 
-def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: tuple[int, int]) -> str:
+def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: triton_quantize.Tiling) -> str:
     types = {
         "x": f"*{dtype}",
         "global_scale": "*fp32",
         "x_fp4": "*u8",
         "scales": "*u8",
-        "blocks": "i32",
         "cols": "i32",
         "col_tiles": "i32",
     }
     constants: dict[str, Any] = {
         "LAYOUT": int(layout),
         "HARDWARE_E2M1": architecture >= 100,
-        "BLOCKS": tiling[0],
+        "HARDWARE_E4M3": True,
+        "BLOCKS": tiling.blocks,
+        "PIECES": tiling.pieces,
+        "DEPENDENT": architecture >= 90,
+        "TRIGGER_FIRST": tiling.trigger_first,
     }
     if valid_rows:
         types["valid_rows"] = "*i32"
     else:
         constants["valid_rows"] = None
-    return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=tiling[1])
+    options = {"launch_pdl": True} if architecture >= 90 else {}
+    return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=tiling.num_warps, **options)
 
 
-def check_quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: tuple[int, int]) -> None:
+def check_quantize(
+    architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: triton_quantize.Tiling
+) -> None:
     ptx = quantize(architecture, dtype, layout, valid_rows, tiling)
     assert (E2M1 in ptx) == (architecture >= 100)
-    assert "ld.global.v4.b32" in ptx, "x is not read 16 bytes at a time"
-    assert re.search(r"st\.global\.(b32|v4\.b8)", ptx), "data are not written 4 bytes at a time"
+    lane = min(16 * tiling.blocks // (32 * tiling.num_warps), 16 // tiling.pieces)  # columns
+    assert f"ld.global.v{lane // 2}.b32" in ptx, "x is not read in one piece"
+    written = r"st\.global\.(b16|v2\.b8)" if lane == 4 else r"st\.global\.(b32|v4\.b8)"
+    assert re.search(written, ptx), "data are not written in one piece"
     assert "ld.global.b16" not in ptx
+    waits = [ptx.find(f"griddepcontrol.{kind}") for kind in ("wait", "launch_dependents")]
+    assert (waits[0] > 0) == (waits[1] > 0) == (architecture >= 90)
+    accesses = [found.start() for found in re.finditer(r"(ld|st)\.global", ptx)]
+    assert architecture < 90 or waits[0] < min(accesses), "memory is touched before the predecessor is done"
+    assert architecture < 90 or (waits[1] < waits[0]) == tiling.trigger_first
     # Each of these would change bits: contraction, flushed subnormals, approximate division.
     if FLUSHING_DIVISION:
         ptx = ptx.replace("div.rn.ftz.f32", "div.rn.f32")
@@ -108,28 +123,50 @@ def test_quantize_on_every_architecture(architecture: int, dtype: str, valid_row
 @layouts
 @pytest.mark.parametrize("tiling", TILINGS[1:], ids=str)
 @pytest.mark.parametrize("architecture", [90, 100])
-def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: tuple[int, int]) -> None:
+def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling) -> None:
     for valid_rows in (False, True):
         check_quantize(architecture, "bf16", layout, valid_rows, tiling)
 
 
-def mm(architecture: int, layout: SfLayout, rows: int, alpha: bool, out: str, cols: str) -> str:
-    block_m, block_n, block_cols, num_warps, num_stages = triton_gemm._tiling(rows)
+def mm(
+    architecture: int,
+    layout: SfLayout,
+    rows: int,
+    *,
+    alpha: bool,
+    out: str,
+    cols: str,
+    shares: bool = False,
+    **more: Any,
+) -> str:
+    tiling = triton_gemm.tiling_for(rows)
     types = dict.fromkeys(("a", "b", "a_scales", "b_scales"), "*u8")
-    types |= dict.fromkeys(("m", "n", "alpha_stride"), "i32")
+    types |= dict.fromkeys(("m", "n", "alpha_stride", "steps"), "i32")
     types |= {"out": f"*{out}", "cols": cols, "out_stride_m": cols}
     constants: dict[str, Any] = {
         "out_stride_n": 1,
         "LAYOUT": int(layout),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "COLS": block_cols,
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "TILES": triton_gemm._TILES,
+        "WHOLE_STEPS": cols.endswith("16"),
+        "A_ALIGNED": True,
+        "B_ALIGNED": True,
+        "WARPS": tiling.num_warps,
+        "STAGES": tiling.num_stages,
+        "PTX": True,
+        "DEPENDENT": architecture >= 90,
+        **more,
     }
-    if alpha:
-        types["alpha"] = "*fp32"
-    else:
-        constants["alpha"] = None
-    return compiled(triton_gemm._mm, architecture, types, constants, num_warps=num_warps, num_stages=num_stages)
+    for name, there in {"alpha": alpha, "partial": shares}.items():
+        if there:
+            types[name] = "*fp32"
+        else:
+            constants[name] = None
+    options: dict[str, Any] = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    if architecture >= 90:
+        options["launch_pdl"] = True
+    return compiled(triton_gemm._mm, architecture, types, constants, **options)
 
 
 @architectures
@@ -137,18 +174,48 @@ def mm(architecture: int, layout: SfLayout, rows: int, alpha: bool, out: str, co
 def test_mm_on_every_architecture(architecture: int, rows: int) -> None:
     ptx = mm(architecture, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
     assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx), "no tensor core instruction"
+    assert "e4m3x2" in ptx, "scales are not converted in pairs"
+    assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx), "the weight is not copied ahead"
+
+
+@pytest.mark.parametrize("rows", GEMM_ROWS)
+def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(rows: int) -> None:
+    ptx = mm(90, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
+    assert "wgmma.mma_async" in ptx
+    assert "ldmatrix" not in ptx, "decoded operands make a detour through shared memory"
 
 
 @layouts
 @pytest.mark.parametrize("rows", GEMM_ROWS)
 def test_mm_in_every_tiling(layout: SfLayout, rows: int) -> None:
     mm(90, layout, rows, alpha=False, out="fp32", cols="i32")  # k a multiple of 16 only
+    mm(90, layout, rows, alpha=False, out="bf16", cols="i32:16", shares=True)
+    mm(90, layout, rows, alpha=True, out="fp16", cols="i32", A_ALIGNED=False, B_ALIGNED=False)
     if layout is not SfLayout.layout_128x4:
         mm(90, layout, rows, alpha=True, out="fp16", cols="i32:16")
 
 
 def test_every_tiling_of_mm_is_compiled() -> None:
-    assert {triton_gemm._tiling(rows) for rows in range(1, 513)} == {triton_gemm._tiling(rows) for rows in GEMM_ROWS}
+    every = {triton_gemm.tiling_for(rows) for rows in range(1, 513)}
+    assert every == {triton_gemm.tiling_for(rows) for rows in GEMM_ROWS}
+
+
+@architectures
+def test_add_up(architecture: int) -> None:
+    types = {"partial": "*fp32", "alpha": "*fp32", "out": "*bf16"}
+    types |= dict.fromkeys(("n", "alpha_stride", "out_stride_m", "shares"), "i32")
+    constants = {"out_stride_n": 1, "BLOCK": triton_gemm._ADD_UP_COLUMNS, "DEPENDENT": architecture >= 90}
+    compiled(triton_gemm._add_up, architecture, types, constants)
+
+
+@architectures
+@pytest.mark.parametrize("kernel", [in_kernel._row_by_row, in_kernel._wide_stores], ids=lambda kernel: kernel.__name__)
+def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
+    types = {"x": "*bf16", "global_scale": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
+    types |= dict.fromkeys(("rows", "cols", "col_tiles"), "i32")
+    constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "BLOCKS": 64}
+    constants |= {"WORDS": in_kernel._WORDS} if "WORDS" in kernel.arg_names else {}
+    compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90})
 
 
 @architectures

@@ -5,9 +5,15 @@
 
     out = alpha * sum_k (e2m1(a[m, k]) * e4m3(a_scales[m, k // 16])) * (e2m1(b[n, k]) * e4m3(b_scales[n, k // 16]))
 
-An operand e2m1 * e4m3 has at most 6 significant bits, is a multiple of 2**-10 and at most 2688: exact in float16, so only
-the float32 sum over k rounds. Low nibbles are even columns and high nibbles odd ones, and a sum does not mind its order:
-each step is one dot of the even columns and one of the odd.
+An operand e2m1 * e4m3 has at most 6 significant bits, is a multiple of 2**-10 and at most 2688. So ``2**-14`` of it, which is
+what e2m1's bits in float16's fields times the scale are, is exact in float16, and only the float32 sum over k rounds. Low
+nibbles are even columns and high nibbles odd ones, and a sum does not mind its order: each step is one dot of the even
+columns and one of the odd.
+
+Decode has few rows of ``a`` and streams ``b``. What that costs is decoding ``b`` and moving it to the tensor cores, so the
+weight is their left operand, which may stay in registers: rows and columns are permuted (both operands alike, and the
+rows of the result) such that the 16 bytes which a lane loads are the ones its tensor core wants. Where ``b`` has too few
+rows to fill the device, several programs share a tile's columns and a second kernel adds up.
 
 Scale bytes are read as the tensor cores of Blackwell read them: whole tiles of 4 columns, with zero data beyond k. So NaN
 in a padding column reaches its row (NaN * 0). Rows beyond the matrix are never read.
@@ -15,63 +21,131 @@ in a padding column reaches its row (NaN * 0). Rows beyond the matrix are never 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from safealloc.kernels.triton_layout import device_of, scale_offset
+from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_wait
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
-
-@triton.jit
-def _decode_e2m1(code):
-    """float16 value of the low 4 bits of a uint16: shifted into float16's fields, it lacks the exponents' difference."""
-    bits = ((code & 0x7) << 9) | ((code & 0x8) << 12)
-    return bits.to(tl.float16, bitcast=True) * 16384.0  # 2 ** (15 - 1); float16's subnormals are e2m1's too
+_TILES = 2
+"""Tiles of 4 scale columns a step: 64 bytes of a row, which are 4 lanes' and two steps of a tensor core."""
 
 
 @triton.jit
-def _decode_e4m3(byte):
-    """float16 value of a uint8."""
-    code = byte.to(tl.uint16)
-    bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
-    value = bits.to(tl.float16, bitcast=True) * 256.0  # 2 ** (15 - 7)
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+def _decode_e2m1(packed, ODD: tl.constexpr, PTX: tl.constexpr):
+    """float16 ``2**-14 * value`` of the high (ODD) or low nibbles of uint8: the bits, moved to float16's fields."""
+    if PTX and ODD:
+        value = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, sign, rest;
+            prmt.b32 low, $2, 0, 0x1404;
+            prmt.b32 high, $2, 0, 0x3424;
+            and.b32 sign, low, 0x80008000;
+            shr.u32 rest, low, 3;
+            lop3.b32 $0, rest, 0x0E000E00, sign, 0xEA;
+            and.b32 sign, high, 0x80008000;
+            shr.u32 rest, high, 3;
+            lop3.b32 $1, rest, 0x0E000E00, sign, 0xEA;
+            }
+            """,
+            constraints="=r,=r,r",
+            args=[packed],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    elif PTX:
+        value = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, sign, rest;
+            prmt.b32 low, $2, 0, 0x1404;
+            prmt.b32 high, $2, 0, 0x3424;
+            shl.b32 sign, low, 4;
+            shl.b32 rest, low, 1;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 $0, rest, 0x0E000E00, sign, 0xEA;
+            shl.b32 sign, high, 4;
+            shl.b32 rest, high, 1;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 $1, rest, 0x0E000E00, sign, 0xEA;
+            }
+            """,
+            constraints="=r,=r,r",
+            args=[packed],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        code = packed.to(tl.uint16) >> (4 if ODD else 0)
+        value = (((code & 0x7) << 9) | ((code & 0x8) << 12)).to(tl.float16, bitcast=True)
+    return value
 
 
 @triton.jit
-def _load_operand(
-    x_fp4,  # uint8 [rows, 8 * cols]
-    scales,  # uint8, in LAYOUT
-    row,  # int32 [ROWS]
-    rows,
-    col,  # int32, first scale column
-    cols,
-    col_tiles,
-    LAYOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Even and odd columns, float16 [ROWS, 8 * COLS] each; zero outside the matrix."""
-    inside = (row < rows)[:, None]
-    byte = col * 8 + tl.arange(0, 8 * COLS)[None, :]
-    offset = row.to(tl.int64)[:, None] * (cols * 8) + byte
-    packed = tl.load(x_fp4 + offset, mask=inside & (byte < cols * 8), other=0).to(tl.uint16)
-
-    scale_col = col + tl.arange(0, COLS)[None, :]
-    scale_cols = cols if LAYOUT == 2 else col_tiles * 4
-    offset = scale_offset(row[:, None], scale_col, col_tiles, LAYOUT)
-    scale = _decode_e4m3(tl.load(scales + offset, mask=inside & (scale_col < scale_cols), other=0))
-    scale = scale[:, :, None]  # one for 8 bytes
-
-    even = tl.reshape(_decode_e2m1(packed), (ROWS, COLS, 8)) * scale
-    odd = tl.reshape(_decode_e2m1(packed >> 4), (ROWS, COLS, 8)) * scale
-    return tl.reshape(even, (ROWS, 8 * COLS)), tl.reshape(odd, (ROWS, 8 * COLS))
+def _decode_scales(words, ROWS: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
+    """float16 [ROWS, 32 * TILES], a scale for each byte of data, of int32 [ROWS, TILES], 4 e4m3 each."""
+    byte = (words[:, :, None] >> (8 * tl.arange(0, 4)[None, None, :])).to(tl.uint8)
+    if PTX:
+        scale = byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        code = byte.to(tl.uint16)
+        bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+        scale = bits.to(tl.float16, bitcast=True) * 256.0  # 2 ** (15 - 7)
+        scale = tl.where((code & 0x7F) == 0x7F, float("nan"), scale)
+    scale = tl.broadcast_to(scale[:, :, :, None], (ROWS, TILES, 4, 8))
+    return tl.reshape(scale, (ROWS, TILES * 32))
 
 
-# One binary for all row counts: a new batch size must not compile, least of all during a graph capture. Columns and
-# strides are specialised: whether they are multiples of 16 decides how wide loads and stores are.
-@triton.jit(do_not_specialize=["m", "n", "alpha_stride"])
+@triton.jit
+def _row_words(row, col_tiles, LAYOUT: tl.constexpr):
+    """Where the words (tiles' rows of 4 scales) of a row begin."""
+    if LAYOUT == 0:
+        word = row // 128 * col_tiles * 128 + row % 32 * 4 + row % 128 // 32
+    elif LAYOUT == 1:
+        word = row // 8 * col_tiles * 8 + row % 8
+    else:
+        word = row * col_tiles
+    return word
+
+
+@triton.jit
+def _load_words(scales, word, inside, col, cols, ALIGNED: tl.constexpr):
+    """int32 words of 4 scales from column ``col`` on; not ALIGNED, ``word`` counts bytes, and columns beyond cols are 0."""
+    if ALIGNED:
+        words = tl.load(scales.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
+    else:
+        words = tl.zeros_like(word)
+        for byte in tl.static_range(4):
+            there = inside & (col + byte < cols)
+            words |= tl.load(scales + word + byte, mask=there, other=0).to(tl.int32) << (8 * byte)
+    return words
+
+
+@triton.jit
+def _operand_columns(x, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Columns in the order that makes a lane's 16 contiguous bytes its part of a 16-bit tensor core operand."""
+    x = tl.permute(tl.reshape(x, (ROWS, TILES // 2, 4, 4, 2, 2)), (0, 1, 3, 4, 2, 5))
+    return tl.reshape(x, (ROWS, TILES * 32))
+
+
+@triton.jit
+def _operand_rows(x, ROWS: tl.constexpr, COLS: tl.constexpr, WARPS: tl.constexpr):
+    """Rows in the order that makes a warp's rows its part of such an operand."""
+    x = tl.permute(tl.reshape(x, (ROWS // (16 * WARPS), 2, WARPS, 8, COLS)), (0, 2, 1, 3, 4))
+    return tl.reshape(x, (ROWS, COLS))
+
+
+# One binary for all row counts of a tiling: a new batch size must not compile, least of all during a graph capture. Columns
+# and strides are specialised: whether they are multiples of 16 decides how wide loads and stores are.
+@triton.jit(do_not_specialize=["m", "n", "alpha_stride", "steps"])
 def _mm(
     a,  # uint8 [m, 8 * cols]
     b,  # uint8 [n, 8 * cols]
@@ -79,42 +153,132 @@ def _mm(
     b_scales,  # uint8, in 128x4 for [n, cols]
     alpha,  # float32 [1] or [m], or None
     out,  # [m, n]
+    partial,  # float32 [programs that share a tile, m, n], or None: the tile's sum goes to out
     m,
     n,
     cols,
     alpha_stride,  # 0 where alpha has one element
     out_stride_m,
     out_stride_n,
+    steps,  # of TILES tiles, of each program
     LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLS: tl.constexpr,  # scale columns a step: 16 * COLS columns of a and b
+    TILES: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,  # cols is a multiple of 4 * TILES
+    A_ALIGNED: tl.constexpr,  # a_scales' words are aligned
+    B_ALIGNED: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    # Programs that share a tile of b are neighbours, so that the weight comes from memory once.
+    BYTES: tl.constexpr = TILES * 32
+    # Programs that share a tile of b are neighbours, so that the weight comes from memory once. A tile's rows of b are those
+    # whose scales lie together: every 32nd, of as many groups as fit.
     tiles_m = tl.cdiv(m, BLOCK_M)
     row_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n = tl.program_id(0) // tiles_m
+    lane_n = tl.arange(0, BLOCK_N)
+    group, part = tile_n // (128 // BLOCK_N), tile_n % (128 // BLOCK_N)
+    row_n = group * 128 + lane_n % 4 * 32 + part * (BLOCK_N // 4) + lane_n // 4
+    first = tl.program_id(1) * steps
+
     col_tiles = tl.cdiv(cols, 4)
-    a_col_tiles = cols if LAYOUT == 2 else col_tiles
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for col in range(0, cols, COLS):
-        a_even, a_odd = _load_operand(a, a_scales, row_m, m, col, cols, a_col_tiles, LAYOUT, BLOCK_M, COLS)
-        b_even, b_odd = _load_operand(b, b_scales, row_n, n, col, cols, col_tiles, 0, BLOCK_N, COLS)
-        total = tl.dot(a_even, tl.trans(b_even), total)
-        total = tl.dot(a_odd, tl.trans(b_odd), total)
-    inside_m = row_m < m
+    A_STRIDE: tl.constexpr = 128 if LAYOUT == 0 else 8 if LAYOUT == 1 else 1  # words between a row's tiles
+    tile = first * TILES + tl.arange(0, TILES)[None, :]
+    if A_ALIGNED:
+        a_word = _row_words(row_m, col_tiles, LAYOUT)[:, None] + tile * A_STRIDE
+    elif LAYOUT == 2:
+        a_word = row_m[:, None] * cols + tile * 4
+    else:
+        a_word = (_row_words(row_m, col_tiles, LAYOUT)[:, None] + tile * A_STRIDE) * 4
+    b_word = (group * col_tiles * 128 + part * BLOCK_N + lane_n)[:, None] + tile * 128
+    if not B_ALIGNED:
+        b_word *= 4
+    a_stride: tl.constexpr = A_STRIDE if A_ALIGNED else A_STRIDE * 4
+    b_stride: tl.constexpr = 128 if B_ALIGNED else 512
+    byte = first * BYTES + tl.arange(0, BYTES)[None, :]
+    a_at = a + row_m.to(tl.int64)[:, None] * (cols * 8) + byte
+    b_at = b + row_n.to(tl.int64)[:, None] * (cols * 8) + byte
+    in_m, in_n = (row_m < m)[:, None], (row_n < n)[:, None]
+    # Tiles have 4 columns whether or not they are real, but linear scales end where the matrix does.
+    scale_cols = cols if LAYOUT == 2 else col_tiles * 4
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if DEPENDENT:
+        gdc_wait()  # before the first access to memory
+    for step in tl.range(first, tl.minimum(first + steps, tl.cdiv(col_tiles, TILES)), num_stages=STAGES):
+        a_in, b_in, a_tiles_in, b_tiles_in = in_m, in_n, in_m, in_n | True
+        if not WHOLE_STEPS:
+            in_bytes = tl.arange(0, BYTES)[None, :] < cols * 8 - step * BYTES
+            in_tiles = tl.arange(0, TILES)[None, :] < col_tiles - step * TILES
+            a_in, b_in, a_tiles_in, b_tiles_in = (
+                in_m & in_bytes,
+                in_n & in_bytes,
+                in_m & in_tiles,
+                in_tiles | (in_n & False),
+            )
+        a_packed = tl.load(a_at, mask=a_in, other=0)
+        b_packed = tl.load(b_at, mask=b_in, other=0)
+        col = (step * TILES + tl.arange(0, TILES)[None, :]) * 4
+        a_words = _load_words(a_scales, a_word, a_tiles_in, col, scale_cols, A_ALIGNED)
+        b_words = _load_words(b_scales, b_word, b_tiles_in, col, col_tiles * 4, B_ALIGNED)
+        a_scale = _decode_scales(a_words, BLOCK_M, TILES, PTX)
+        b_scale = _decode_scales(b_words, BLOCK_N, TILES, PTX)
+        for odd in tl.static_range(2):
+            a_part = _operand_columns(_decode_e2m1(a_packed, odd, PTX) * a_scale, BLOCK_M, TILES)
+            b_part = _operand_columns(_decode_e2m1(b_packed, odd, PTX) * b_scale, BLOCK_N, TILES)
+            b_part = _operand_rows(b_part, BLOCK_N, BYTES, WARPS)
+            total = tl.dot(b_part, tl.trans(a_part), total)
+        a_at += BYTES
+        b_at += BYTES
+        a_word += TILES * a_stride
+        b_word += TILES * b_stride
+
+    total = tl.trans(total) * 268435456.0  # 2 ** 28, of two operands that were 2 ** -14 each
+    row_n = tl.reshape(_operand_rows(row_n[:, None], BLOCK_N, 1, WARPS), (BLOCK_N,))
+    inside = in_m & (row_n < n)[None, :]
+    row_m, row_n = row_m.to(tl.int64)[:, None], row_n.to(tl.int64)[None, :]
+    if partial is not None:
+        tl.store(partial + (tl.program_id(1).to(tl.int64) * m + row_m) * n + row_n, total, mask=inside)
+    else:
+        if alpha is not None:
+            total *= tl.load(alpha + row_m * alpha_stride, mask=in_m, other=0.0)
+        tl.store(out + row_m * out_stride_m + row_n * out_stride_n, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "alpha_stride", "shares"])
+def _add_up(
+    partial,  # float32 [shares, m, n]
+    alpha,
+    out,
+    n,
+    alpha_stride,
+    out_stride_m,
+    out_stride_n,
+    shares,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    row, m = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if DEPENDENT:
+        gdc_wait()
+    for share in range(shares):
+        total += tl.load(partial + (share * m + row) * n + col, mask=col < n, other=0.0)
     if alpha is not None:
-        total *= tl.load(alpha + row_m * alpha_stride, mask=inside_m, other=0.0)[:, None]
-    offset = row_m.to(tl.int64)[:, None] * out_stride_m + row_n.to(tl.int64)[None, :] * out_stride_n
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside_m[:, None] & (row_n < n)[None, :])
+        total *= tl.load(alpha + row * alpha_stride)
+    tl.store(out + row * out_stride_m + col.to(tl.int64) * out_stride_n, total.to(out.dtype.element_ty), mask=col < n)
 
 
 def mm(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, alpha: Tensor | None, out: Tensor, layout: SfLayout
 ) -> None:
-    """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``, in one launch.
+    """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``, in one launch, or two where ``b`` is small.
 
-    Nothing is allocated and nothing synchronises.
+    Nothing synchronises. What is summed in which order depends on the shapes alone.
 
     Args:
         a: uint8 ``[m, k // 2]``, contiguous, m at least 1.
@@ -126,41 +290,93 @@ def mm(
         layout: order of the bytes in ``a_scales``.
     """
     m, n, cols = a.shape[0], b.shape[0], 2 * a.shape[1] // BLOCK_SIZE
-    block_m, block_n, block_cols, num_warps, num_stages = _tiling(m)
+    tiling = tiling_for(m)
+    tiles = -(-m // tiling.block_m) * -(-n // 128) * (128 // tiling.block_n)
+    steps = -(-cols // (4 * _TILES))
+    shares = shares_for(tiles, steps, _multiprocessors(a.device))
+    steps = -(-steps // shares)
+    partial = torch.empty((shares, m, n), dtype=torch.float32, device=a.device) if shares > 1 else None
+    alpha_stride = 0 if alpha is None or alpha.numel() == 1 else 1
+    dependent = dependent_launch(a.device)
     with device_of(a):
-        _mm[(-(-m // block_m) * -(-n // block_n),)](
+        _mm[(tiles, shares)](
             a,
             b,
             a_scales,
             b_scales,
-            alpha,
+            None if shares > 1 else alpha,
             out,
+            partial,
             m,
             n,
             cols,
-            0 if alpha is None or alpha.numel() == 1 else 1,
+            alpha_stride,
             out.stride(0),
             out.stride(1),
+            steps,
             LAYOUT=int(layout),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            COLS=block_cols,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            BLOCK_M=tiling.block_m,
+            BLOCK_N=tiling.block_n,
+            TILES=_TILES,
+            WHOLE_STEPS=cols % (4 * _TILES) == 0,
+            A_ALIGNED=a_scales.data_ptr() % 4 == 0 and (layout is not SfLayout.layout_linear or cols % 4 == 0),
+            B_ALIGNED=b_scales.data_ptr() % 4 == 0,
+            WARPS=tiling.num_warps,
+            STAGES=tiling.num_stages,
+            PTX=a.is_cuda,
+            DEPENDENT=bool(dependent),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
             enable_fp_fusion=False,  # nothing here could fuse; Triton 3.9 warns where it is left open
+            **dependent,
         )
+        if partial is not None:
+            _add_up[(m, -(-n // _ADD_UP_COLUMNS))](
+                partial,
+                alpha,
+                out,
+                n,
+                alpha_stride,
+                out.stride(0),
+                out.stride(1),
+                shares,
+                BLOCK=_ADD_UP_COLUMNS,
+                DEPENDENT=bool(dependent),
+                enable_fp_fusion=False,
+                **dependent,
+            )
 
 
-def _tiling(m: int) -> tuple[int, int, int, int, int]:
-    """Rows of a, rows of b and scale columns a step, warps, pipeline stages.
+_ADD_UP_COLUMNS = 1024
 
-    At decode the weight's bytes are all that counts: few rows of b a program, so that many programs stream it, in long
-    pieces. With more rows of a the conversion of b must pay for itself, so tiles grow.
-    """
+
+class Tiling(NamedTuple):
+    """Rows of a and b a program, its warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tiling_for(m: int) -> Tiling:
+    """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself."""
     if m <= 16:
-        return 16, 32, 16, 4, 4
+        return Tiling(16, 64, 4, 4)
     if m <= 32:
-        return 32, 32, 16, 4, 4
+        return Tiling(32, 128, 8, 3)
     if m <= 64:
-        return 64, 64, 8, 4, 3
-    return 128, 128, 4, 8, 3
+        return Tiling(64, 128, 4, 3)
+    return Tiling(128, 128, 8, 3)
+
+
+def shares_for(tiles: int, steps: int, multiprocessors: int) -> int:
+    """How many programs share a tile: up to 4, so that a multiprocessor has 4 programs, each with 16 steps or more."""
+    return max(1, min(4, 4 * multiprocessors // tiles, steps // 16))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # as an H200 has, in Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count

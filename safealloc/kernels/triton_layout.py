@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the Triton kernels share: where a scale byte lies, and on which device they launch.
+"""What the Triton kernels share: where a scale byte lies, and how they launch.
 
 The byte of (row, col) is::
 
@@ -12,6 +12,7 @@ The byte of (row, col) is::
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["dependent_launch", "device_of", "gdc_launch_dependents", "gdc_wait", "scale_offset"]
 
 
 @triton.jit
@@ -48,3 +52,15 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Triton's option for a programmatic dependent launch, where the device has it (compute capability 9.0 or more).
+
+    Such a kernel is launched while its predecessor still runs, and has to call ``gdc_wait`` before it touches memory: that
+    returns when all that came before is done and visible (CUDA Programming Guide, "Programmatic Dependent Launch").
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"launch_pdl": True}
+    return {}

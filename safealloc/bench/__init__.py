@@ -1,0 +1,1 @@
+"""What ``safealloc bench`` measures, side by side in one run."""
