@@ -5,10 +5,14 @@ python benchmarks/plot_repro.py [benchmarks/results/repro-cpu.json] [docs/repro.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
+
+from safealloc.bench.figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
@@ -104,4 +108,4 @@ def _mark() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write(__doc__, draw, "benchmarks/results/repro-cpu.json", "docs/repro.png")
+    write(__doc__, draw, ROOT / "benchmarks/results/repro-cpu.json", ROOT / "docs/repro.png")

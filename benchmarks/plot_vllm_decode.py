@@ -5,10 +5,14 @@ python benchmarks/plot_vllm_decode.py [benchmarks/results/vllm-decode-h200.json]
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figure import GREEN, GREY, GRID, INK, RED, style, write
+
+from safealloc.bench.figure import GREEN, GREY, GRID, INK, RED, style, write
+
+ROOT = Path(__file__).resolve().parents[1]
 
 COLOURS = {
     "vLLM's own": RED,
@@ -65,4 +69,4 @@ def bars(axes: plt.Axes, batches: list[int], series: dict[str, list[float]]) -> 
 
 
 if __name__ == "__main__":
-    write(__doc__, draw, "benchmarks/results/vllm-decode-h200.json", "docs/vllm-decode.png")
+    write(__doc__, draw, ROOT / "benchmarks/results/vllm-decode-h200.json", ROOT / "docs/vllm-decode.png")

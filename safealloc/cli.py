@@ -78,7 +78,23 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan}
+def _bench(given: argparse.Namespace) -> int:
+    from safealloc.commands import bench, report
+
+    report.check_writable(given.json)
+    bench.check_pictures(given.plot)
+    options = bench.checked_options(given.part, given.quick)
+    with bench.progress() as tell:
+        result = bench.run(options, tell)
+    report.write_json(given.json, result.as_dict())
+    out = report.console()
+    bench.show(result, out)
+    for path in bench.draw(result, given.plot):
+        out.print(f"wrote {path}")
+    return 0
+
+
+_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "bench": _bench}
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -145,7 +161,23 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
     )
-    commands = {"repro": repro, "doctor": doctor, "plan": plan}
+    bench = subparsers.add_parser(
+        "bench",
+        help="what each way to keep padding clean costs, in CUDA graphs and on the host",
+        description="What each way to keep padding clean costs on this machine's GPU, side by side in one run.",
+    )
+    bench.add_argument(
+        "part",
+        nargs="?",
+        choices=("quantize", "decode", "host", "all"),
+        default="all",
+        metavar="PART",
+        help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "
+        "all (%(default)s)",
+    )
+    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    bench.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
+    commands = {"repro": repro, "doctor": doctor, "plan": plan, "bench": bench}
     for command in commands.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     return parser, commands

@@ -52,6 +52,8 @@ def test_version(capsys):
         (["repro", "--device", "cpu", "--seed", str(2**63)], "--seed"),
         (["repro", "--device", "cpu", "--replays", "0"], "--replays"),
         (["repro", "--device", "cpu", "--json", "no/such/directory/result.json"], "no/such/directory"),
+        (["bench", "no-such-part"], "no-such-part"),
+        (["bench", "decode", "--json", "no/such/directory/result.json"], "no/such/directory"),
         (["doctor", "--json", "."], "directory"),
         (["doctor", "--device", "cpu"], "--device"),
     ],

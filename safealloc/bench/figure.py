@@ -34,13 +34,18 @@ def style() -> None:
     )
 
 
-def write(about: str, draw: Callable[[dict[str, Any]], plt.Figure], result: str, picture: str) -> None:
-    """Read the JSON, write the picture: the files on the command line, or these below the project's root."""
-    root = Path(__file__).resolve().parents[1]
+def save(figure: plt.Figure, picture: Path) -> None:
+    """Write a figure as PNG, and forget it."""
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150, facecolor=PANEL)
+    plt.close(figure)
+
+
+def write(about: str, draw: Callable[[dict[str, Any]], plt.Figure], result: Path, picture: Path) -> None:
+    """Read the JSON, write the picture: the files on the command line, or these."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("result", nargs="?", type=Path, default=root / result)
-    parser.add_argument("picture", nargs="?", type=Path, default=root / picture)
+    parser.add_argument("result", nargs="?", type=Path, default=result)
+    parser.add_argument("picture", nargs="?", type=Path, default=picture)
     given = parser.parse_args()
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(given.result.read_text())).savefig(given.picture, dpi=150, facecolor=PANEL)
+    save(draw(json.loads(given.result.read_text())), given.picture)
     print(f"wrote {given.picture}")

@@ -1,0 +1,79 @@
+"""``safealloc bench decode`` on a GPU: what must hold whatever the times are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safealloc import ScalePool
+from safealloc.bench import timing
+from safealloc.bench.models import Model
+from safealloc.models import Site
+
+pytestmark = pytest.mark.gpu
+
+MODEL = Model("small", 1, (Site("qkv_proj", 256, 384, (0, 1, 2)), Site("o_proj", 512, 256, (0, 1, 2))))
+BATCHES = (1, 16)
+KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_a_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
+
+
+@pytest.fixture(scope="module")
+def result():
+    pytest.importorskip("triton", reason="the kernels need triton")
+    from safealloc.bench import decode
+
+    told = []
+    measured = decode.measure(torch.device("cuda", 0), [MODEL], BATCHES, 0.05, lambda what, done: told.append(done))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    return measured
+
+
+def test_the_result_has_every_peer_at_every_batch_size(result):
+    from safealloc.bench.peers import peers
+
+    with ScalePool("cuda") as pool:
+        names = list(peers(pool))
+    assert list(result["peers"]) == names
+    assert 1e11 < result["copy_bytes_per_second"] < 1e14
+    (model,) = result["models"]
+    assert (model["model"], model["tensor_parallel"], model["quantizations"]) == ("small", 1, 6)
+    assert model["distinct_weights"] == 6
+    assert tuple(row["batch"] for row in model["batches"]) == BATCHES
+    for row in model["batches"]:
+        assert list(row["peers"]) == names
+        assert row["gemm_only"]["us"] > 0
+        for found in row["peers"].values():
+            assert found.keys() == KEYS
+            assert found["us"] > row["gemm_only"]["us"] / 2
+            assert found["graph_memory_bytes"] > 0  # the codes
+
+
+def test_the_pool_alone_has_buffers_one_a_width(result):
+    for row in result["models"][0]["batches"]:
+        held = {name: found["pool_bytes"] for name, found in row["peers"].items() if found["pool_bytes"]}
+        assert held == {"pool": 128 * 256 // 16 + 128 * 512 // 16}
+
+
+def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_a_quantization(result):
+    pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
+    model = result["models"][0]
+    for row in model["batches"]:
+        nodes = {name: found["nodes"] for name, found in row["peers"].items()}
+        assert nodes["pool"] == nodes["empty"] >= 2 * model["quantizations"]  # a GEMM may be two kernels
+        assert nodes["zeros"] == nodes["pool"] + model["quantizations"]
+        assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]
+
+
+def test_longer_work_takes_longer():
+    """Whatever the order, the events are around the graph they stand for."""
+    short, long = (torch.zeros(size, device="cuda") for size in (1 << 20, 1 << 28))
+    with ScalePool("cuda") as pool:
+        graphs = {
+            "short": timing.captured(lambda: short.add_(1), pool),
+            "long": timing.captured(lambda: long.add_(1), pool),
+        }
+        times = timing.interleaved(graphs, rounds=10, replays=3)
+        graphs.clear()
+    assert [len(several) for several in times.values()] == [10, 10]
+    assert min(times["long"]) > 10 * max(times["short"])

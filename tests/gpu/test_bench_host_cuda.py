@@ -1,0 +1,122 @@
+"""``safealloc bench quantize`` and ``host`` on a GPU: what must hold whatever the times are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from safealloc import ScalePool, SfLayout
+from safealloc.integrations.vllm.allocator import allocator
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def host():
+    pytest.importorskip("triton", reason="it launches the kernels")
+    from safealloc.bench import host
+
+    return host
+
+
+@pytest.fixture(scope="module")
+def quantize():
+    pytest.importorskip("triton", reason="it launches the kernels")
+    from safealloc.bench import quantize
+
+    return quantize
+
+
+@pytest.fixture(scope="module")
+def result(quantize):
+    extent = dataclasses.replace(
+        quantize.QUICK,
+        rows=(1, 32),
+        ks=(1008, 8192),
+        large=((2048, 4096),),
+        gemm_rows=(1, 48),
+        gemm_weights=((1024, 2048),),
+        rounds=3,
+        replays=1,
+    )
+    told = []
+    measured = quantize.measure(torch.device("cuda", 0), extent, lambda what, done: told.append(done))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    return measured
+
+
+def test_every_peer_is_measured_at_every_shape(quantize, result):
+    from safealloc.bench.peers import peers
+
+    with ScalePool("cuda") as pool:
+        names = list(peers(pool))
+    shapes = [(row["rows"], row["k"], row["layout"]) for row in result["few_rows"]]
+    assert shapes == [(rows, k, layout) for layout in ("128x4", "8x4") for k in (1008, 8192) for rows in (1, 32)]
+    for row in result["few_rows"]:
+        assert list(row["peers"]) == names
+        assert {quantize.EMPTY_NODE, quantize.STORE_NODE} <= row["floor"].keys()
+        for found in (*row["peers"].values(), *row["floor"].values()):
+            assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 1000
+        assert row["peers"]["pool"]["ratio_to_pool"] == 1
+        assert row["peers"]["zeros"]["ratio_to_pool"] > 1  # a node more
+
+
+def test_a_share_is_one_of_the_bandwidth_of_memory(result):
+    (many,) = result["many_rows"]
+    assert [(row["m"], row["layout"]) for row in result["gemm"]] == [(1, "8x4"), (48, "128x4")]
+    for row in (many, *result["gemm"]):
+        assert 1e11 < row["copy_bytes_per_second"] < 1e14
+        assert 0 < row["share_of_copy"] < 1.5
+        share = row["bytes_per_second"] / row["copy_bytes_per_second"]
+        assert row["share_of_copy"] == pytest.approx(share, rel=0.5)  # another median
+    for row in result["gemm"]:
+        assert bool(row["peers"]) is not bool(result["not_measured"])
+
+
+def test_the_bare_launch_is_what_quantize_launches(host):
+    rows, k, layout = 8, 4096, SfLayout.layout_128x4
+    x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
+    global_scale = torch.tensor([448 * 6 / 5.0], device="cuda")
+    ours, theirs = (
+        (
+            torch.zeros(rows, k // 2, dtype=torch.uint8, device="cuda"),
+            torch.zeros(layout.padded_shape(rows, k), dtype=torch.uint8, device="cuda"),
+        )
+        for _ in range(2)
+    )
+    launch = host.bare_launch(x, global_scale, *ours)
+    assert not ours[0].any()  # noted, not launched
+    launch()
+    from safealloc.kernels import triton_quantize
+
+    triton_quantize.quantize(x, global_scale, *theirs, layout)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
+
+
+def test_every_call_is_measured_and_the_allocator_is_left_as_it_was(host):
+    before = dict(vars(allocator))
+    result = host.run(torch.device("cuda", 0), True, lambda what, done: None)
+    assert vars(allocator) == before
+    assert result["not_measured"] == {}
+    named = {host.EMPTY, host.ZEROS, host.ACQUIRE, host.SIDE_STREAM, host.OP, host.HOOK}
+    named |= {host.LAUNCH, host.LAUNCHER, host.QUANTIZE, host.QUANTIZE_DEFAULT, host.LINEAR}
+    assert named < result["calls"].keys()
+    assert all(0.05 < found["us"] < 1000 for found in result["calls"].values())
+    assert all(target["reached"] is not None for target in result["targets"])
+
+
+def test_an_acquire_is_a_hit_on_either_stream(host):
+    """Else its time would be that of another path."""
+    device = torch.device("cuda", 0)
+    with ScalePool(device) as pool:
+        every = [one for one in host._allocations(device, pool) if one.name in (host.ACQUIRE, host.SIDE_STREAM)]
+        assert len(every) == 2
+        host.alternate(every, 2, 10, device, lambda what, done: None)
+        stats = pool.stats()
+        assert (stats.misses, stats.buffers) == (2, 2)
+        assert stats.hits == 2 * (20 + 2 * 10) - 2
