@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from safealloc.kernels import reference, vendors
 from safealloc.layout import SfLayout
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a backend's requirement looks at.
+class Call(NamedTuple):
+    """What a backend's requirement looks at; a tuple, since one is made at each call.
 
     Attributes:
         device: of all tensors.
@@ -58,6 +57,9 @@ class Backend:
     flashinfer: bool = False
 
 
+_chosen: dict[tuple[int, str, Call], Backend] = {}  # on CUDA devices, which stay what they are
+
+
 def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
     """The row that ``name`` asks for.
 
@@ -67,6 +69,16 @@ def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a string, got {name!r}")
+    key = id(table), name, call
+    row = _chosen.get(key)
+    if row is None:
+        row = _choose(table, name, call)
+        if call.device.type == "cuda":
+            _chosen[key] = row
+    return row
+
+
+def _choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
     if name == "auto":
         return next(row for row in table.values() if row.automatic and row.refusal(call) is None)
     row = table.get(name)
@@ -139,12 +151,14 @@ def _flashinfer_gemm(
     return _blackwell(call, "flashinfer")
 
 
-# Launchers are looked up at the call: Triton may be missing, and its import takes a second.
+# Launchers are looked up at the first call: Triton may be missing, and its import takes a second.
 def _triton(module: str, function: str) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        return getattr(optional.require(f"safealloc.kernels.{module}"), function)(*arguments)
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(optional.require(f"safealloc.kernels.{module}"), function)
+        return found
 
-    return run
+    return lambda *arguments: launcher()(*arguments)
 
 
 def _table(*rows: Backend) -> dict[str, Backend]:

@@ -26,7 +26,7 @@ _references = sys.getrefcount
 class Buffer:
     """A zero-padded buffer and everybody who may still read or write it.
 
-    ``base`` never leaves the pool: a caller gets ``base.detach()``, a fresh tensor of the same storage, so that every holder
+    ``base`` never leaves the pool: a caller gets ``base.data``, a fresh tensor of the same storage, so that every holder
     shows in the storage's use count (views, dtype views, autograd, DLPack) or in the reference count of its Python object
     (``tensor.untyped_storage()``). What both are when nobody holds it differs between versions of PyTorch, so it is read
     when the buffer is made.
@@ -34,18 +34,18 @@ class Buffer:
 
     __slots__ = (
         "__weakref__",
-        "_idle_references",
-        "_idle_uses",
-        "_storage",
-        "_storage_address",
         "address",
         "base",
         "capture",
+        "idle_references",
+        "idle_uses",
         "kept",
         "last_use",
         "owner",
         "readers",
         "spec",
+        "storage",
+        "storage_address",
         "stream",
     )
 
@@ -59,10 +59,10 @@ class Buffer:
         self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}  # streams to pass before the next use
         self.capture: Capture | None = None  # the last capture that was given it,
         self.stream: int | None = None  # and on which of its streams
-        self._storage = base.untyped_storage()
-        self._storage_address: int = self._storage._cdata
-        self._idle_uses: int = _use_count(self._storage_address)
-        self._idle_references = _references(self._storage)
+        self.storage = base.untyped_storage()
+        self.storage_address: int = self.storage._cdata
+        self.idle_uses: int = _use_count(self.storage_address)
+        self.idle_references = _references(self.storage)
 
     @property
     def nbytes(self) -> int:
@@ -71,16 +71,14 @@ class Buffer:
     def idle(self) -> bool:
         """Nobody holds it and no other stream has to pass first."""
         return (
-            _use_count(self._storage_address) == self._idle_uses
-            and _references(self._storage) == self._idle_references
+            _use_count(self.storage_address) == self.idle_uses
+            and _references(self.storage) == self.idle_references
             and not self.readers
         )
 
     def held(self) -> bool:
         """Somebody holds a tensor, a view or the storage."""
-        return (
-            _use_count(self._storage_address) != self._idle_uses or _references(self._storage) != self._idle_references
-        )
+        return _use_count(self.storage_address) != self.idle_uses or _references(self.storage) != self.idle_references
 
     def passed(self) -> bool:
         """Idle, once the streams of :meth:`ScalePool.record_stream` have passed what they had when the holders went."""

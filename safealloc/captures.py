@@ -90,6 +90,29 @@ def destroyed() -> int:
         return _found_destroyed
 
 
+class StreamStatus:
+    """Whether a raw stream is capturing, without what it takes to find out which capture; for one thread at a time.
+
+    On the path of every acquire. The driver is asked directly, with the interpreter's lock held: what PyTorch has looks up
+    the current device and its context first, and costs more.
+    """
+
+    def __init__(self) -> None:
+        self._status = ctypes.c_int()
+        self._reference = ctypes.byref(self._status)
+        self._query = ctypes.PyDLL("libcuda.so.1").cuStreamIsCapturing
+        self._pointers: dict[int, ctypes.c_void_p] = {}
+
+    def capturing(self, stream: int) -> bool:
+        """True in a capture, an invalidated one too; of stream 0, which CUDA does not capture, nobody needs to ask."""
+        pointer = self._pointers.get(stream)
+        if pointer is None:
+            pointer = self._pointers[stream] = ctypes.c_void_p(stream)
+        if self._query(pointer, self._reference):
+            raise RuntimeError(f"cuStreamIsCapturing failed for stream {stream:#x}")
+        return self._status.value != 0
+
+
 class _Semaphore:
     """A ``sem_t`` that is never freed: graphs may outlive the interpreter, and the driver posts it when they go."""
 

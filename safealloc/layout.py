@@ -231,6 +231,8 @@ def checked_layout(layout: SfLayout | int) -> SfLayout:
         TypeError: not an integer or an enum of integers.
         ValueError: no such layout.
     """
+    if type(layout) is SfLayout:
+        return layout
     value = getattr(layout, "value", layout)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"layout must be an SfLayout, got {layout!r}")

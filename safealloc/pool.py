@@ -13,10 +13,11 @@ import contextlib
 import itertools
 import logging
 import os
+import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -44,9 +45,9 @@ from safealloc.verify import find_corruptions
 logger = logging.getLogger(__name__)
 
 _STOCK = "stock"  # owner of a buffer that no stream and no graph has touched since it was made or came back
-_is_capturing = torch.cuda.is_current_stream_capturing
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # None in a CPU build of torch
-_current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_use_count = torch._C._storage_Use_Count
+_references = sys.getrefcount
 
 
 @dataclass(slots=True)
@@ -92,9 +93,11 @@ class ScalePool:
         self._on_cuda = self.device.type == "cuda"
         if self._on_cuda:
             torch.cuda.init()
-        self._index = self.device.index
+        self._raw_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream if self._on_cuda else _no_stream
+        self._capturing: Callable[[int], bool] = captures.StreamStatus().capturing if self._on_cuda else _never
+        self._index = self.device.index or 0
         self._id = next(_pool_numbers)
-        self._lock = threading.RLock()
+        self._renew_lock()
         self._unusable: str | None = None
         self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
         self._buffers = self._inventory.by_key
@@ -134,30 +137,27 @@ class ScalePool:
             PoolClosedError: the pool was closed, or this process is a fork of the pool's.
             TypeError, ValueError: an argument of the wrong type or out of range.
         """
-        with self._lock:
-            for buffer in self._buffers.get((rows, k, layout, padded_k, self._eager_owner()), ()):
-                if buffer.idle():
-                    return self._hand_out(buffer)
-            return self._acquire_slowly(rows, k, layout, padded_k)
-
-    def _eager_owner(self) -> Hashable:
-        """The raw current stream, 0 on a CPU; ``None``, which owns nothing, in a capture."""
-        if not self._on_cuda:
-            return 0
-        capturing = _is_capturing() if _current_device() == self._index else self._capture()
-        return None if capturing else _current_raw_stream(self._index)
-
-    def _hand_out(self, buffer: Buffer) -> Tensor:
+        self._enter()  # a third of what `with self._lock` costs
         try:
-            tensor = buffer.base.detach()
-        except Exception:  # a fake tensor mode refuses real tensors
-            self._check_usable()
-            raise
-        self._requests += 1
-        buffer.last_use = self._requests
-        if not buffer.kept:
-            self._recent.move_to_end(buffer)
-        return tensor
+            stream = self._raw_stream(self._index)
+            if stream and self._capturing(stream):  # the default stream, 0, is never in a capture
+                return self._acquire_slowly(rows, k, layout, padded_k)
+            for buffer in self._buffers.get((rows, k, layout, padded_k, stream), ()):
+                # buffer.idle(), without the call
+                if (
+                    _use_count(buffer.storage_address) == buffer.idle_uses
+                    and _references(buffer.storage) == buffer.idle_references
+                    and not buffer.readers
+                ):
+                    if _dispatch_modes():  # fake tensors, perhaps
+                        self._check_usable()
+                    self._requests = buffer.last_use = self._requests + 1
+                    if not buffer.kept:
+                        self._recent.move_to_end(buffer)
+                    return buffer.base.data  # a fresh tensor, as detach() makes, without the dispatcher
+            return self._acquire_slowly(rows, k, layout, padded_k)
+        finally:
+            self._leave()
 
     # --- acquire: all the rest ----------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class ScalePool:
         if capture is not None:
             return self._acquire_in_capture(spec, capture)
         self._reclaim()
-        stream = self._eager_owner()
+        stream = self._raw_stream(self._index)
         for owner in (stream, _STOCK):
             buffer = next((buffer for buffer in self._inventory.owned(spec, owner) if buffer.passed()), None)
             if buffer is not None:
@@ -182,9 +182,15 @@ class ScalePool:
         self.misses += 1
         return tensor
 
+    def _hand_out(self, buffer: Buffer) -> Tensor:
+        self._requests = buffer.last_use = self._requests + 1
+        if not buffer.kept:
+            self._recent.move_to_end(buffer)
+        return buffer.base.data
+
     def _acquire_in_capture(self, spec: ScaleSpec, capture: Capture) -> Tensor:
         use = self._use_of(capture)
-        stream = _current_raw_stream(self._index)
+        stream = self._raw_stream(self._index)
         for buffer in self._inventory.owned(spec, use.handle):
             # Graphs of one handle replay one after the other. Within one graph only the stream orders, and a reader on
             # another stream joins at some point that is not known here.
@@ -202,7 +208,7 @@ class ScalePool:
         capture.keep(buffer.base)
         use.buffers[buffer] = None
         self._requests += 1
-        return buffer.base.detach()
+        return buffer.base.data
 
     def _move_to_capture(self, spec: ScaleSpec, use: _CaptureUse) -> Buffer | None:
         """A reserved buffer, or one that eager work (a warm-up) left behind before the capture began.
@@ -395,7 +401,7 @@ class ScalePool:
         """The capture under way on the current stream of the pool's device."""
         if not self._on_cuda:
             return None
-        return captures.under_way(_current_raw_stream(self._index))
+        return captures.under_way(self._raw_stream(self._index))
 
     def _use_of(self, capture: Capture) -> _CaptureUse:
         use = self._captures.get(capture.id)
@@ -552,13 +558,27 @@ class ScalePool:
         state = self._unusable or f"{len(self._inventory.by_address)} buffers, {self._inventory.bytes} bytes"
         return f"<ScalePool on {self.device}: {state}>"
 
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+        self._enter, self._leave = self._lock.acquire, self._lock.release
+
     def _become_unusable_after_fork(self, parent: int) -> None:
-        self._lock = threading.RLock()  # a thread of the parent may have held it
+        self._renew_lock()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
         self._left_behind = self._inventory
         self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
         self._buffers, self._recent = self._inventory.by_key, self._inventory.recent
+
+
+def _no_stream(index: int) -> int:
+    """In place of a CUDA stream, on a CPU."""
+    return 0
+
+
+def _never(stream: int) -> bool:
+    """Whether it is capturing, on a CPU."""
+    return False
 
 
 def _several(value: int | Iterable[int]) -> list[int]:

@@ -29,8 +29,9 @@ class StreamPool(ScalePool):
 
     stream = 1
 
-    def _eager_owner(self):
-        return self.stream
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self._raw_stream = lambda index: self.stream
 
 
 @dataclass(eq=False)

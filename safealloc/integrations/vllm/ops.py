@@ -19,11 +19,16 @@ from safealloc.integrations.vllm.allocator import INDUCTOR, allocator, logger, s
 from safealloc.layout import SfLayout
 
 _is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def _traced() -> bool:
+    return _is_compiling() or (_dispatch_modes() > 0 and active_fake_mode() is not None)
 
 
 def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
     """int32 ``[rounded_m, rounded_n // 4]`` in 128x4, from the pool where the pool serves the call."""
-    if _is_compiling() or active_fake_mode() is not None:
+    if _traced():
         result: Tensor = torch.ops.safealloc.vllm_scales(m, n, device, padded_n)
         return result
     return allocator.scales(m, n, device, padded_n)
@@ -31,7 +36,7 @@ def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor
 
 def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
     """NVFP4 data of ``a``, uint8 ``[m, n // 2]``, and its 8x4 scales, uint8."""
-    if _is_compiling() or active_fake_mode() is not None:
+    if _traced():
         result: tuple[Tensor, Tensor] = torch.ops.safealloc.vllm_quantize_8x4(a, a_global_sf)
         return result
     return allocator.quantized_8x4(a, a_global_sf)
