@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safealloc.backends import GEMMS, Call, choose, zero_padding
+from safealloc.backends import GEMMS, Backend, Call, choose, zero_padding
 from safealloc.buffers import remember, spec_of
 from safealloc.checks import BYTES, FP4, check_contiguous, check_tensor
 from safealloc.default_pool import library
@@ -107,12 +107,32 @@ def mm_fp4(
     row = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, a.device))
     if foreign:
         _treat_foreign(a_descale, layout, m, k)
+    return multiply(
+        row, a, b, a_descale, b_descale, alpha, out_dtype, out, layout, enable_pdl=enable_pdl, skip_check=skip_check
+    )
+
+
+def multiply(
+    row: Backend,
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None,
+    layout: SfLayout,
+    *,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
+) -> Tensor:
+    """:func:`mm_fp4` of arguments that were checked, by a backend that was chosen; ``layout`` is that of ``a_descale``."""
     if row.flashinfer:
         swizzle = {"use_8x4_sf_layout": layout is SfLayout.layout_8x4}
         options = {"enable_pdl": enable_pdl, "skip_check": skip_check}
         return row.run(a, b, a_descale, b_descale, alpha, out_dtype, out, **swizzle, **options)  # type: ignore[no-any-return]
     if out is None:
-        out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
     a_bytes, b_bytes = a.view(torch.uint8), b.T.view(torch.uint8)
     row.run(a_bytes, b_bytes, a_descale.view(torch.uint8), b_descale.T.view(torch.uint8), alpha, out, layout)
     return out

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from safealloc.backends import GEMMS, choose
-from safealloc.default_pool import library
-from safealloc.gemm import call_of, check_result, check_weight, mm_fp4
+from safealloc.backends import GEMMS, QUANTIZERS, Call, choose
+from safealloc.default_pool import default_pool, library
+from safealloc.gemm import call_of, check_result, check_weight, multiply
 from safealloc.layout import SfLayout, checked_layout
-from safealloc.quantize import check_input, nvfp4_quantize
+from safealloc.quantize import check_input, quantize_into
 
 MAX_ROWS_8X4 = 32
 """Up to here vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM, ``scaled_fp4_quant``)."""
@@ -71,10 +71,10 @@ def nvfp4_linear(
         )
     check_result(rows, n, alpha, out_dtype, None, x.device)
     layout = _layout_for(rows, alpha, out_dtype, backend, x.device) if layout is None else checked_layout(layout)
-    choose(GEMMS, backend, call_of(layout, alpha, out_dtype, x.device))
-    quantizer = "reference" if backend == "reference" else "auto"
-    x_fp4, scales = nvfp4_quantize(x_rows, input_global_scale, layout=layout, backend=quantizer)
-    y = mm_fp4(x_fp4, weight_fp4.T, scales, weight_scale.T, alpha, out_dtype, backend=backend)
+    gemm = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, x.device))
+    quantizer = choose(QUANTIZERS, "reference" if backend == "reference" else "auto", Call(x.device, layout))
+    x_fp4, scales = quantize_into(default_pool(x.device), quantizer, x_rows, input_global_scale, layout)
+    y = multiply(gemm, x_fp4, weight_fp4.T, scales, weight_scale.T, alpha, out_dtype, None, layout)
     return y.view(*x.shape[:-1], n)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safealloc.backends import QUANTIZERS, Call, choose
+from safealloc.backends import QUANTIZERS, Backend, Call, choose
 from safealloc.checks import check_contiguous, check_scalar, check_tensor
 from safealloc.default_pool import checked_pool, default_pool, empty_scales, library
 from safealloc.inductor import forbid_reuse
@@ -51,7 +51,7 @@ def nvfp4_quantize(
             x, global_scale, int(layout), backend, valid_rows
         )
         return result
-    rows, k = check_input(x, global_scale)
+    check_input(x, global_scale)
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     layout = checked_layout(layout)
@@ -59,6 +59,19 @@ def nvfp4_quantize(
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
     row = choose(QUANTIZERS, backend, Call(x.device, layout, valid_rows=valid_rows is not None))
+    return quantize_into(pool, row, x, global_scale, layout, valid_rows)
+
+
+def quantize_into(
+    pool: ScalePool,
+    row: Backend,
+    x: Tensor,
+    global_scale: Tensor,
+    layout: SfLayout,
+    valid_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`nvfp4_quantize` of arguments that were checked, by a backend that was chosen."""
+    rows, k = x.shape
     scales = pool.acquire(rows, k, layout)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
     row.run(x, global_scale, x_fp4, scales, layout, valid_rows)
