@@ -534,6 +534,37 @@ class TestLaunch:
             assert out.isfinite().all()
             assert not out[valid_rows:].any()
 
+    def test_a_dependent_launch_waits_for_what_came_before(self) -> None:
+        """Slow kernels that write x, and that read the last results, right before: each needs the one ahead to be done."""
+        rows, k, layout = 8, 8192, SfLayout.layout_128x4
+        parts = torch.zeros(512, rows * k, dtype=torch.bfloat16, device=DEVICE)
+        x, g = torch.zeros(rows, k, dtype=torch.bfloat16, device=DEVICE), scalar(20.0)
+        data = torch.zeros(rows, k // 2, dtype=torch.uint8, device=DEVICE)
+        scales = torch.zeros(layout.padded_shape(rows, k), dtype=torch.uint8, device=DEVICE)
+        seen, seen_scales = torch.empty(4096, *data.shape, dtype=torch.uint8, device=DEVICE), scales.clone()
+        other = activations(rows, k, torch.bfloat16)
+
+        def chain() -> None:
+            torch.sum(parts, 0, out=x.view(-1))  # x is written at its end
+            triton_quantize.quantize(x, g, data, scales, layout)
+            x.fill_(float("nan"))  # too late for the quantiser
+            seen_scales.copy_(scales)
+            seen.copy_(data)  # 128 MiB, of which the last rows are read last
+            triton_quantize.quantize(other, g, data, scales, layout)
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        expected, expected_scales = torch.empty_like(data), torch.zeros_like(scales)
+        for run in range(50):
+            parts.normal_(generator=generator(run))
+            (graph.replay if run % 2 else chain)()
+            reference.quantize(torch.sum(parts, 0).view(rows, k), g, expected, expected_scales, layout)
+            assert_same_bytes(seen_scales, expected_scales, f"scales of run {run}")
+            assert torch.equal(seen, expected.expand_as(seen)), f"data of run {run}"
+
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_on_another_device(self) -> None:
         rows, k, n = 9, 496, 64
