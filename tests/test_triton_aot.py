@@ -90,6 +90,15 @@ def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, 
     return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=tiling.num_warps, **options)
 
 
+def check_waits(ptx: str, architecture: int) -> None:
+    """A dependent launch touches no memory before its predecessor is done."""
+    assert ptx.count("griddepcontrol.wait") == (architecture >= 90)
+    if architecture >= 90:
+        first = re.search(r"(ld|st|red|atom)\.global|cp\.async\.c[ag]|cp\.async\.bulk", ptx)
+        assert first is not None
+        assert ptx.find("griddepcontrol.wait") < first.start(), "memory is touched before the predecessor is done"
+
+
 def check_quantize(
     architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: triton_quantize.Tiling
 ) -> None:
@@ -100,11 +109,11 @@ def check_quantize(
     written = r"st\.global\.(b16|v2\.b8)" if lane == 4 else r"st\.global\.(b32|v4\.b8)"
     assert re.search(written, ptx), "data are not written in one piece"
     assert "ld.global.b16" not in ptx
-    waits = [ptx.find(f"griddepcontrol.{kind}") for kind in ("wait", "launch_dependents")]
-    assert (waits[0] > 0) == (waits[1] > 0) == (architecture >= 90)
-    accesses = [found.start() for found in re.finditer(r"(ld|st)\.global", ptx)]
-    assert architecture < 90 or waits[0] < min(accesses), "memory is touched before the predecessor is done"
-    assert architecture < 90 or (waits[1] < waits[0]) == tiling.trigger_first
+    check_waits(ptx, architecture)
+    trigger, wait = (ptx.find(f"griddepcontrol.{kind}") for kind in ("launch_dependents", "wait"))
+    assert (trigger > 0) == (architecture >= 90)
+    assert architecture < 90 or (trigger < wait) == tiling.trigger_first
+
     # Each of these would change bits: contraction, flushed subnormals, approximate division.
     if FLUSHING_DIVISION:
         ptx = ptx.replace("div.rn.ftz.f32", "div.rn.f32")
@@ -174,6 +183,7 @@ def mm(
 def test_mm_on_every_architecture(architecture: int, rows: int) -> None:
     ptx = mm(architecture, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
     assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx), "no tensor core instruction"
+    check_waits(ptx, architecture)
     assert "e4m3x2" in ptx, "scales are not converted in pairs"
     assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx), "the weight is not copied ahead"
 
@@ -205,7 +215,7 @@ def test_add_up(architecture: int) -> None:
     types = {"partial": "*fp32", "alpha": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("n", "alpha_stride", "out_stride_m", "shares"), "i32")
     constants = {"out_stride_n": 1, "BLOCK": triton_gemm._ADD_UP_COLUMNS, "DEPENDENT": architecture >= 90}
-    compiled(triton_gemm._add_up, architecture, types, constants)
+    check_waits(compiled(triton_gemm._add_up, architecture, types, constants), architecture)
 
 
 @architectures
@@ -215,7 +225,7 @@ def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
     types |= dict.fromkeys(("rows", "cols", "col_tiles"), "i32")
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "BLOCKS": 64}
     constants |= {"WORDS": in_kernel._WORDS} if "WORDS" in kernel.arg_names else {}
-    compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90})
+    check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
 
 
 @architectures
