@@ -28,6 +28,7 @@ class Call(NamedTuple):
         out_dtype: of a GEMM's result, else ``None``.
         valid_rows: a quantisation with a device-side row count.
         row_alpha: a GEMM with one alpha per row.
+        compact: a quantisation into a compact pool.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     out_dtype: torch.dtype | None = None
     valid_rows: bool = False
     row_alpha: bool = False
+    compact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ def _blackwell(call: Call, package: str) -> str | None:
 def _vendor_quantizer(call: Call, package: str) -> str | None:
     if call.valid_rows:
         return f"{package} takes no valid_rows"
+    if call.compact:
+        return f"{package} does not clear what a larger batch left, as a compact pool needs; ours do"
     if package == "vllm" and call.layout is SfLayout.layout_8x4:
         return "vLLM's own quantiser writes 128x4 and linear"
     return _blackwell(call, package)

@@ -37,6 +37,7 @@ class Buffer:
         "address",
         "base",
         "capture",
+        "counts",
         "idle_references",
         "idle_uses",
         "kept",
@@ -59,6 +60,7 @@ class Buffer:
         self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}  # streams to pass before the next use
         self.capture: Capture | None = None  # the last capture that was given it,
         self.stream: int | None = None  # and on which of its streams
+        self.counts = counts_of(spec, base)
         self.storage = base.untyped_storage()
         self.storage_address: int = self.storage._cdata
         self.idle_uses: int = _use_count(self.storage_address)
@@ -66,7 +68,7 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        return self.base.numel()
+        return self.spec.nbytes
 
     def idle(self) -> bool:
         """Nobody holds it and no other stream has to pass first."""
@@ -101,12 +103,42 @@ class Buffer:
 
 
 def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
-    """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; the real bytes are whatever was there."""
+    """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; the real bytes are whatever was there.
+
+    Of a compact buffer all bytes are zero, and so are the counts behind them: no row is real yet.
+    """
     # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        base = _aligned(spec.nbytes, device).view(spec.padded_shape)
-        spec.zero_padding(base)
+        memory = _aligned(spec.nbytes, device)
+        base = scales_in(spec, memory)
+        if spec.compact:
+            memory.zero_()
+        else:
+            spec.zero_padding(base)
     return base
+
+
+def scales_in(spec: ScaleSpec, memory: Tensor) -> Tensor:
+    """The scales of a buffer, ``[padded_rows, padded_cols]``, without the counts behind them.
+
+    Args:
+        spec: of the buffer.
+        memory: all of it, uint8 ``[nbytes]``.
+    """
+    return memory[: spec.scale_bytes].view(spec.padded_shape)
+
+
+def counts_of(spec: ScaleSpec, scales: Tensor) -> Tensor | None:
+    """How many rows of a compact buffer hold scales, int32 ``[counts]``, one for each 32 scale columns; else ``None``.
+
+    Args:
+        spec: of the buffer.
+        scales: the buffer, uint8 ``[padded_rows, padded_cols]``.
+    """
+    if not spec.compact:
+        return None
+    behind = scales.storage_offset() + spec.scale_bytes  # whole tiles, so that it is aligned
+    return scales.as_strided((4 * spec.counts,), (1,), behind).view(torch.int32)
 
 
 def _aligned(nbytes: int, device: torch.device) -> Tensor:
@@ -128,7 +160,7 @@ class LooseBuffer:
 
     def __init__(self, spec: ScaleSpec, tensor: Tensor) -> None:
         self.spec = spec
-        self.nbytes = tensor.numel()
+        self.nbytes = spec.nbytes
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._offset = tensor.storage_offset()
 

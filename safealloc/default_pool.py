@@ -62,6 +62,11 @@ def use_pool(pool: ScalePool) -> Iterator[ScalePool]:
         _replacement.reset(token)
 
 
+def chosen_pool() -> ScalePool | None:
+    """The pool of the innermost :func:`use_pool`; makes none."""
+    return _replacement.get()
+
+
 def checked_pool(pool: ScalePool) -> ScalePool:
     """``pool``, or a TypeError."""
     if not isinstance(pool, ScalePool):

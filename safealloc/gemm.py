@@ -233,7 +233,7 @@ def _layout_of(
 
 def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayout | None) -> None:
     check_agrees(spec, m, k, said)
-    if a_descale.numel() != spec.nbytes:
+    if a_descale.numel() != spec.scale_bytes:
         raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
 
 
@@ -242,7 +242,8 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None
 
     Args:
         spec: of the activation's scales.
-        m, k: of the activation; k may have been padded as far as the buffer's columns go.
+        m, k: of the activation; k may have been padded as far as the buffer's columns go. Of a compact buffer's rows only
+            the padded number is known.
         said: the layout that the GEMM is told, if it is told one.
 
     Raises:
@@ -253,9 +254,10 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None
             f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
             f"GEMM to read it as {said.name}; use_8x4_sf_layout=None takes the buffer's layout"
         )
-    if spec.rows != m:
+    if not spec.holds_rows(m):
+        written = "a row count that pads to " if spec.compact else ""
         raise LayoutMismatchError(
-            f"a_descale was written for {spec.rows} rows, a has {m}: quantise the rows that are multiplied"
+            f"a_descale was written for {written}{spec.rows} rows, a has {m}: quantise the rows that are multiplied"
         )
     padded_cols = spec.padded_shape[1]
     if spec.layout.round_up(m, k // BLOCK_SIZE)[1] != padded_cols:

@@ -24,6 +24,9 @@ from torch import Tensor
 BLOCK_SIZE = 16
 """Elements that share one scale in NVFP4."""
 
+COLS_A_COUNT = 32
+"""Scale columns of a compact buffer that share one count of real rows: the fewest that a program of our quantiser writes."""
+
 
 class _Tile(NamedTuple):
     inner_rows: int
@@ -152,7 +155,9 @@ class SfLayout(enum.IntEnum):
                 f"a {self.name} buffer for rows={rows}, k={k} is {padded_rows * padded_cols} contiguous bytes, "
                 f"got shape {tuple(buffer.shape)} with strides {buffer.stride()}"
             )
-        return self._logical(buffer, padded_rows, padded_cols)
+        tiles = self._tiles(buffer, padded_rows, padded_cols)
+        # Not reshape(), which does not copy where a buffer is one tile wide.
+        return tiles.clone(memory_format=torch.contiguous_format).view(padded_rows, padded_cols)
 
     def _tiles(self, buffer: Tensor, padded_rows: int, padded_cols: int) -> Tensor:
         """The buffer as a view ``[row tile, outer, inner, column tile, column]``, which is matrix order."""
@@ -180,33 +185,69 @@ class ScaleSpec:
         k: its columns in elements; ``k // 16`` scale columns are real.
         layout: order of the bytes.
         padded_k: columns that the consumer was padded to, where that is more than ``k``; else ``None``.
+        compact: a buffer for every row count that pads to ``rows``, which is a whole number of tiles. How many rows hold
+            scales now, ``counts`` int32 behind the scale bytes tell, one for each 32 scale columns.
     """
 
     rows: int
     k: int
     layout: SfLayout
     padded_k: int | None = None
+    compact: bool = False
 
     @classmethod
-    def checked(cls, rows: int, k: int, layout: SfLayout | int, padded_k: int | None = None) -> ScaleSpec:
+    def checked(
+        cls, rows: int, k: int, layout: SfLayout | int, padded_k: int | None = None, *, compact: bool = False
+    ) -> ScaleSpec:
         """A spec whose numbers were checked; ``padded_k == k`` becomes ``None``.
 
+        Args:
+            rows, k, layout, padded_k: the matrix and its layout.
+            compact: the spec that all row counts with the padded rows of ``rows`` share. A linear layout pads no rows, and
+                gets the spec it always has.
+
         Raises:
-            TypeError, ValueError: see :meth:`SfLayout.padded_shape`.
+            TypeError, ValueError: see :meth:`SfLayout.padded_shape`; or compact with a padded k.
         """
         rows, k, padded_k = _checked_shape(rows, k, padded_k)
-        return cls(rows, k, checked_layout(layout), None if padded_k == k else padded_k)
+        layout = checked_layout(layout)
+        padded_k = None if padded_k == k else padded_k
+        if compact and padded_k is not None:
+            raise ValueError(
+                f"a compact buffer has no padded_k: only our own quantiser writes it, got padded_k={padded_k}"
+            )
+        if not compact or layout is SfLayout.layout_linear:
+            return cls(rows, k, layout, padded_k)
+        return cls(layout.round_up(rows, 1)[0], k, layout, compact=True)
 
     @property
     def padded_shape(self) -> tuple[int, int]:
         return self.layout.padded_shape(self.rows, self.k, padded_k=self.padded_k)
 
     @property
-    def nbytes(self) -> int:
+    def scale_bytes(self) -> int:
+        """Bytes of the scales, padding included."""
         return self.layout.nbytes(self.rows, self.k, padded_k=self.padded_k)
 
+    @property
+    def counts(self) -> int:
+        """How many counts lie behind the scale bytes; 0 where the buffer is not compact."""
+        return -(-self.k // (BLOCK_SIZE * COLS_A_COUNT)) if self.compact else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole buffer: ``scale_bytes``, and the counts of a compact one."""
+        return self.scale_bytes + 4 * self.counts
+
+    def holds_rows(self, rows: int) -> bool:
+        """Whether scales of so many rows may lie in the buffer."""
+        return self.rows == (self.layout.round_up(rows, 1)[0] if self.compact else rows)
+
     def padding_views(self, buffer: Tensor) -> list[Tensor]:
-        """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`."""
+        """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`.
+
+        Of a compact buffer that is its padding columns: which rows are padding, only its counts tell.
+        """
         return self.layout.padding_views(buffer, self.rows, self.k, padded_k=self.padded_k)
 
     def zero_padding(self, buffer: Tensor) -> None:
@@ -216,7 +257,8 @@ class ScaleSpec:
 
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
-        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}"
+        compact = ", compact" if self.compact else ""
+        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{compact}"
 
 
 def short(layout: SfLayout) -> str:

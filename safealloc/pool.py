@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 
 from safealloc import captures
-from safealloc.buffers import Buffer, remember, spec_of
+from safealloc.buffers import Buffer, counts_of, remember, scales_in, spec_of
 from safealloc.captures import Capture
 from safealloc.checks import check_is_tensor, checked_bytes, checked_device
 from safealloc.errors import (
@@ -40,11 +40,12 @@ from safealloc.errors import (
 from safealloc.inventory import Inventory
 from safealloc.layout import ScaleSpec, SfLayout
 from safealloc.reports import CaptureGrowthWarning, GraphReport, PoolStats
-from safealloc.verify import find_corruptions
+from safealloc.verify import find_corruptions, zero_padding
 
 logger = logging.getLogger(__name__)
 
 _STOCK = "stock"  # owner of a buffer that no stream and no graph has touched since it was made or came back
+_NO_BUFFERS: list[Buffer] = []
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _use_count = torch._C._storage_Use_Count
 _references = sys.getrefcount
@@ -70,6 +71,9 @@ class ScalePool:
             first, and what does not fit is made for the one call.
         growth_in_capture: ``"zeros"`` or ``"error"``: what a capture gets for which no buffer is there.
         debug: verify all padding at each acquire, which synchronises.
+        compact: one buffer for all row counts of the same padded shape, instead of one for each. Only our own quantisers
+            write such a buffer, since they clear what a larger batch left in it: :func:`safealloc.nvfp4_quantize` and
+            :func:`safealloc.nvfp4_linear` take it, :meth:`acquire` refuses.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -83,6 +87,7 @@ class ScalePool:
         cache_bytes: int = 64 << 20,
         growth_in_capture: Literal["zeros", "error"] = "zeros",
         debug: bool = False,
+        compact: bool = False,
     ) -> None:
         self.device = checked_device(device)
         self.max_bytes = None if max_bytes is None else checked_bytes(max_bytes, "max_bytes")
@@ -110,7 +115,11 @@ class ScalePool:
         self._requests = self._fallbacks = 0
         self.misses = 0
         """Acquires so far that had to make a buffer."""
-        if debug:
+        self.compact = compact
+        self._debug = debug
+        if compact:
+            self.acquire = self._refuse_acquire  # type: ignore[method-assign]
+        elif debug:
             self.acquire = self._acquire_verified  # type: ignore[method-assign]
         _pools.add(self)
 
@@ -142,7 +151,11 @@ class ScalePool:
             stream = self._raw_stream(self._index)
             if stream and self._capturing(stream):  # the default stream, 0, is never in a capture
                 return self._acquire_slowly(rows, k, layout, padded_k)
-            for buffer in self._buffers.get((rows, k, layout, padded_k, stream), ()):
+            try:  # what is there costs less so than by get()
+                buffers = self._buffers[rows, k, layout, padded_k, stream]
+            except KeyError:
+                buffers = _NO_BUFFERS
+            for buffer in buffers:
                 # buffer.idle(), without the call
                 if (
                     _use_count(buffer.storage_address) == buffer.idle_uses
@@ -161,9 +174,31 @@ class ScalePool:
 
     # --- acquire: all the rest ----------------------------------------------------------------------------------------
 
+    def acquire_compact(self, rows: int, k: int, layout: SfLayout) -> tuple[Tensor, Tensor | None]:
+        """For a quantiser that keeps counts, on a compact pool only: a buffer for ``[rows, k]``, and its counts.
+
+        Args:
+            rows, k, layout: as in :meth:`acquire`, checked.
+
+        Returns:
+            uint8 ``[padded_rows, padded_cols]``, whose bytes beyond the counts are zero; and the counts, int32, that the
+            quantiser has to bring up to date (:func:`safealloc.kernels.reference.quantize`), ``None`` where the layout pads
+            no rows.
+
+        Raises:
+            SafeAllocError: as :meth:`acquire`; with ``debug`` also as :meth:`verify`.
+        """
+        if self._debug:
+            self.verify()
+        scales = ScalePool.acquire(self, layout.round_up(rows, 1)[0], k, layout)
+        buffer = self._inventory.by_address.get(scales.data_ptr())
+        if buffer is not None:
+            return scales, buffer.counts
+        return scales, counts_of(self._spec(rows, k, layout, None), scales)  # made for one call, or in a capture
+
     def _acquire_slowly(self, rows: int, k: int, layout: SfLayout, padded_k: int | None) -> Tensor:
         self._check_usable()
-        spec = ScaleSpec.checked(rows, k, layout, padded_k)
+        spec = self._spec(rows, k, layout, padded_k)
         capture = self._capture()
         if capture is not None:
             return self._acquire_in_capture(spec, capture)
@@ -233,7 +268,7 @@ class ScalePool:
                 f"no idle buffer for {spec} in this capture, and a pool does not grow in one: {remedy} (copies=N for N "
                 "that are held at once, or that belong to different graph memory-pool handles)"
             )
-        tensor = torch.zeros(spec.padded_shape, dtype=torch.uint8, device=self.device)
+        tensor = scales_in(spec, torch.zeros(spec.nbytes, dtype=torch.uint8, device=self.device))
         remember(tensor, spec, self._id)
         self._requests += 1
         self.misses += 1
@@ -260,7 +295,7 @@ class ScalePool:
         They are kept until the pool is closed, for eager work and captures alike.
 
         Args:
-            rows, k: one or several of each; every pair is a shape.
+            rows, k: one or several of each; every pair is a shape, of a compact pool every padded shape.
             layout: order of the scale bytes.
             copies: how many are held at once, or belong to different graph memory-pool handles.
             padded_k: as in :meth:`acquire`.
@@ -275,7 +310,7 @@ class ScalePool:
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}")
         pairs = itertools.product(_several(rows), _several(k))
-        specs = dict.fromkeys(ScaleSpec.checked(r, c, layout, padded_k) for r, c in pairs)
+        specs = dict.fromkeys(self._spec(r, c, layout, padded_k) for r, c in pairs)
         with self._lock:
             self._check_usable()
             if self._capture() is not None:
@@ -433,6 +468,9 @@ class ScalePool:
     def spec(self, tensor: Tensor) -> ScaleSpec | None:
         """Shape and layout of the buffer that ``tensor`` starts at; ``None`` where it is none of this pool's.
 
+        Of a compact buffer ``rows`` are the padded rows, which is all that the host knows: how many hold scales now is
+        counted on the device.
+
         Args:
             tensor: any tensor, view or dtype view.
 
@@ -446,6 +484,8 @@ class ScalePool:
 
     def verify(self, repair: bool = False) -> int:
         """Check that all padding is zero, in every buffer the pool holds or made; synchronises the device.
+
+        In a compact buffer, rows beyond those that the last quantisation wrote are padding too.
 
         Args:
             repair: zero what is not, and log it as a warning, instead of raising.
@@ -473,7 +513,7 @@ class ScalePool:
             dirty = {corruption.address for corruption in corruptions}
             for spec, base in buffers:
                 if base.data_ptr() in dirty:
-                    spec.zero_padding(base)
+                    zero_padding(spec, base)
             for corruption in corruptions:
                 logger.warning("zeroed padding that somebody wrote: %s", corruption)
             if corruptions and self._on_cuda:
@@ -497,7 +537,7 @@ class ScalePool:
         Args:
             rows, k, layout, padded_k: as in :meth:`acquire`.
         """
-        spec = ScaleSpec.checked(rows, k, layout, padded_k)
+        spec = self._spec(rows, k, layout, padded_k)
         with self._lock:
             return sum(buffer.held() for buffer in self._inventory.by_address.values() if buffer.spec == spec)
 
@@ -526,6 +566,16 @@ class ScalePool:
     def _acquire_verified(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
         self.verify()
         return ScalePool.acquire(self, rows, k, layout, padded_k=padded_k)
+
+    def _refuse_acquire(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> NoReturn:
+        self._check_usable()
+        raise SafeAllocError(
+            "a compact pool has no buffers for other producers, which do not clear what a larger batch left: quantise by "
+            "safealloc.nvfp4_quantize or safealloc.nvfp4_linear, or acquire from a ScalePool without compact"
+        )
+
+    def _spec(self, rows: int, k: int, layout: SfLayout, padded_k: int | None) -> ScaleSpec:
+        return ScaleSpec.checked(rows, k, layout, padded_k, compact=self.compact)
 
     def _check_usable(self) -> None:
         if self._unusable is not None:

@@ -33,7 +33,7 @@ def nvfp4_quantize(
         layout: order of the scale bytes.
         pool: where the scales come from; ``None`` is the default pool.
         backend: ``"reference"`` (any device), ``"triton"`` (compute capability 8.9 and up), ``"flashinfer"`` or ``"vllm"``
-            (10.0 and up), ``"auto"`` for ours.
+            (10.0 and up, not into a compact pool), ``"auto"`` for ours.
         valid_rows: int32, one element on the device: rows at or beyond it, a graph's padded batch, get zero data and zero
             scales whatever they hold. ``None``: all are valid.
 
@@ -58,7 +58,7 @@ def nvfp4_quantize(
     pool = default_pool(x.device) if pool is None else checked_pool(pool)
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    row = choose(QUANTIZERS, backend, Call(x.device, layout, valid_rows=valid_rows is not None))
+    row = choose(QUANTIZERS, backend, Call(x.device, layout, valid_rows=valid_rows is not None, compact=pool.compact))
     return quantize_into(pool, row, x, global_scale, layout, valid_rows)
 
 
@@ -72,9 +72,13 @@ def quantize_into(
 ) -> tuple[Tensor, Tensor]:
     """:func:`nvfp4_quantize` of arguments that were checked, by a backend that was chosen."""
     rows, k = x.shape
-    scales = pool.acquire(rows, k, layout)
+    counts: list[Tensor | None] = []  # only ours take them
+    if pool.compact:
+        scales, *counts = pool.acquire_compact(rows, k, layout)
+    else:
+        scales = pool.acquire(rows, k, layout)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    row.run(x, global_scale, x_fp4, scales, layout, valid_rows)
+    row.run(x, global_scale, x_fp4, scales, layout, valid_rows, *counts)
     return x_fp4, scales
 
 

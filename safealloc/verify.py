@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safealloc.layout import BLOCK_SIZE, ScaleSpec
+from safealloc.buffers import counts_of
+from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,42 @@ def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corrup
     dirty = [
         torch.stack([padding.any() for padding in views]).any()
         for spec, buffer in buffers
-        if (views := spec.padding_views(buffer))
+        if (views := [_padding(spec, buffer)] if spec.compact else spec.padding_views(buffer))
     ]
     if not dirty or not bool(torch.stack(dirty).any()):
         return []
     return [corruption for spec, buffer in buffers if (corruption := _describe(spec, buffer)) is not None]
 
 
-def _describe(spec: ScaleSpec, buffer: Tensor) -> Corruption | None:
+def zero_padding(spec: ScaleSpec, buffer: Tensor) -> None:
+    """Zero the padding of a buffer in place, of a compact one the rows too that hold no scales now."""
+    spec.zero_padding(buffer)
+    counts = counts_of(spec, buffer)
+    if counts is not None:
+        unused = spec.layout.offsets(spec.rows, spec.k, buffer.device)[~_real(spec, counts)]
+        buffer.view(-1)[unused] = 0
+
+
+def _real(spec: ScaleSpec, counts: Tensor) -> Tensor:
+    """Where a compact buffer holds scales now, bool ``[rows, k // 16]``."""
+    a_column = counts.repeat_interleave(COLS_A_COUNT)[: spec.k // BLOCK_SIZE]
+    return torch.arange(spec.rows, device=counts.device)[:, None] < a_column
+
+
+def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
+    """The buffer in matrix order, uint8 ``[padded_rows, padded_cols]``, with zero for each real scale; a copy."""
     logical = spec.layout.logical(buffer, spec.rows, spec.k, padded_k=spec.padded_k)
-    logical[: spec.rows, : spec.k // BLOCK_SIZE] = 0
+    real = logical[: spec.rows, : spec.k // BLOCK_SIZE]
+    counts = counts_of(spec, buffer)
+    if counts is None:
+        real.zero_()
+    else:
+        real.masked_fill_(_real(spec, counts), 0)
+    return logical
+
+
+def _describe(spec: ScaleSpec, buffer: Tensor) -> Corruption | None:
+    logical = _padding(spec, buffer)
     positions = logical.nonzero()
     if not len(positions):
         return None

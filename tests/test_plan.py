@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from safealloc import ScalePool
 from safealloc.cli import main
 from safealloc.commands import plan
 from safealloc.commands.plan import vllm_sizes
@@ -68,13 +69,30 @@ def test_vllms_default_sizes():
     assert vllm_sizes(3) == (1, 2)
 
 
-@pytest.mark.parametrize(("largest", "mebibytes"), [(512, 30.1), (1024, 88.6)])
-def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes):
-    """One buffer a batch size and k, on one rank."""
+@pytest.mark.parametrize(("largest", "mebibytes", "compact"), [(512, 30.1, 2.8), (1024, 88.6, 10.1)])
+def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes, compact):
+    """One buffer a batch size and k, on one rank; a compact pool has one for 128 batch sizes."""
     result = planned(tmp_path, LLAMA_70B, sizes=vllm_sizes(largest))
     assert round(result.nbytes / 2**20, 1) == mebibytes
     assert len(result.buffers) == 2 * len(vllm_sizes(largest))
     assert result.per_call_nbytes == largest * 28672 // 16
+    assert round(result.compact_nbytes / 2**20, 1) == compact
+    assert len(result.compact) == 2 * largest // 128
+    scales = sum(range(128, largest + 1, 128)) * (8192 + 28672) // 16
+    assert (
+        result.compact_nbytes - scales == largest // 128 * 4 * (8192 + 28672) // 512
+    )  # counts, 4 bytes for 32 columns
+    assert result.as_dict()["compact"] == {"buffers": len(result.compact), "bytes": result.compact_nbytes}
+
+
+def test_a_compact_pool_holds_what_was_planned(tmp_path):
+    result = planned(tmp_path, LLAMA_70B, sizes=(1, 8, 9, 32, 40, 300), rule="trtllm")
+    with ScalePool("cpu", compact=True) as pool:
+        for spec in result.buffers:
+            pool.reserve(spec.rows, spec.k, spec.layout)
+        stats = pool.stats()
+    assert (stats.buffers, stats.bytes) == (len(result.compact), result.compact_nbytes)
+    assert len(result.compact) == 2 * (3 + 2)
 
 
 def layers(first: int, end: int) -> tuple[int, ...]:
@@ -188,6 +206,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(config), "--max-size", "1024", "--json", str(result)]) == 0
     printed = capsys.readouterr().out
     assert "166 buffers, 88.6 MiB" in printed
+    assert "16 buffers, 10.1 MiB with their counts" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("8192") and "128 x 512" in line)
+    assert row.split()[-2:] == ["64.1", "KiB"]  # one instead of 19
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])
     assert written["sites"][0] == {"name": "qkv_proj", "k": 8192, "n": 10240, "layers": 80}

@@ -368,6 +368,21 @@ def test_verify_names_the_first_byte_and_counts(pool, caplog):
     assert (clean.view(-1)[W.offsets(3, 48).view(-1)] == 0xFF).all()
 
 
+@pytest.mark.parametrize("spec", [ScaleSpec(5, 48, N), ScaleSpec(16, 48, N), ScaleSpec(3, 32, L, 64)], ids=str)
+def test_verify_changes_no_real_byte_of_a_single_tile(pool, spec):
+    """Such a buffer lies in memory in matrix order."""
+    buffer = pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
+    real = spec.layout.offsets(spec.rows, spec.k, padded_k=spec.padded_k)
+    buffer.view(-1)[real.view(-1)] = 0xFF
+    buffer[0, -1] = 1
+    with pytest.raises(PaddingCorruptionError):
+        pool.verify()
+    assert pool.verify(repair=True) == 1
+    assert (buffer.view(-1)[real] == 0xFF).all()
+    assert not buffer[0, -1]
+    assert torch.equal(spec.layout.unswizzle(buffer, spec.rows, spec.k, padded_k=spec.padded_k), buffer.view(-1)[real])
+
+
 def test_debug_verifies_at_each_acquire():
     with ScalePool("cpu", debug=True) as pool:
         buffer = pool.acquire(3, 48, W)

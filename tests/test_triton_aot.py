@@ -26,8 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 ARCHITECTURES = (89, 90, 100, 103, 120)
 E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
-SHAPES = [(1 << a, 1 << b) for a in range(0, 21, 4) for b in range(12)]
-TILINGS = sorted({triton_quantize.tiling_for(rows, cols) for rows, cols in SHAPES})
+TILINGS = sorted({triton_quantize.tiling_for(rows, 64, words) for rows in (1, 1 << 20) for words in (False, True)})
 GEMM_ROWS = (16, 32, 64, 128)
 # tl.div_rn of Triton 3.5 flushes subnormals: it differs for global scales above 2**126, or where scale / g is below 2**-126.
 FLUSHING_DIVISION = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
@@ -64,7 +63,14 @@ def compiled(kernel: Any, architecture: int, types: dict[str, str], constants: d
     return str(binary.asm["ptx"])
 
 
-def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: triton_quantize.Tiling) -> str:
+def quantize(
+    architecture: int,
+    dtype: str,
+    layout: SfLayout,
+    valid_rows: bool,
+    tiling: triton_quantize.Tiling,
+    counts: bool = False,
+) -> str:
     types = {
         "x": f"*{dtype}",
         "global_scale": "*fp32",
@@ -78,7 +84,7 @@ def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, 
         "HARDWARE_E2M1": architecture >= 100,
         "HARDWARE_E4M3": True,
         "BLOCKS": tiling.blocks,
-        "PIECES": tiling.pieces,
+        "WORDS": tiling.words,
         "DEPENDENT": architecture >= 90,
         "TRIGGER_FIRST": tiling.trigger_first,
     }
@@ -86,8 +92,12 @@ def quantize(architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, 
         types["valid_rows"] = "*i32"
     else:
         constants["valid_rows"] = None
+    if counts:
+        types["counts"] = "*i32"
+    else:
+        constants["counts"] = None
     options = {"launch_pdl": True} if architecture >= 90 else {}
-    return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=tiling.num_warps, **options)
+    return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=4, **options)
 
 
 def check_waits(ptx: str, architecture: int) -> None:
@@ -103,10 +113,11 @@ def check_quantize(
     architecture: int, dtype: str, layout: SfLayout, valid_rows: bool, tiling: triton_quantize.Tiling
 ) -> None:
     ptx = quantize(architecture, dtype, layout, valid_rows, tiling)
-    assert (E2M1 in ptx) == (architecture >= 100)
-    lane = min(16 * tiling.blocks // (32 * tiling.num_warps), 16 // tiling.pieces)  # columns
-    assert f"ld.global.v{lane // 2}.b32" in ptx, "x is not read in one piece"
-    written = r"st\.global\.(b16|v2\.b8)" if lane == 4 else r"st\.global\.(b32|v4\.b8)"
+    assert (E2M1 in ptx) == (architecture >= 100 and not tiling.words)
+    lane = 16 * tiling.blocks // (32 * 4)  # columns
+    loads = f"ld.global.v{min(lane // 2, 4)}.b32"
+    assert ptx.count(loads) == max(1, lane // 8), "x is not read in pieces as large as there are"
+    written = {4: r"st\.global\.(b16|v2\.b8)", 8: r"st\.global\.(b32|v4\.b8)", 16: r"st\.global\.v2\.b32"}[lane]
     assert re.search(written, ptx), "data are not written in one piece"
     assert "ld.global.b16" not in ptx
     check_waits(ptx, architecture)
@@ -114,10 +125,13 @@ def check_quantize(
     assert (trigger > 0) == (architecture >= 90)
     assert architecture < 90 or (trigger < wait) == tiling.trigger_first
 
-    # Each of these would change bits: contraction, flushed subnormals, approximate division.
+    # Each of these would change bits: contraction, flushed subnormals, approximate division. In words, one product with a
+    # power of two is fused with a sum, which is exact.
     if FLUSHING_DIVISION:
         ptx = ptx.replace("div.rn.ftz.f32", "div.rn.f32")
-    assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)|rcp\.approx", ptx)
+    fused = re.findall(r"\bfma\.\S+ \S+ \S+ (\S+),", ptx)
+    assert set(fused) <= ({"0f3C800000"} if tiling.words else set())
+    assert not re.search(r"\.ftz|div\.(full|approx)|rcp\.approx", ptx)
     assert "0f3E2AAAAB" in ptx, "1 / 6 is not float32(1 / 6)"
 
 
@@ -127,6 +141,8 @@ def check_quantize(
 def test_quantize_on_every_architecture(architecture: int, dtype: str, valid_rows: bool) -> None:
     for layout in SfLayout:
         check_quantize(architecture, dtype, layout, valid_rows, TILINGS[0])
+        if architecture < 100:  # which convert to e2m1
+            check_quantize(architecture, dtype, layout, valid_rows, next(tiling for tiling in TILINGS if tiling.words))
 
 
 @layouts
@@ -135,6 +151,25 @@ def test_quantize_on_every_architecture(architecture: int, dtype: str, valid_row
 def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling) -> None:
     for valid_rows in (False, True):
         check_quantize(architecture, "bf16", layout, valid_rows, tiling)
+
+
+@layouts
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_a_compact_buffer_is_looked_at_last(
+    architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling
+) -> None:
+    """What counts cost lies behind the last store of a quantisation without them, and a barrier before what is cleared."""
+    plain = quantize(architecture, "bf16", layout, False, tiling)
+    ptx = quantize(architecture, "bf16", layout, False, tiling, counts=True)
+    check_waits(ptx, architecture)
+    stores = [found.start() for found in re.finditer(r"st\.global", ptx)]
+    last = stores[plain.count("st.global") - 1]
+    before, behind = ptx[:last], ptx[last:]
+    assert before.count("ld.global") == plain.count("ld.global")
+    assert behind.count("ld.global") == tiling.blocks // 32
+    barrier = behind.find("bar.sync")
+    assert behind.rfind("ld.global") < barrier < behind.find("st.global", 1)
 
 
 def mm(
@@ -191,8 +226,9 @@ def test_mm_on_every_architecture(architecture: int, rows: int) -> None:
 @pytest.mark.parametrize("rows", GEMM_ROWS)
 def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(rows: int) -> None:
     ptx = mm(90, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
-    assert "wgmma.mma_async" in ptx
-    assert "ldmatrix" not in ptx, "decoded operands make a detour through shared memory"
+    multiplications, _, _ = ptx.rpartition("wgmma.mma_async")  # the result takes that way to its rows
+    assert multiplications
+    assert "ldmatrix" not in multiplications, "decoded operands make a detour through shared memory"
 
 
 @layouts
@@ -224,7 +260,8 @@ def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
     types = {"x": "*bf16", "global_scale": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
     types |= dict.fromkeys(("rows", "cols", "col_tiles"), "i32")
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "BLOCKS": 64}
-    constants |= {"WORDS": in_kernel._WORDS} if "WORDS" in kernel.arg_names else {}
+    constants |= {"WORDS": False, "TRIGGER_FIRST": True}
+    constants |= {"PADDING": in_kernel._PADDING} if "PADDING" in kernel.arg_names else {}
     check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parent / "gpu" / "test_kernels.py"
-CLASSES = ("TestLayout", "TestQuantize", "TestZeroPadding", "TestInKernel", "TestMm")
+CLASSES = ("TestLayout", "TestQuantize", "TestCompact", "TestZeroPadding", "TestInKernel", "TestMm")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safealloc import ScalePool, SfLayout
+from safealloc import SafeAllocError, ScalePool, SfLayout, use_pool
 from safealloc.integrations.vllm import allocator as module
+from safealloc.integrations.vllm import plugin
 from safealloc.integrations.vllm.allocator import ABOVE_MAX_ROWS, ATTENTION_FUSION, OUTSIDE_A_STEP, Allocator, Steps
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -167,6 +168,54 @@ def test_a_reservation_that_fails_is_one_error(
         assert pool.spec(allocator.scales(100, 64, CPU, None)) is None
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "PoolExhaustedError" in caplog.text
+
+
+@pytest.fixture
+def compact(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScalePool]:
+    with ScalePool("cpu", compact=True) as pool:
+        monkeypatch.setattr(module, "default_pool", lambda device: pool)
+        yield pool
+
+
+def test_a_compact_pool_is_refused_before_anything_is_allocated(allocator: Allocator, compact: ScalePool) -> None:
+    x, g = torch.ones(2, 64).bfloat16(), torch.ones(1)
+    for use in (
+        lambda: allocator.begin(config(1, 2), CUDA),
+        lambda: allocator.scales(2, 64, CPU, None),
+        lambda: allocator.quantized_8x4(x, g),
+    ):
+        with pytest.raises(SafeAllocError, match="which a compact pool refuses"):
+            use()
+    assert compact.stats().buffers == compact.misses == 0
+
+
+def test_where_errors_are_not_raised_vllm_allocates_instead_of_a_compact_pool(
+    allocator: Allocator, compact: ScalePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SAFEALLOC_STRICT", "0")
+    monkeypatch.setattr(module.logger, "propagate", True)
+    for _ in range(3):
+        tensor = allocator.scales(2, 64, CPU, None)
+        assert (tensor.shape, tensor.dtype) == ((128, 1), torch.int32)
+        assert compact.spec(tensor) is None
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "which a compact pool refuses" in caplog.text
+    assert compact.stats().buffers == compact.misses == 0
+
+
+def test_nothing_is_registered_on_a_compact_pool(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.logger, "propagate", True)
+    before = plugin.registered()
+    assert before is None
+    with ScalePool("cpu", compact=True) as pool, use_pool(pool):
+        plugin.register()
+    assert plugin.registered() is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("safealloc: not registered: SafeAllocError: ")
+    assert "which a compact pool refuses" in record.getMessage()
 
 
 def test_a_second_engine_starts_anew(allocator: Allocator, pool: ScalePool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +33,9 @@ class Peer:
     layout: SfLayout | None = None
 
 
-POOL, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
+POOL, COMPACT, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
     "pool",
+    "pool, compact",
     "empty",
     "zeros",
     "padding in the kernel",
@@ -43,8 +45,13 @@ POOL, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
 )
 
 
-def peers(pool: ScalePool) -> dict[str, Peer]:
-    """All peers by name, the pool first; all write with our Triton quantiser."""
+def peers(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Peer]:
+    """All peers by name, the pool first; all write with our Triton quantiser.
+
+    Args:
+        pool: not compact.
+        compact: a compact one, if that is a peer.
+    """
 
     def from_pool(x: Tensor, global_scale: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
         rows, k = x.shape
@@ -68,8 +75,15 @@ def peers(pool: ScalePool) -> dict[str, Peer]:
         triton_padding.zero_padding(scales, layout, *x.shape)
         return x_fp4, scales
 
+    def from_compact(x: Tensor, global_scale: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
+        rows, k = x.shape
+        assert compact is not None
+        scales, counts = compact.acquire_compact(rows, k, layout)
+        return _quantize(x, global_scale, layout, scales, functools.partial(triton_quantize.quantize, counts=counts))
+
     every = (
         Peer(POOL, "a pool buffer, padding zeroed when it was made", from_pool),
+        Peer(COMPACT, "a buffer of a compact pool, which the quantiser keeps clear", from_compact),
         Peer(EMPTY, "torch.empty: unsafe, the floor for an allocation", empty),
         Peer(ZEROS, "torch.zeros at each call: vLLM 0.20, 0.21 and 0.25 to 0.29", zeros),
         Peer(IN_KERNEL, "torch.empty, and a quantiser that stores padding, row by row: vLLM from 0.30 on", row_by_row),
@@ -82,7 +96,7 @@ def peers(pool: ScalePool) -> dict[str, Peer]:
             SfLayout.layout_linear,
         ),
     )
-    return {peer.name: peer for peer in every}
+    return {peer.name: peer for peer in every if peer.name != COMPACT or compact is not None}
 
 
 def _empty(x: Tensor, layout: SfLayout) -> Tensor:

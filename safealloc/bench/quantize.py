@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from safealloc.bench import gemm, nodes, timing
-from safealloc.bench.peers import IN_KERNEL, LINEAR, POOL, Peer, peers
+from safealloc.bench.peers import COMPACT, IN_KERNEL, LINEAR, POOL, Peer, peers
 from safealloc.bench.summary import at_least, at_most, summary
 from safealloc.kernels.triton_layout import dependent_launch
 from safealloc.layout import SfLayout, short
@@ -103,7 +103,11 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
         "gemm": [],
         "not_measured": {},
     }
-    with torch.cuda.device(device), ScalePool(device, growth_in_capture="error") as pool:
+    with (
+        torch.cuda.device(device),
+        ScalePool(device, growth_in_capture="error") as pool,
+        ScalePool(device, growth_in_capture="error", compact=True) as compact,
+    ):
         progress("launch floor", 0.0)
         floor = {name: timing.captured(_repeat(call, CALLS), pool) for name, call in _floor(device).items()}
         copy = timing.captured(nodes.copy(device), pool)
@@ -116,7 +120,9 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
             for k in extent.ks:
                 for rows in extent.rows:
                     about = f"quantise {rows} x {k}, {short(layout)}"
-                    jobs.append(("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout)))
+                    jobs.append(
+                        ("few_rows", about, functools.partial(_few_rows, pool, compact, floor, extent, rows, k, layout))
+                    )
         for rows, k in extent.large:
             about = f"quantise {rows} x {k}"
             jobs.append(("many_rows", about, functools.partial(_many_rows, pool, copy, extent, rows, k)))
@@ -175,6 +181,11 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             0.50,
             [row["share_of_copy"] for row in products if row["n"] == row["k"] == 8192 and row["m"] <= 16],
         ),
+        at_most(
+            "compact pool against the pool, rows <= 32, 128x4 and 8x4: times",
+            1.03,
+            [row["peers"][COMPACT]["ratio_to_pool"] for row in few if row["rows"] <= 32 and COMPACT in row["peers"]],
+        ),
     ]
 
 
@@ -188,11 +199,18 @@ def _floor(device: torch.device) -> dict[str, Callable[[], None]]:
 
 
 def _few_rows(
-    pool: ScalePool, floor: Mapping[str, torch.cuda.CUDAGraph], extent: Extent, rows: int, k: int, layout: SfLayout
+    pool: ScalePool,
+    compact: ScalePool,
+    floor: Mapping[str, torch.cuda.CUDAGraph],
+    extent: Extent,
+    rows: int,
+    k: int,
+    layout: SfLayout,
 ) -> dict[str, Any]:
     x, global_scale = _activation(rows, k, pool.device)
-    every = peers(pool)
+    every = peers(pool, compact)
     pool.reserve(rows, k, layout)
+    compact.reserve(rows, k, layout)
     graphs = {
         name: timing.captured(_repeat(_call(peer, x, global_scale, layout), CALLS), pool)
         for name, peer in every.items()

@@ -18,7 +18,7 @@ from safealloc import optional
 from safealloc.bench.models import MODELS
 from safealloc.checks import checked_device
 from safealloc.commands import doctor, plan, report, repro_replay
-from safealloc.layout import SfLayout
+from safealloc.layout import ScaleSpec, SfLayout
 
 PARTS = ("quantize", "decode", "host")
 """Modules of ``safealloc.bench`` whose ``run`` measures one."""
@@ -81,8 +81,12 @@ def memory() -> list[dict[str, Any]]:
     groups = []
     for largest in plan.MAX_SIZES:
         sizes = plan.vllm_sizes(largest)
-        nbytes = [SfLayout.layout_128x4.nbytes(rows, k) for k in ks for rows in sizes]
-        bars = {"pool, kept at zero": sum(nbytes), "allocated and filled at each call": max(nbytes)}
+        buffers = [ScaleSpec(rows, k, SfLayout.layout_128x4) for k in ks for rows in sizes]
+        bars = {
+            "pool, kept at zero": sum(spec.nbytes for spec in buffers),
+            "pool, compact": sum(spec.nbytes for spec in plan.compact(buffers)),
+            "allocated and filled at each call": max(spec.nbytes for spec in buffers),
+        }
         groups.append({"sizes": len(sizes), "largest": largest, "bars": bars})
     return groups
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Result:
         layout_rule: "128x4", or "trtllm" for 8x4 up to 32 rows.
         sites: where activations are quantised.
         buffers: one a captured size and k.
+        compact: what a compact pool would hold instead: one a padded shape.
         experts: whether the model has experts, whose scales no pool holds yet.
     """
 
@@ -45,11 +46,17 @@ class Result:
     layout_rule: str
     sites: Sequence[models.Site]
     buffers: Sequence[ScaleSpec]
+    compact: Sequence[ScaleSpec]
     experts: bool
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.buffers)
+
+    @property
+    def compact_nbytes(self) -> int:
+        """Scales and counts."""
+        return sum(spec.nbytes for spec in self.compact)
 
     @property
     def per_call_nbytes(self) -> int:
@@ -75,6 +82,7 @@ class Result:
                 for spec in self.buffers
             ],
             "bytes": self.nbytes,
+            "compact": {"buffers": len(self.compact), "bytes": self.compact_nbytes},
             "per_call_bytes": self.per_call_nbytes,
             "expert_scales_included": False if self.experts else None,
         }
@@ -105,7 +113,14 @@ def run(config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: s
     except ValueError as error:
         raise report.UsageError(str(error)) from error
     architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
-    return Result(str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, experts)
+    return Result(
+        str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, compact(buffers), experts
+    )
+
+
+def compact(buffers: Iterable[ScaleSpec]) -> list[ScaleSpec]:
+    """What a compact pool holds instead of these buffers."""
+    return list(dict.fromkeys(ScaleSpec.checked(spec.rows, spec.k, spec.layout, compact=True) for spec in buffers))
 
 
 def show(result: Result, out: Console) -> None:
@@ -124,15 +139,20 @@ def show(result: Result, out: Console) -> None:
                 f"{padded_rows} x {padded_cols}",
                 str(len(specs)),
                 _size(sum(spec.nbytes for spec in specs)),
+                _size(sum(spec.nbytes for spec in compact(specs))),
             ),
             True,
         )
         for (k, layout, (padded_rows, padded_cols)), specs in groups.items()
     ]
     title = f"Buffers for {len(result.sizes)} captured batch sizes"
-    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes"), rows)
+    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes", "compact"), rows)
     out.print(
         f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank, for layers that take turns."
+    )
+    out.print(
+        f"A compact pool, which only our own quantiser writes: {len(result.compact)} buffers, "
+        f"{_size(result.compact_nbytes)} with their counts."
     )
     out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill a call.")
     if result.experts:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
+from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec, SfLayout
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -30,7 +30,13 @@ E4M3_NAN = 0x7F
 
 
 def quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+    x: Tensor,
+    global_scale: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    valid_rows: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
     """Quantise ``x`` into ``x_fp4`` and the real bytes of ``scales``; padding is not touched.
 
@@ -41,6 +47,8 @@ def quantize(
         scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k: the real bytes are written.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element: rows at or beyond it get zero data and zero scales.
+        counts: of a compact buffer, int32, one for each 32 scale columns: how many rows hold scales there. What lies beyond
+            ``rows`` is cleared, and ``rows`` is the new count.
     """
     rows, k = x.shape
     blocks = x.reshape(rows, k // BLOCK_SIZE, BLOCK_SIZE).float()
@@ -55,8 +63,14 @@ def quantize(
         codes, linear = torch.where(valid, codes, 0), torch.where(valid, linear, 0)
     x_fp4.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
     padded_k = scales.shape[-1] * BLOCK_SIZE
-    offsets = layout.offsets(rows, k, x.device, padded_k=padded_k if padded_k > k else None)
-    scales.view(-1)[offsets] = linear
+    padded_rows = rows if counts is None else layout.round_up(rows, 1)[0]
+    offsets = layout.offsets(padded_rows, k, x.device, padded_k=padded_k if padded_k > k else None)
+    scales.view(-1)[offsets[:rows]] = linear
+    if counts is not None:
+        below = torch.arange(rows, padded_rows, device=x.device)[:, None]
+        written = below < counts.repeat_interleave(COLS_A_COUNT)[: k // BLOCK_SIZE]
+        scales.view(-1)[offsets[rows:]] = torch.where(written, 0, scales.view(-1)[offsets[rows:]])
+        counts.fill_(rows)
 
 
 def encode_e2m1(values: Tensor) -> Tensor:

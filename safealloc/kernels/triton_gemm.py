@@ -5,10 +5,9 @@
 
     out = alpha * sum_k (e2m1(a[m, k]) * e4m3(a_scales[m, k // 16])) * (e2m1(b[n, k]) * e4m3(b_scales[n, k // 16]))
 
-An operand e2m1 * e4m3 has at most 6 significant bits, is a multiple of 2**-10 and at most 2688. So ``2**-14`` of it, which is
-what e2m1's bits in float16's fields times the scale are, is exact in float16, and only the float32 sum over k rounds. Low
-nibbles are even columns and high nibbles odd ones, and a sum does not mind its order: each step is one dot of the even
-columns and one of the odd.
+An operand e2m1 * e4m3 has at most 6 significant bits, is a multiple of 2**-10 and at most 2688. So ``2**-6`` of it, which is
+what e2m1's bits in e4m3's fields times the scale are, is exact in float16, and only the float32 sum over k rounds. Low
+nibbles are even columns and high nibbles odd ones, and a sum does not mind its order: a step takes the even columns first.
 
 Decode has few rows of ``a`` and streams ``b``. What that costs is decoding ``b`` and moving it to the tensor cores, so the
 weight is their left operand, which may stay in registers: rows and columns are permuted (both operands alike, and the
@@ -29,54 +28,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_wait
+from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _TILES = 2
 """Tiles of 4 scale columns a step: 64 bytes of a row, which are 4 lanes' and two steps of a tensor core."""
 
 
+def _ptx(fields: str) -> tl.constexpr:
+    """Four e2m1 as float16: ``fields`` moves sign, exponent and mantissa to where e4m3 has them."""
+    return tl.constexpr(
+        f"""
+        {{
+        .reg .b32 sign, value;
+        .reg .b16 low, high;
+        {fields}
+        and.b32 sign, sign, 0x80808080;
+        lop3.b32 value, value, 0x1C1C1C1C, sign, 0xEA;
+        mov.b32 {{low, high}}, value;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }}
+        """
+    )
+
+
+_ODD_NIBBLES = _ptx("mov.b32 sign, $2; shr.u32 value, $2, 2;")
+_EVEN_NIBBLES = _ptx("shl.b32 sign, $2, 4; shl.b32 value, $2, 2;")
+
+
 @triton.jit
 def _decode_e2m1(packed, ODD: tl.constexpr, PTX: tl.constexpr):
-    """float16 ``2**-14 * value`` of the high (ODD) or low nibbles of uint8: the bits, moved to float16's fields."""
-    if PTX and ODD:
+    """float16 ``2**-6 * value`` of the high (ODD) or low nibbles of uint8: hardware converts e4m3's fields."""
+    if PTX:
         value = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, sign, rest;
-            prmt.b32 low, $2, 0, 0x1404;
-            prmt.b32 high, $2, 0, 0x3424;
-            and.b32 sign, low, 0x80008000;
-            shr.u32 rest, low, 3;
-            lop3.b32 $0, rest, 0x0E000E00, sign, 0xEA;
-            and.b32 sign, high, 0x80008000;
-            shr.u32 rest, high, 3;
-            lop3.b32 $1, rest, 0x0E000E00, sign, 0xEA;
-            }
-            """,
-            constraints="=r,=r,r",
-            args=[packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    elif PTX:
-        value = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, sign, rest;
-            prmt.b32 low, $2, 0, 0x1404;
-            prmt.b32 high, $2, 0, 0x3424;
-            shl.b32 sign, low, 4;
-            shl.b32 rest, low, 1;
-            and.b32 sign, sign, 0x80008000;
-            lop3.b32 $0, rest, 0x0E000E00, sign, 0xEA;
-            shl.b32 sign, high, 4;
-            shl.b32 rest, high, 1;
-            and.b32 sign, sign, 0x80008000;
-            lop3.b32 $1, rest, 0x0E000E00, sign, 0xEA;
-            }
-            """,
+            _ODD_NIBBLES if ODD else _EVEN_NIBBLES,
             constraints="=r,=r,r",
             args=[packed],
             dtype=tl.float16,
@@ -85,7 +71,7 @@ def _decode_e2m1(packed, ODD: tl.constexpr, PTX: tl.constexpr):
         )
     else:
         code = packed.to(tl.uint16) >> (4 if ODD else 0)
-        value = (((code & 0x7) << 9) | ((code & 0x8) << 12)).to(tl.float16, bitcast=True)
+        value = (((code & 0x7) << 9) | ((code & 0x8) << 12)).to(tl.float16, bitcast=True) * 256.0  # 2 ** (14 - 6)
     return value
 
 
@@ -137,15 +123,31 @@ def _operand_columns(x, ROWS: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
+def _operand(packed, scale, ROWS: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
+    """float16 [ROWS, 64 * TILES]: the even columns' products with their scales, then the odd ones'."""
+    even = _operand_columns(_decode_e2m1(packed, False, PTX) * scale, ROWS, TILES)
+    odd = _operand_columns(_decode_e2m1(packed, True, PTX) * scale, ROWS, TILES)
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (ROWS, TILES * 64))
+
+
+@triton.jit
 def _operand_rows(x, ROWS: tl.constexpr, COLS: tl.constexpr, WARPS: tl.constexpr):
     """Rows in the order that makes a warp's rows its part of such an operand."""
     x = tl.permute(tl.reshape(x, (ROWS // (16 * WARPS), 2, WARPS, 8, COLS)), (0, 2, 1, 3, 4))
     return tl.reshape(x, (ROWS, COLS))
 
 
+@triton.jit
+def _result_columns(x, ROWS: tl.constexpr, COLS: tl.constexpr, WARPS: tl.constexpr):
+    """The tile [ROWS, COLS] of the result from its transpose, whose rows are in :func:`_operand_rows`' order: sorted by n."""
+    x = tl.permute(tl.reshape(x, (COLS // (16 * WARPS), WARPS, 2, 8, ROWS)), (0, 2, 1, 3, 4))
+    x = tl.permute(tl.reshape(x, (COLS // 4, 4, ROWS)), (2, 1, 0))
+    return tl.reshape(x, (ROWS, COLS))
+
+
 # One binary for all row counts of a tiling: a new batch size must not compile, least of all during a graph capture. Columns
 # and strides are specialised: whether they are multiples of 16 decides how wide loads and stores are.
-@triton.jit(do_not_specialize=["m", "n", "alpha_stride", "steps"])
+@triton.jit(do_not_specialize=["m", "alpha_stride", "steps"])
 def _mm(
     a,  # uint8 [m, 8 * cols]
     b,  # uint8 [n, 8 * cols]
@@ -226,18 +228,19 @@ def _mm(
         b_words = _load_words(b_scales, b_word, b_tiles_in, col, col_tiles * 4, B_ALIGNED)
         a_scale = _decode_scales(a_words, BLOCK_M, TILES, PTX)
         b_scale = _decode_scales(b_words, BLOCK_N, TILES, PTX)
-        for odd in tl.static_range(2):
-            a_part = _operand_columns(_decode_e2m1(a_packed, odd, PTX) * a_scale, BLOCK_M, TILES)
-            b_part = _operand_columns(_decode_e2m1(b_packed, odd, PTX) * b_scale, BLOCK_N, TILES)
-            b_part = _operand_rows(b_part, BLOCK_N, BYTES, WARPS)
-            total = tl.dot(b_part, tl.trans(a_part), total)
+        a_part = _operand(a_packed, a_scale, BLOCK_M, TILES, PTX)
+        b_part = _operand_rows(_operand(b_packed, b_scale, BLOCK_N, TILES, PTX), BLOCK_N, 2 * BYTES, WARPS)
+        total = tl.dot(b_part, tl.trans(a_part), total)
         a_at += BYTES
         b_at += BYTES
         a_word += TILES * a_stride
         b_word += TILES * b_stride
 
-    total = tl.trans(total) * 268435456.0  # 2 ** 28, of two operands that were 2 ** -14 each
-    row_n = tl.reshape(_operand_rows(row_n[:, None], BLOCK_N, 1, WARPS), (BLOCK_N,))
+    if DEPENDENT:
+        gdc_launch_dependents()
+    total = _result_columns(total, BLOCK_M, BLOCK_N, WARPS) * 4096.0  # 2 ** 12, of two operands that were 2 ** -6 each
+    lane_n = tl.arange(0, BLOCK_N)
+    row_n = group * 128 + lane_n // (BLOCK_N // 4) * 32 + part * (BLOCK_N // 4) + lane_n % (BLOCK_N // 4)
     inside = in_m & (row_n < n)[None, :]
     row_m, row_n = row_m.to(tl.int64)[:, None], row_n.to(tl.int64)[None, :]
     if partial is not None:
@@ -248,7 +251,7 @@ def _mm(
         tl.store(out + row_m * out_stride_m + row_n * out_stride_n, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "alpha_stride", "shares"])
+@triton.jit(do_not_specialize=["alpha_stride", "shares"])
 def _add_up(
     partial,  # float32 [shares, m, n]
     alpha,
@@ -265,6 +268,7 @@ def _add_up(
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     if DEPENDENT:
+        gdc_launch_dependents()
         gdc_wait()
     for share in range(shares):
         total += tl.load(partial + (share * m + row) * n + col, mask=col < n, other=0.0)
@@ -362,17 +366,17 @@ class Tiling(NamedTuple):
 def tiling_for(m: int) -> Tiling:
     """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself."""
     if m <= 16:
-        return Tiling(16, 64, 4, 4)
+        return Tiling(16, 64, 4, 6)
     if m <= 32:
         return Tiling(32, 128, 8, 3)
     if m <= 64:
-        return Tiling(64, 128, 4, 3)
-    return Tiling(128, 128, 8, 3)
+        return Tiling(64, 128, 8, 4)
+    return Tiling(128, 128, 4, 3)
 
 
 def shares_for(tiles: int, steps: int, multiprocessors: int) -> int:
-    """How many programs share a tile: up to 4, so that a multiprocessor has 4 programs, each with 16 steps or more."""
-    return max(1, min(4, 4 * multiprocessors // tiles, steps // 16))
+    """How many programs share a tile: up to 4, so that a multiprocessor has 2 programs, each with 16 steps or more."""
+    return max(1, min(4, 2 * multiprocessors // tiles, steps // 16))
 
 
 @functools.cache

@@ -12,8 +12,8 @@ that is what the hardware converts to, on every device and in Triton's interpret
 to even. Where the hardware converts (e4m3 from compute capability 8.9 on, e2m1 from 10.0 on), it does.
 
 A program takes blocks of one row. Decode is launches and latency, not bandwidth: there a lane has 4 columns, and the kernel
-is launched as a programmatic dependent, so that it is on the multiprocessors when its predecessor ends. In large matrices a
-lane has whole blocks, so that what a block costs is paid once.
+is launched as a programmatic dependent, so that it is on the multiprocessors when its predecessor ends. More rows are
+bound by instructions where none converts to e2m1: there a lane has whole blocks, two columns in a register.
 """
 
 from __future__ import annotations
@@ -102,24 +102,141 @@ def _encode_scale(x, HARDWARE: tl.constexpr):
     return code, value
 
 
+def _pack_ptx(unpack: str) -> tl.constexpr:
+    """Eight columns, two in each of ``$1`` to ``$4``, times ``$5`` to ``$8``, as eight e2m1 in ``$0``.
+
+    ``value * 2**-6`` is an e4m3 number whose bits are those of e2m1, shifted by two: so the float32 is rounded to e2m1, as
+    in :func:`_round`, in that scale, and the hardware's conversion packs it.
+
+    Args:
+        unpack: makes ``even`` and ``odd``, float32, of ``WORD``.
+    """
+    one = """
+        mul.rn.f32 {x}, {x}, {factor};
+        add.rn.f32 {x}, {x}, 0f00000000;       // -0 becomes +0, as it is not below 0
+        abs.f32 magnitude, {x};
+        min.f32 magnitude, magnitude, 0f40C00000;  // 6; NaN becomes 6
+        mov.b32 step, magnitude;
+        and.b32 step, step, 0x7F800000;        // its exponent, e2m1's lowest at least,
+        add.s32 step, step, 0x08000000;        // as the number whose ulp is e2m1's step * 2**-6
+        max.s32 step, step, 0x47800000;
+        mov.b32 wide, step;
+        fma.rn.f32 magnitude, magnitude, 0f3C800000, wide;  // 2**-6
+        sub.rn.f32 magnitude, magnitude, wide;
+        mov.b32 step, magnitude;
+        mov.b32 sign, {x};
+        lop3.b32 step, step, sign, 0x80000000, 0xF8;
+        mov.b32 {x}, step;
+    """
+    pairs = "".join(
+        unpack.replace("WORD", f"${1 + word}")
+        + "".join(one.format(x=x, factor=f"${5 + word}") for x in ("even", "odd"))
+        + f"cvt.rn.satfinite.e4m3x2.f32 pair{word}, odd, even;"
+        for word in range(4)
+    )
+    return tl.constexpr(
+        f"""
+        {{
+        .reg .f32 even, odd, magnitude, wide;
+        .reg .b32 step, sign, low, high, rest;
+        .reg .b16 pair0, pair1, pair2, pair3, half0, half1;
+        {pairs}
+        mov.b32 step, {{pair0, pair1}};
+        mov.b32 sign, {{pair2, pair3}};
+        prmt.b32 low, step, sign, 0x6420;
+        prmt.b32 high, step, sign, 0x7531;
+        shr.u32 step, low, 2;
+        shr.u32 sign, low, 4;
+        and.b32 sign, sign, 0x08080808;
+        lop3.b32 step, step, 0x07070707, sign, 0xEA;
+        shl.b32 rest, high, 2;
+        lop3.b32 step, rest, 0x70707070, step, 0xEA;
+        lop3.b32 $0, high, 0x80808080, step, 0xEA;
+        }}
+        """
+    )
+
+
+_PACK_BFLOAT16 = _pack_ptx(
+    "shl.b32 step, WORD, 16; mov.b32 even, step; and.b32 step, WORD, 0xFFFF0000; mov.b32 odd, step;"
+)
+_PACK_FLOAT16 = _pack_ptx("mov.b32 {half0, half1}, WORD; cvt.f32.f16 even, half0; cvt.f32.f16 odd, half1;")
+
+
+@triton.jit
+def _larger_bfloat16(a, b):
+    return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _larger_float16(a, b):
+    return tl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _magnitude(first, second, BFLOAT16: tl.constexpr):
+    """Largest magnitudes of even and of odd columns, int32 [BLOCKS], of words [BLOCKS, 4] each; NaN if there is one."""
+    first &= 0x7FFF7FFF
+    second &= 0x7FFF7FFF
+    if BFLOAT16:
+        largest = _larger_bfloat16(tl.reduce(first, 1, _larger_bfloat16), tl.reduce(second, 1, _larger_bfloat16))
+    else:
+        largest = _larger_float16(tl.reduce(first, 1, _larger_float16), tl.reduce(second, 1, _larger_float16))
+    return largest
+
+
+@triton.jit
+def _pack_words(words, factor, BFLOAT16: tl.constexpr):
+    """Data, uint8 [BLOCKS, 4], of words [BLOCKS, 4] of two columns each times factor [BLOCKS]."""
+    return tl.inline_asm_elementwise(
+        _PACK_BFLOAT16 if BFLOAT16 else _PACK_FLOAT16,
+        constraints="=r,r,r,r,r,f,f,f,f",
+        args=[words, tl.broadcast_to(factor[:, None], words.shape)],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
 @triton.jit
 def quantize_blocks(
-    values,  # bfloat16 or float16 [PIECES, BLOCKS, 16 // PIECES]
-    g,
-    BLOCKS: tl.constexpr,
-    PIECES: tl.constexpr,
+    x,  # bfloat16 or float16
+    global_scale,
+    block,  # int64 [BLOCKS, 1], number of each block of 16 columns of x
+    live,  # int1 [BLOCKS], whether it is read; else it is zeros
     HARDWARE_E2M1: tl.constexpr,
     HARDWARE_E4M3: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way
 ):
-    """Data, uint8 [PIECES, BLOCKS, 8 // PIECES], and scales, uint8 [BLOCKS], of blocks of 16 columns."""
-    values = values.to(tl.float32)
-    # The bits of magnitudes order as integers: finite < Inf < NaN, so NaN comes through the maximum.
-    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    amax = tl.max(tl.max(magnitude, 2), 0).to(tl.float32, bitcast=True)
+    """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
+    g = tl.load(global_scale)
+    if WORDS:
+        BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+        word = x.to(tl.pointer_type(tl.int32)) + (block * 8 + tl.arange(0, 4)[None, :])
+        first = tl.load(word, mask=live[:, None], other=0)
+        second = tl.load(word + 4, mask=live[:, None], other=0)
+        if TRIGGER:
+            gdc_launch_dependents()
+        pair = _magnitude(first, second, BFLOAT16)
+        larger = tl.maximum(pair & 0xFFFF, pair >> 16).to(tl.uint16)  # their bits order as integers
+        amax = larger.to(x.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        values = tl.load(x + (block * 16 + tl.arange(0, 16)[None, :]), mask=live[:, None], other=0.0)
+        if TRIGGER:
+            gdc_launch_dependents()
+        values = values.to(tl.float32)
+        # The bits of magnitudes order as integers: finite < Inf < NaN, so NaN comes through the maximum.
+        amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     scale_code, scale = _encode_scale(g * (amax * (1 / 6)), HARDWARE_E4M3)
-    scaled = values * _reciprocal(scale * _reciprocal(g))[None, :, None]
-    even, odd = tl.split(tl.reshape(scaled, (PIECES, BLOCKS, 8 // PIECES, 2)))
-    return _pack_e2m1(even, odd, HARDWARE_E2M1), scale_code
+    factor = _reciprocal(scale * _reciprocal(g))
+    if WORDS:
+        packed = tl.join(_pack_words(first, factor, BFLOAT16), _pack_words(second, factor, BFLOAT16))
+        packed = tl.reshape(tl.permute(packed, (0, 2, 1)), (block.shape[0], 8))
+    else:
+        even, odd = tl.split(tl.reshape(values * factor[:, None], (block.shape[0], 8, 2)))
+        packed = _pack_e2m1(even, odd, HARDWARE_E2M1)
+    return packed, scale_code
 
 
 # One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.
@@ -130,24 +247,21 @@ def _quantize(
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
+    counts,  # int32 [cdiv(cols, 32)] or None
     cols,
     col_tiles,
     LAYOUT: tl.constexpr,
     HARDWARE_E2M1: tl.constexpr,
     HARDWARE_E4M3: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PIECES: tl.constexpr,  # of a block, one after the other in a lane
+    WORDS: tl.constexpr,  # whole blocks in a lane, as words of two columns
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
     TRIGGER_FIRST: tl.constexpr,
 ):
-    PIECE: tl.constexpr = 16 // PIECES
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = col < cols
-    block = (row.to(tl.int64) * cols + col)[None, :, None]
-    piece = tl.arange(0, PIECES)[:, None, None]
-    column = tl.arange(0, PIECE)[None, None, :]
-    pair = tl.arange(0, PIECE // 2)[None, None, :]
+    block = (row.to(tl.int64) * cols + col)[:, None]
     scale_at = scales + scale_offset(row, col, col_tiles, LAYOUT)
     if DEPENDENT:
         if TRIGGER_FIRST:
@@ -156,20 +270,50 @@ def _quantize(
     live = inside
     if valid_rows is not None:
         live = col < tl.where(row < tl.load(valid_rows), cols, 0)
-    values = tl.load(x + (block * 16 + piece * PIECE + column), mask=live[None, :, None], other=0.0)
-    g = tl.load(global_scale)
-    if DEPENDENT and not TRIGGER_FIRST:
-        gdc_launch_dependents()
-    packed, scale_code = quantize_blocks(values, g, BLOCKS, PIECES, HARDWARE_E2M1, HARDWARE_E4M3)
+    packed, scale_code = quantize_blocks(
+        x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT and not TRIGGER_FIRST
+    )
     if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
-        packed = tl.where(live[None, :, None], packed, 0)
+        packed = tl.where(live[:, None], packed, 0)
         scale_code = tl.where(live, scale_code, 0)
-    tl.store(x_fp4 + (block * 8 + piece * (PIECE // 2) + pair), packed, mask=inside[None, :, None])
+    tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=inside[:, None])
     tl.store(scale_at, scale_code.to(tl.uint8), mask=inside)
+    if counts is not None:  # noqa: SIM102  known when the kernel is compiled
+        if row == 0:  # last of all, off the way from load to store
+            _clear_below(scales, counts, row, col, inside, cols, col_tiles, LAYOUT, BLOCKS)
+
+
+@triton.jit
+def _clear_below(scales, counts, first_row, col, inside, cols, col_tiles, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
+    """Clear in the columns of a program what a quantisation of more rows left, and bring their counts up to date."""
+    tl.static_assert(BLOCKS % 32 == 0, "programs must not share a count, which is of 32 columns")
+    rows = tl.num_programs(0)
+    TILE_ROWS: tl.constexpr = 128 if LAYOUT == 0 else 8 if LAYOUT == 1 else 1
+    most, least = rows, rows
+    for i in tl.static_range(BLOCKS // 32):
+        group = tl.program_id(1) * (BLOCKS // 32) + i
+        count = tl.load(counts + group, mask=group * 32 < cols, other=rows)
+        most = tl.maximum(most, count)
+        least = tl.minimum(least, count)
+    if most != least:
+        tl.debug_barrier()  # every warp has to have read before one of them writes
+        # A count that somebody else overwrote must not lead beyond the buffer.
+        for below in range(rows, tl.minimum(most, tl.cdiv(rows, TILE_ROWS) * TILE_ROWS)):
+            at = scales + scale_offset(first_row + below, col, col_tiles, LAYOUT)  # first_row is 0, as a tensor
+            tl.store(at, tl.zeros((BLOCKS,), tl.uint8), mask=inside)
+        for i in tl.static_range(BLOCKS // 32):
+            group = tl.program_id(1) * (BLOCKS // 32) + i
+            tl.store(counts + group, rows, mask=group * 32 < cols)
 
 
 def quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+    x: Tensor,
+    global_scale: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    valid_rows: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
     """Quantise ``x`` into ``x_fp4`` and the real bytes of ``scales`` in one launch; padding is not touched.
 
@@ -182,10 +326,12 @@ def quantize(
         scales: uint8 ``[padded_rows, padded_cols]``, contiguous, in ``layout`` for ``[rows, k]`` or a padded k.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element on the device: rows at or beyond it get zero data and zero scales, unread.
+        counts: of a compact buffer, int32, one for each 32 scale columns: how many rows hold scales there. What lies beyond
+            ``rows`` is cleared, and ``rows`` is the new count.
     """
     rows, k = x.shape
     cols = k // BLOCK_SIZE
-    tiling = tiling_for(rows, cols)
+    tiling = tiling_for(rows, cols, rows * cols > _FEW_BLOCKS and takes_words(x))
     dependent = dependent_launch(x.device)
     with device_of(x):
         _quantize[(rows, -(-cols // tiling.blocks))](
@@ -194,50 +340,57 @@ def quantize(
             x_fp4,
             scales,
             valid_rows,
+            counts,
             cols,
             scales.shape[-1] // layout.tile.cols,
             LAYOUT=int(layout),
             HARDWARE_E2M1=x.is_cuda and converts_e2m1(x.device.index),
             HARDWARE_E4M3=x.is_cuda,
             BLOCKS=tiling.blocks,
-            PIECES=tiling.pieces,
+            WORDS=tiling.words,
             DEPENDENT=bool(dependent),
             TRIGGER_FIRST=tiling.trigger_first,
-            num_warps=tiling.num_warps,
+            num_warps=4,
             enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
             **dependent,
         )
 
 
 class Tiling(NamedTuple):
-    """How a matrix is cut.
+    """How a matrix is cut into programs of 4 warps.
 
     Attributes:
         blocks: of 16 columns a program.
-        pieces: parts of a block, one after the other in a lane.
-        num_warps: a program.
+        words: whole blocks in a lane, two columns in a register.
         trigger_first: let the next kernel launch at once, rather than when this one has loaded: the next one's programs then
             take room of this one's, which pays as long as there is enough.
     """
 
     blocks: int
-    pieces: int
-    num_warps: int
+    words: bool
     trigger_first: bool
 
 
+_FEW_BLOCKS = 4096
+
+
 @functools.cache
-def tiling_for(rows: int, cols: int) -> Tiling:
-    """Few blocks (decode): 4 columns a lane. More: 8 columns. Many: whole blocks. ``benchmarks/NOTES.md`` has the numbers."""
-    blocks = rows * cols
-    if blocks <= 4096:
-        return Tiling(32, 1, 4, trigger_first=True)
-    across = max(32, triton.next_power_of_2(cols))
-    if blocks <= 131072:
-        width = min(64, across)
-        return Tiling(width, 1, width // 16, trigger_first=False)
-    width = min(256, across)
-    return Tiling(width, 2, width // 32, trigger_first=False)
+def tiling_for(rows: int, cols: int, words: bool) -> Tiling:
+    """Few blocks (decode): 4 columns a lane. More: whole blocks, or 8 columns. ``benchmarks/NOTES.md`` has the numbers.
+
+    Args:
+        rows: of the matrix.
+        cols: blocks in a row.
+        words: what :func:`takes_words` says.
+    """
+    if rows * cols <= _FEW_BLOCKS:
+        return Tiling(32, words=False, trigger_first=True)
+    return Tiling(128 if words else 64, words=words, trigger_first=False)
+
+
+def takes_words(x: Tensor) -> bool:
+    """Whether ``x`` can be read two columns at a time, on a device that needs it: without ``cvt.e2m1x2``."""
+    return x.is_cuda and not converts_e2m1(x.device.index) and x.data_ptr() % 4 == 0
 
 
 @functools.cache

@@ -51,8 +51,8 @@ def result(quantize):
 def test_every_peer_is_measured_at_every_shape(quantize, result):
     from safealloc.bench.peers import peers
 
-    with ScalePool("cuda") as pool:
-        names = list(peers(pool))
+    with ScalePool("cuda") as pool, ScalePool("cuda", compact=True) as compact:
+        names = list(peers(pool, compact))
     shapes = [(row["rows"], row["k"], row["layout"]) for row in result["few_rows"]]
     assert shapes == [(rows, k, layout) for layout in ("128x4", "8x4") for k in (1008, 8192) for rows in (1, 32)]
     for row in result["few_rows"]:

@@ -6,9 +6,10 @@ that in a process of its own), over fewer and smaller shapes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
 
 from safealloc.bench import in_kernel  # noqa: E402
+from safealloc.buffers import counts_of, scales_in  # noqa: E402
 from safealloc.kernels import reference, triton_gemm, triton_padding, triton_quantize  # noqa: E402
 from safealloc.kernels.triton_layout import scale_offset  # noqa: E402
-from safealloc.layout import SfLayout  # noqa: E402
+from safealloc.layout import ScaleSpec, SfLayout  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,9 +45,16 @@ NAN = 0x7F
 GUARD = 64
 """Bytes behind each output that nobody may touch."""
 
-TILINGS = sorted({triton_quantize.tiling_for(rows, cols) for rows in (1, 64, 1 << 20) for cols in (1, 64, 128, 256)})
+TILINGS = sorted(
+    {
+        triton_quantize.tiling_for(rows, 64, words)
+        for rows in (1, 1 << 20)
+        for words in ((False,) if INTERPRETED else (False, True))  # which are inline assembly
+    }
+)
 
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+tilings = pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: "-".join(str(int(part)) for part in tiling))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -53,7 +62,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays by the program: sweeps there run wider ones (test_tilings has those of the rule)."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols: TILINGS[-1]._replace(blocks=512))
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: TILINGS[0]._replace(blocks=512))
 
 
 def generator(*key: object) -> torch.Generator:
@@ -154,9 +163,9 @@ class TestQuantize:
             check_quantize(x, scalar(37.25), layout)
 
     @layouts
-    @pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: "-".join(str(int(part)) for part in tiling))
+    @tilings
     def test_tilings(self, layout: SfLayout, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols: tiling)
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
         for rows, k in ((1, 16), (9, 1040)) if INTERPRETED else ((1, 16), (9, 496), (133, 1040), (513, 4096)):
             check_quantize(activations(rows, k, torch.bfloat16), scalar(20.0), layout)
 
@@ -182,9 +191,17 @@ class TestQuantize:
 
     @layouts
     @dtypes
+    @tilings
     @pytest.mark.parametrize("g", [1.0, 50.0, 2.0**-130, 3e-30, 3e30, 0.0, -0.0, -7.0, float("inf"), float("nan")])
-    @pytest.mark.usefixtures("wide_tiles")
-    def test_special_values(self, layout: SfLayout, dtype: torch.dtype, g: float) -> None:
+    def test_special_values(
+        self,
+        layout: SfLayout,
+        dtype: torch.dtype,
+        g: float,
+        tiling: triton_quantize.Tiling,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
         nan, inf, most = float("nan"), float("inf"), torch.finfo(dtype).max
         least = torch.finfo(dtype).tiny
         starts = [
@@ -208,10 +225,15 @@ class TestQuantize:
         check_quantize(x, scalar(g), layout)
 
     @dtypes
-    @pytest.mark.parametrize("g", [1.0, 0.37, 1000.0])
-    @pytest.mark.usefixtures("wide_tiles")
-    def test_every_value(self, dtype: torch.dtype, g: float) -> None:
+    @tilings
+    @pytest.mark.parametrize("g", [1.0, 0.37, 1000.0, 2.0**-115, 1e-45, 3e30])
+    def test_every_value(
+        self, dtype: torch.dtype, g: float, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """All bit patterns, in blocks of near ones and in blocks of any."""
+        if INTERPRETED:
+            tiling = tiling._replace(blocks=512)  # it pays by the program
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
         bits = torch.arange(1 << 16, dtype=torch.int32, device=DEVICE)
         if INTERPRETED and dtype is torch.bfloat16:  # the interpreter does not convert its subnormals right
             bits = torch.where(bits & 0x7F80 == 0, bits & 0x8000, bits)
@@ -220,10 +242,12 @@ class TestQuantize:
             x = (order - (order >> 15 << 16)).to(torch.int16).view(dtype).view(64, 1024)
             check_quantize(x, scalar(g), SfLayout.layout_linear)
 
+    @pytest.mark.parametrize("offset", [1, 2, 3])
     @pytest.mark.usefixtures("wide_tiles")
-    def test_unaligned_input(self) -> None:
-        x = torch.empty(9 * 80 + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(9, 80)
-        x.copy_(activations(9, 80, torch.bfloat16))
+    def test_unaligned_input(self, offset: int) -> None:
+        rows, k = (9, 80) if INTERPRETED else (133, 1040)  # enough blocks for words where they are aligned
+        x = torch.empty(rows * k + offset, dtype=torch.bfloat16, device=DEVICE)[offset:].view(rows, k)
+        x.copy_(activations(rows, k, torch.bfloat16))
         check_quantize(x, scalar(20.0), SfLayout.layout_128x4)
 
     @gpu_only
@@ -245,6 +269,98 @@ class TestQuantize:
         assert_same_bytes(scales[first:], expected_scales, "scales")
         assert not data[:first].any()
         assert not scales[:first].any()
+
+
+class Compact:
+    """A compact buffer, and bytes behind its counts that nobody may touch."""
+
+    def __init__(self, layout: SfLayout, rows: int, k: int) -> None:
+        self.spec = ScaleSpec.checked(rows, k, layout, compact=True)
+        self.memory = torch.zeros(self.spec.nbytes + GUARD, dtype=torch.uint8, device=DEVICE)
+        self.memory[-GUARD:] = NAN
+        self.scales = scales_in(self.spec, self.memory[:-GUARD])
+        self.counts = counts_of(self.spec, self.scales)
+
+    def quantize(self, kernel: Callable[..., None], x: Tensor, g: Tensor, valid_rows: Tensor | None = None) -> Tensor:
+        data = torch.full((x.shape[0] * x.shape[1] // 2 + GUARD,), 0xEE, dtype=torch.uint8, device=DEVICE)
+        kernel(x, g, data[:-GUARD].view(x.shape[0], -1), self.scales, self.spec.layout, valid_rows, self.counts)
+        return data
+
+
+class TestCompact:
+    """Quantisations of one row count after the other into one buffer: every byte is the reference's after each."""
+
+    SEQUENCES = (
+        (SfLayout.layout_128x4, (5, 40, 3, 3, 17, 1, 33) if INTERPRETED else (5, 128, 3, 3, 33, 1, 128, 64, 7)),
+        (SfLayout.layout_8x4, (5, 8, 3, 3, 1, 8, 7)),
+    )
+    sequences = pytest.mark.parametrize(("layout", "sequence"), SEQUENCES, ids=["128x4", "8x4"])
+
+    @staticmethod
+    def check(layout: SfLayout, k: int, sequence: Sequence[int], before: Callable[[], None] = lambda: None) -> None:
+        ours, theirs = (Compact(layout, max(sequence), k) for _ in range(2))
+        for number, rows in enumerate(sequence):
+            before()
+            x, g = activations(rows, k, torch.bfloat16), scalar(20.0 + number)
+            valid = torch.tensor([rows // 2], dtype=torch.int32, device=DEVICE) if number % 3 == 2 else None
+            data = ours.quantize(triton_quantize.quantize, x, g, valid)
+            assert_same_bytes(
+                data, theirs.quantize(reference.quantize, x, g, valid), f"data of {sequence[: number + 1]}"
+            )
+            assert_same_bytes(ours.memory, theirs.memory, f"buffer after {sequence[: number + 1]} rows")
+            assert ours.counts.tolist() == [rows] * -(-k // 512)
+            alone = torch.zeros_like(ours.scales)
+            reference.quantize(x, g, data[:-GUARD].view(rows, -1), alone, layout, valid)
+            assert_same_bytes(ours.scales, alone, f"scales after {sequence[: number + 1]} rows")
+
+    @sequences
+    @tilings
+    @pytest.mark.parametrize("k", [16, 1040] if INTERPRETED else [16, 496, 512, 1040, 8192])
+    def test_sequences(
+        self,
+        layout: SfLayout,
+        sequence: Sequence[int],
+        k: int,
+        tiling: triton_quantize.Tiling,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
+        self.check(layout, k, sequence)
+
+    @sequences
+    def test_tilings_take_turns(
+        self, layout: SfLayout, sequence: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A count belongs to the same columns in each."""
+        turns = itertools.cycle([TILINGS[0]._replace(blocks=256), *TILINGS, TILINGS[0]._replace(blocks=128)])
+
+        def next_turn() -> None:
+            tiling = next(turns)
+            monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
+
+        self.check(layout, 4624, sequence[:5] if INTERPRETED else sequence, next_turn)  # 289 columns
+
+    @sequences
+    def test_counts_that_differ(
+        self, layout: SfLayout, sequence: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever the counts of a program's columns are, what they stand for is cleared, and no other row's count is."""
+        for blocks in (32, 64, 128, 256):
+            tiling = TILINGS[0]._replace(blocks=blocks)
+            monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words, tiling=tiling: tiling)
+            for counts in ([7, 2, 3], [2, 7, 3], [3, 2, 8], [3, 0, 3], [3, 3, 3]):
+                buffer, k, rows = Compact(layout, 8, 1040), 1040, 3
+                logical = torch.zeros(buffer.scales.shape, dtype=torch.uint8, device=DEVICE)
+                for group, count in enumerate(counts):
+                    logical[:count, 32 * group : min(32 * group + 32, 65)] = NAN
+                buffer.scales.copy_(layout.swizzle(logical))
+                buffer.counts.copy_(torch.tensor(counts, dtype=torch.int32))
+                x, alone = activations(rows, k, torch.bfloat16), torch.zeros_like(buffer.scales)
+                data = buffer.quantize(triton_quantize.quantize, x, scalar(20.0))
+                reference.quantize(x, scalar(20.0), data[:-GUARD].view(rows, -1), alone, layout)
+                assert_same_bytes(buffer.scales, alone, f"scales with counts {counts} in programs of {blocks} columns")
+                assert buffer.counts.tolist() == [rows] * 3
+                assert (buffer.memory[-GUARD:] == NAN).all()
 
 
 class TestZeroPadding:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.default_pool import default_pool
+from safealloc.errors import SafeAllocError
 from safealloc.layout import BLOCK_SIZE, SfLayout
 from safealloc.linear import MAX_ROWS_8X4
 from safealloc.pool import ScalePool
@@ -243,6 +244,7 @@ class Allocator:
     def _pool(self, device: torch.device) -> ScalePool:
         pool = default_pool(device)
         if pool is not self.pool:
+            refuse_compact(pool)
             pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
             self.pool = pool
         return pool
@@ -323,6 +325,14 @@ class Allocator:
         elif n in self.linear_ks.values():  # up to there our own kernel takes 8x4
             rows = [size for size in rows if size > MAX_ROWS_8X4]
         self.pool.reserve(rows, n, layout, copies * self.steps.copies, padded_k=padded_n)
+
+
+def refuse_compact(pool: ScalePool) -> None:
+    """Raises: SafeAllocError: the pool is compact, which only our own quantisers may write."""
+    if pool.compact:
+        raise SafeAllocError(
+            "vLLM's own kernels write its scales, which a compact pool refuses: use one without compact"
+        )
 
 
 def strict() -> bool:

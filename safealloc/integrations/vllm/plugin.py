@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 from safealloc import __version__
+from safealloc.default_pool import chosen_pool
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.allocator import allocator, logger
+from safealloc.integrations.vllm.allocator import allocator, logger, refuse_compact
 from safealloc.integrations.vllm.hooks import HOOKS
 from safealloc.integrations.vllm.kernel import wanted
 from safealloc.integrations.vllm.patches import Patches
@@ -83,6 +84,9 @@ def _unregister() -> None:
 
 
 def _register(patches: Patches) -> tuple[str, ...]:
+    pool = chosen_pool()
+    if pool is not None:
+        refuse_compact(pool)
     found = targets.installed()
     if found is None:
         raise ImportError("vLLM is not installed")
