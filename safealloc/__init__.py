@@ -11,6 +11,11 @@ from safealloc.errors import (
     SafeAllocError,
 )
 from safealloc.gemm import mm_fp4, set_foreign_scales
+from safealloc.grouped import (
+    clean_grouped_scales,
+    nvfp4_quantize_grouped,
+    silu_and_mul_nvfp4_quantize_grouped,
+)
 from safealloc.layout import ScaleSpec, SfLayout
 from safealloc.linear import nvfp4_linear
 from safealloc.pool import ScalePool
@@ -33,10 +38,13 @@ __all__ = [
     "ScaleSpec",
     "SfLayout",
     "capture",
+    "clean_grouped_scales",
     "default_pool",
     "mm_fp4",
     "nvfp4_linear",
     "nvfp4_quantize",
+    "nvfp4_quantize_grouped",
     "set_foreign_scales",
+    "silu_and_mul_nvfp4_quantize_grouped",
     "use_pool",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from safealloc import optional
-from safealloc.kernels import reference, vendors
+from safealloc.kernels import reference, reference_grouped, vendors
 from safealloc.layout import SfLayout
 
 
@@ -46,8 +46,7 @@ class Backend:
     Attributes:
         name: what a caller asks for.
         refusal: why it cannot run a call, in one sentence, or ``None``.
-        run: the function; quantisers take ``reference.quantize``'s arguments, GEMMs ``reference.mm``'s, and FlashInfer's
-            GEMMs its own.
+        run: the function; each table's take the arguments of its row "reference", and FlashInfer's GEMMs its own.
         automatic: whether ``"auto"`` may take it.
         flashinfer: a GEMM of FlashInfer's, which takes FlashInfer's arguments.
     """
@@ -181,6 +180,18 @@ QUANTIZERS = _table(
     Backend("vllm", functools.partial(_vendor_quantizer, package="vllm"), vendors.vllm_quantize, automatic=False),
 )
 """Quantisers. Vendors' are there to be asked for: FlashInfer's costs a copy, and both store padding themselves."""
+
+GROUPED_QUANTIZERS = _table(
+    Backend("triton", triton_refusal, _triton("triton_grouped", "quantize")),
+    Backend("reference", _anywhere, reference_grouped.quantize),
+)
+"""Quantisers of rows routed to experts. Vendors' do not clean; they go with a row of ``CLEANERS``."""
+
+CLEANERS = _table(
+    Backend("triton", triton_refusal, _triton("triton_grouped", "clean")),
+    Backend("reference", _anywhere, reference_grouped.clean),
+)
+"""What clears the scales that an earlier routing left."""
 
 
 def _flashinfer(

@@ -37,13 +37,13 @@ class Buffer:
         "address",
         "base",
         "capture",
-        "counts",
         "idle_references",
         "idle_uses",
         "kept",
         "last_use",
         "owner",
         "readers",
+        "record",
         "spec",
         "storage",
         "storage_address",
@@ -60,7 +60,7 @@ class Buffer:
         self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}  # streams to pass before the next use
         self.capture: Capture | None = None  # the last capture that was given it,
         self.stream: int | None = None  # and on which of its streams
-        self.counts = counts_of(spec, base)
+        self.record = record_of(spec, base)
         self.storage = base.untyped_storage()
         self.storage_address: int = self.storage._cdata
         self.idle_uses: int = _use_count(self.storage_address)
@@ -105,13 +105,13 @@ class Buffer:
 def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
     """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; the real bytes are whatever was there.
 
-    Of a compact buffer all bytes are zero, and so are the counts behind them: no row is real yet.
+    Of a buffer with a record all bytes are zero, and so is the record: no row is real yet.
     """
     # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
         memory = _aligned(spec.nbytes, device)
         base = scales_in(spec, memory)
-        if spec.compact:
+        if spec.record:
             memory.zero_()
         else:
             spec.zero_padding(base)
@@ -119,7 +119,7 @@ def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
 
 
 def scales_in(spec: ScaleSpec, memory: Tensor) -> Tensor:
-    """The scales of a buffer, ``[padded_rows, padded_cols]``, without the counts behind them.
+    """The scales of a buffer, ``[padded_rows, padded_cols]``, without the record behind them.
 
     Args:
         spec: of the buffer.
@@ -128,17 +128,17 @@ def scales_in(spec: ScaleSpec, memory: Tensor) -> Tensor:
     return memory[: spec.scale_bytes].view(spec.padded_shape)
 
 
-def counts_of(spec: ScaleSpec, scales: Tensor) -> Tensor | None:
-    """How many rows of a compact buffer hold scales, int32 ``[counts]``, one for each 32 scale columns; else ``None``.
+def record_of(spec: ScaleSpec, scales: Tensor) -> Tensor | None:
+    """What tells which rows of a buffer are real, int32 ``[record]`` (:class:`ScaleSpec`); ``None`` if it has no record.
 
     Args:
         spec: of the buffer.
-        scales: the buffer, uint8 ``[padded_rows, padded_cols]``.
+        scales: the buffer or its first rows, uint8.
     """
-    if not spec.compact:
+    if not spec.record:
         return None
-    behind = scales.storage_offset() + spec.scale_bytes  # whole tiles, so that it is aligned
-    return scales.as_strided((4 * spec.counts,), (1,), behind).view(torch.int32)
+    behind = scales.storage_offset() + spec.record_offset
+    return scales.as_strided((4 * spec.record,), (1,), behind).view(torch.int32)
 
 
 def _aligned(nbytes: int, device: torch.device) -> Tensor:

@@ -254,6 +254,10 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None
             f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
             f"GEMM to read it as {said.name}; use_8x4_sf_layout=None takes the buffer's layout"
         )
+    if spec.experts is not None:
+        raise LayoutMismatchError(
+            f"a_descale holds rows routed to {spec.experts} experts, each from a tile on, which only a grouped GEMM reads"
+        )
     if not spec.holds_rows(m):
         written = "a row count that pads to " if spec.compact else ""
         raise LayoutMismatchError(

@@ -29,9 +29,8 @@ class Inventory:
         self.max_bytes = max_bytes
         self.cache_bytes = cache_bytes
         self.pool = pool
-        self.by_key: dict[
-            tuple[Any, ...], list[Buffer]
-        ] = {}  # (rows, k, layout, padded_k, owner), as the hit path asks
+        # (rows, k, layout, padded_k, owner), as the hit path asks; of routed rows ("grouped", k, layout, experts, owner)
+        self.by_key: dict[tuple[Any, ...], list[Buffer]] = {}
         self.by_address: dict[int, Buffer] = {}
         self.recent: OrderedDict[Buffer, None] = OrderedDict()  # the cache, least recently used first
         self.loose: list[LooseBuffer] = []
@@ -41,8 +40,12 @@ class Inventory:
         self._memory: PrivateMemory | None = None  # on CUDA
 
     def owned(self, spec: ScaleSpec, owner: Hashable) -> list[Buffer]:
-        """The buffers of a shape that belong to a stream, a graph memory-pool handle, or nobody yet."""
-        return self.by_key.get(_key(spec, owner), [])
+        """The buffers of a shape that belong to a stream, a graph memory-pool handle, or nobody yet.
+
+        A buffer for routed rows serves fewer of them as well; the smallest that does comes first.
+        """
+        found = self.by_key.get(_key(spec, owner), [])
+        return found if spec.experts is None else [buffer for buffer in found if buffer.spec.rows >= spec.rows]
 
     def change_owner(self, buffer: Buffer, owner: Hashable) -> None:
         """File a buffer under another owner."""
@@ -174,7 +177,9 @@ class Inventory:
         self.cached_bytes -= buffer.nbytes
 
     def _file(self, buffer: Buffer) -> None:
-        self.by_key.setdefault(_key(buffer.spec, buffer.owner), []).append(buffer)
+        filed = self.by_key.setdefault(_key(buffer.spec, buffer.owner), [])
+        filed.append(buffer)
+        filed.sort(key=lambda buffer: buffer.spec.rows)
 
     def _unfile(self, buffer: Buffer) -> None:
         key = _key(buffer.spec, buffer.owner)
@@ -184,4 +189,6 @@ class Inventory:
 
 
 def _key(spec: ScaleSpec, owner: Hashable) -> tuple[Any, ...]:
+    if spec.experts is not None:
+        return "grouped", spec.k, spec.layout, spec.experts, owner
     return spec.rows, spec.k, spec.layout, spec.padded_k, owner

@@ -73,6 +73,22 @@ class SfLayout(enum.IntEnum):
         tile = self.tile
         return -(-rows // tile.rows) * tile.rows, -(-cols // tile.cols) * tile.cols
 
+    def grouped_rows(self, rows: int, experts: int) -> int:
+        """Scale rows that so many rows need at most, however they are routed to groups that start at a tile each.
+
+        A group of ``c`` rows takes ``tile * ceil(c / tile)`` (vLLM's ``compute_expert_blockscale_offsets``), so at most
+        ``tile - 1`` are padding in each group that has a row, of which there are ``min(experts, rows)`` at most. All groups
+        are whole tiles, so the sum ``rows + (tile - 1) * min(experts, rows)`` rounds down to them; a routing that leaves one
+        row over in each group needs that many. (vLLM's PR 37626 has the sum with ``experts`` in place of the minimum.)
+
+        Args:
+            rows: rows routed in all, tokens times experts a token; unchecked, and they may be symbolic.
+            experts: groups.
+        """
+        tile = self.tile.rows
+        groups: int = torch.sym_min(experts, rows)
+        return (rows + (tile - 1) * groups) // tile * tile
+
     def nbytes(self, rows: int, k: int, *, padded_k: int | None = None) -> int:
         """Bytes of the whole buffer, padding included."""
         padded_rows, padded_cols = self.padded_shape(rows, k, padded_k=padded_k)
@@ -186,7 +202,12 @@ class ScaleSpec:
         layout: order of the bytes.
         padded_k: columns that the consumer was padded to, where that is more than ``k``; else ``None``.
         compact: a buffer for every row count that pads to ``rows``, which is a whole number of tiles. How many rows hold
-            scales now, ``counts`` int32 behind the scale bytes tell, one for each 32 scale columns.
+            scales now, its record tells: counts, one for each 32 scale columns.
+        experts: a buffer for up to ``rows`` rows that are routed to so many experts, each of which starts at a tile. Which
+            rows hold scales now, its record tells: for each routed row the scale row it was put in, counted from 1; 0 for a
+            row that there was not, -1 for one that was routed nowhere.
+
+    A record is ``record`` int32, ``record_offset`` bytes from the start.
     """
 
     rows: int
@@ -194,6 +215,7 @@ class ScaleSpec:
     layout: SfLayout
     padded_k: int | None = None
     compact: bool = False
+    experts: int | None = None
 
     @classmethod
     def checked(
@@ -220,35 +242,67 @@ class ScaleSpec:
             return cls(rows, k, layout, padded_k)
         return cls(layout.round_up(rows, 1)[0], k, layout, compact=True)
 
+    @classmethod
+    def grouped(cls, rows: int, k: int, layout: SfLayout | int, experts: int) -> ScaleSpec:
+        """A spec for routed rows, whose numbers were checked.
+
+        Args:
+            rows: rows routed in all, at least 1.
+            k, layout: as in :meth:`checked`.
+            experts: at least 1.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        rows, k, _ = _checked_shape(rows, k, None)
+        experts = _integer(experts, "experts")
+        if experts < 1:
+            raise ValueError(f"experts must be at least 1, got {experts}")
+        return cls(rows, k, checked_layout(layout), experts=experts)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the matrix as it lies in the buffer, before the last tile is padded."""
+        return self.rows if self.experts is None else self.layout.grouped_rows(self.rows, self.experts)
+
     @property
     def padded_shape(self) -> tuple[int, int]:
-        return self.layout.padded_shape(self.rows, self.k, padded_k=self.padded_k)
+        return self.layout.padded_shape(self.stored_rows, self.k, padded_k=self.padded_k)
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales, padding included."""
-        return self.layout.nbytes(self.rows, self.k, padded_k=self.padded_k)
+        return self.layout.nbytes(self.stored_rows, self.k, padded_k=self.padded_k)
 
     @property
-    def counts(self) -> int:
-        """How many counts lie behind the scale bytes; 0 where the buffer is not compact."""
+    def record(self) -> int:
+        """How many int32 behind the scale bytes tell what is real; 0 where that is the same for ever."""
+        if self.experts is not None:
+            return self.rows
         return -(-self.k // (BLOCK_SIZE * COLS_A_COUNT)) if self.compact else 0
 
     @property
+    def record_offset(self) -> int:
+        """Where the record starts: ``scale_bytes``, aligned."""
+        return -(-self.scale_bytes // 16) * 16
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the whole buffer: ``scale_bytes``, and the counts of a compact one."""
-        return self.scale_bytes + 4 * self.counts
+        """Bytes of the whole buffer: scales and record."""
+        return self.record_offset + 4 * self.record if self.record else self.scale_bytes
 
     def holds_rows(self, rows: int) -> bool:
-        """Whether scales of so many rows may lie in the buffer."""
+        """Whether scales of a matrix of so many rows may lie in the buffer, which routed rows are not."""
+        if self.experts is not None:
+            return False
         return self.rows == (self.layout.round_up(rows, 1)[0] if self.compact else rows)
 
     def padding_views(self, buffer: Tensor) -> list[Tensor]:
         """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`.
 
-        Of a compact buffer that is its padding columns: which rows are padding, only its counts tell.
+        Of a buffer with a record that is its padding columns: which rows are padding, only the record tells.
         """
-        return self.layout.padding_views(buffer, self.rows, self.k, padded_k=self.padded_k)
+        return self.layout.padding_views(buffer, self.stored_rows, self.k, padded_k=self.padded_k)
 
     def zero_padding(self, buffer: Tensor) -> None:
         """Zero the padding of ``buffer`` in place, by at most four fills; real bytes are not touched."""
@@ -258,7 +312,8 @@ class ScaleSpec:
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
         compact = ", compact" if self.compact else ""
-        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{compact}"
+        experts = "" if self.experts is None else f", experts={self.experts}"
+        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{compact}{experts}"
 
 
 def short(layout: SfLayout) -> str:

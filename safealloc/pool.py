@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 
 from safealloc import captures
-from safealloc.buffers import Buffer, counts_of, remember, scales_in, spec_of
+from safealloc.buffers import Buffer, record_of, remember, scales_in, spec_of
 from safealloc.captures import Capture
 from safealloc.checks import check_is_tensor, checked_bytes, checked_device
 from safealloc.errors import (
@@ -150,7 +150,7 @@ class ScalePool:
         try:
             stream = self._raw_stream(self._index)
             if stream and self._capturing(stream):  # the default stream, 0, is never in a capture
-                return self._acquire_slowly(rows, k, layout, padded_k)
+                return self._acquire_slowly(self._spec(rows, k, layout, padded_k))
             try:  # what is there costs less so than by get()
                 buffers = self._buffers[rows, k, layout, padded_k, stream]
             except KeyError:
@@ -168,7 +168,7 @@ class ScalePool:
                     if not buffer.kept:
                         self._recent.move_to_end(buffer)
                     return buffer.base.data  # a fresh tensor, as detach() makes, without the dispatcher
-            return self._acquire_slowly(rows, k, layout, padded_k)
+            return self._acquire_slowly(self._spec(rows, k, layout, padded_k))
         finally:
             self._leave()
 
@@ -191,14 +191,50 @@ class ScalePool:
         if self._debug:
             self.verify()
         scales = ScalePool.acquire(self, layout.round_up(rows, 1)[0], k, layout)
-        buffer = self._inventory.by_address.get(scales.data_ptr())
-        if buffer is not None:
-            return scales, buffer.counts
-        return scales, counts_of(self._spec(rows, k, layout, None), scales)  # made for one call, or in a capture
+        return scales, self.record(scales)
 
-    def _acquire_slowly(self, rows: int, k: int, layout: SfLayout, padded_k: int | None) -> Tensor:
+    def acquire_grouped(self, rows: int, k: int, experts: int, layout: SfLayout = SfLayout.layout_128x4) -> Tensor:
+        """A scale buffer for ``[rows, k]`` whose rows are routed to experts, each of which starts at a tile of its own.
+
+        Which bytes are scales changes with the routing, so that a buffer comes with a record of those of the last step.
+        :func:`safealloc.nvfp4_quantize_grouped` and :func:`safealloc.silu_and_mul_nvfp4_quantize_grouped` keep both; beside
+        another producer, :func:`safealloc.clean_grouped_scales` does. One buffer serves all row counts up to the largest
+        that was reserved or captured, in turn.
+
+        Args:
+            rows: rows routed in all, tokens times experts a token, at least 1.
+            k: columns of the matrix in elements, a multiple of 16.
+            experts: groups of rows, at least 1.
+            layout: order of the scale bytes.
+
+        Returns:
+            uint8 ``[padded_rows, padded_cols]`` with rows for the worst routing (:meth:`SfLayout.grouped_rows`), contiguous,
+            512-byte aligned; every byte zero that is not a scale of the last step. Liveness and errors are those of
+            :meth:`acquire`.
+        """
+        spec = ScaleSpec.grouped(rows, k, layout, experts)
+        with self._lock:
+            if self._debug:
+                self.verify()
+            return self._acquire_slowly(spec)[: spec.padded_shape[0]]
+
+    def record(self, tensor: Tensor) -> Tensor | None:
+        """What tells which rows of a buffer are real now, int32 (:class:`ScaleSpec`), for those who keep it.
+
+        Args:
+            tensor: uint8, starts at a buffer of this pool.
+
+        Returns:
+            ``None`` for other memory, and where the real rows are always the same.
+        """
+        buffer = self._inventory.by_address.get(tensor.data_ptr())
+        if buffer is not None:
+            return buffer.record
+        spec = spec_of(tensor, self._id)  # made for one call, or in a capture
+        return None if spec is None else record_of(spec, tensor)
+
+    def _acquire_slowly(self, spec: ScaleSpec) -> Tensor:
         self._check_usable()
-        spec = self._spec(rows, k, layout, padded_k)
         capture = self._capture()
         if capture is not None:
             return self._acquire_in_capture(spec, capture)
@@ -261,8 +297,9 @@ class ScalePool:
         return None
 
     def _grow_in_capture(self, spec: ScaleSpec) -> Tensor:
-        padded = "" if spec.padded_k is None else f", padded_k={spec.padded_k}"
-        remedy = f"call pool.reserve({spec.rows}, {spec.k}, SfLayout.{spec.layout.name}{padded}) before the capture"
+        named = {"padded_k": spec.padded_k, "experts": spec.experts}
+        further = "".join(f", {name}={value}" for name, value in named.items() if value is not None)
+        remedy = f"call pool.reserve({spec.rows}, {spec.k}, SfLayout.{spec.layout.name}{further}) before the capture"
         if self.growth_in_capture == "error":
             raise CaptureGrowthError(
                 f"no idle buffer for {spec} in this capture, and a pool does not grow in one: {remedy} (copies=N for N "
@@ -289,6 +326,7 @@ class ScalePool:
         copies: int = 1,
         *,
         padded_k: int | None = None,
+        experts: int | None = None,
     ) -> None:
         """See to it that ``copies`` unused buffers of each shape are there, and wait until their padding is zero.
 
@@ -299,6 +337,8 @@ class ScalePool:
             layout: order of the scale bytes.
             copies: how many are held at once, or belong to different graph memory-pool handles.
             padded_k: as in :meth:`acquire`.
+            experts: for :meth:`acquire_grouped`, whose buffer for the most rows serves fewer too, so that one is made for
+                each k.
 
         Raises:
             CaptureGrowthError: in a capture.
@@ -309,8 +349,7 @@ class ScalePool:
             raise TypeError(f"copies must be an integer, got {copies!r}")
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}")
-        pairs = itertools.product(_several(rows), _several(k))
-        specs = dict.fromkeys(self._spec(r, c, layout, padded_k) for r, c in pairs)
+        specs = self._specs(_several(rows), _several(k), layout, padded_k, experts)
         with self._lock:
             self._check_usable()
             if self._capture() is not None:
@@ -485,7 +524,7 @@ class ScalePool:
     def verify(self, repair: bool = False) -> int:
         """Check that all padding is zero, in every buffer the pool holds or made; synchronises the device.
 
-        In a compact buffer, rows beyond those that the last quantisation wrote are padding too.
+        In a compact buffer, and in one for routed rows, what the last quantisation did not write is padding too.
 
         Args:
             repair: zero what is not, and log it as a warning, instead of raising.
@@ -576,6 +615,18 @@ class ScalePool:
 
     def _spec(self, rows: int, k: int, layout: SfLayout, padded_k: int | None) -> ScaleSpec:
         return ScaleSpec.checked(rows, k, layout, padded_k, compact=self.compact)
+
+    def _specs(
+        self, rows: list[int], ks: list[int], layout: SfLayout, padded_k: int | None, experts: int | None
+    ) -> list[ScaleSpec]:
+        """What to reserve."""
+        if experts is None:
+            pairs = itertools.product(rows, ks)
+            return list(dict.fromkeys(self._spec(row, k, layout, padded_k) for row, k in pairs))
+        if padded_k is not None:
+            raise ValueError(f"buffers for experts have no padded_k, got padded_k={padded_k}")
+        every = [[ScaleSpec.grouped(row, k, layout, experts) for row in rows] for k in dict.fromkeys(ks)]
+        return [max(specs, key=lambda spec: spec.rows) for specs in every if specs]
 
     def _check_usable(self) -> None:
         if self._unusable is not None:

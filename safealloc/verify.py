@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safealloc.buffers import counts_of
+from safealloc.buffers import record_of
 from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec
 
 
@@ -47,7 +47,7 @@ def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corrup
     dirty = [
         torch.stack([padding.any() for padding in views]).any()
         for spec, buffer in buffers
-        if (views := [_padding(spec, buffer)] if spec.compact else spec.padding_views(buffer))
+        if (views := [_padding(spec, buffer)] if spec.record else spec.padding_views(buffer))
     ]
     if not dirty or not bool(torch.stack(dirty).any()):
         return []
@@ -55,29 +55,35 @@ def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corrup
 
 
 def zero_padding(spec: ScaleSpec, buffer: Tensor) -> None:
-    """Zero the padding of a buffer in place, of a compact one the rows too that hold no scales now."""
+    """Zero the padding of a buffer in place, with the rows that its record knows nothing of."""
     spec.zero_padding(buffer)
-    counts = counts_of(spec, buffer)
-    if counts is not None:
-        unused = spec.layout.offsets(spec.rows, spec.k, buffer.device)[~_real(spec, counts)]
+    record = record_of(spec, buffer)
+    if record is not None:
+        unused = spec.layout.offsets(spec.stored_rows, spec.k, buffer.device)[~_real(spec, record)]
         buffer.view(-1)[unused] = 0
 
 
-def _real(spec: ScaleSpec, counts: Tensor) -> Tensor:
-    """Where a compact buffer holds scales now, bool ``[rows, k // 16]``."""
-    a_column = counts.repeat_interleave(COLS_A_COUNT)[: spec.k // BLOCK_SIZE]
-    return torch.arange(spec.rows, device=counts.device)[:, None] < a_column
+def _real(spec: ScaleSpec, record: Tensor) -> Tensor:
+    """Where a buffer with a record holds scales now, bool ``[stored_rows, k // 16]``."""
+    cols = spec.k // BLOCK_SIZE
+    if spec.experts is None:
+        a_column = record.repeat_interleave(COLS_A_COUNT)[:cols]
+        return torch.arange(spec.rows, device=record.device)[:, None] < a_column
+    placed = record[(record > 0) & (record <= spec.stored_rows)].long() - 1
+    real = torch.zeros(spec.stored_rows, dtype=torch.bool, device=record.device)
+    real[placed] = True
+    return real[:, None].expand(-1, cols)
 
 
 def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
     """The buffer in matrix order, uint8 ``[padded_rows, padded_cols]``, with zero for each real scale; a copy."""
-    logical = spec.layout.logical(buffer, spec.rows, spec.k, padded_k=spec.padded_k)
-    real = logical[: spec.rows, : spec.k // BLOCK_SIZE]
-    counts = counts_of(spec, buffer)
-    if counts is None:
+    logical = spec.layout.logical(buffer, spec.stored_rows, spec.k, padded_k=spec.padded_k)
+    real = logical[: spec.stored_rows, : spec.k // BLOCK_SIZE]
+    record = record_of(spec, buffer)
+    if record is None:
         real.zero_()
     else:
-        real.masked_fill_(_real(spec, counts), 0)
+        real.masked_fill_(_real(spec, record), 0)
     return logical
 
 

@@ -30,7 +30,7 @@ from safealloc import (
     nvfp4_quantize,
     use_pool,
 )
-from safealloc.buffers import counts_of
+from safealloc.buffers import record_of
 from safealloc.kernels import reference
 
 W, N, L = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
@@ -71,7 +71,7 @@ def check(pool: ScalePool, rows: int, k: int, layout: SfLayout, valid: int | Non
 def counts(pool: ScalePool, scales: Tensor) -> list[int]:
     spec = pool.spec(scales)
     assert spec is not None
-    found = counts_of(spec, scales)
+    found = record_of(spec, scales)
     assert found is not None
     return found.tolist()
 
@@ -84,7 +84,7 @@ class TestSpec:
         spec = ScaleSpec.checked(rows, 1040, layout, compact=True)
         assert spec == ScaleSpec(padded, 1040, layout, compact=True)
         assert spec.padded_shape == layout.padded_shape(rows, 1040)
-        assert spec.counts == 3  # of 65 columns
+        assert spec.record == 3  # of 65 columns
         assert spec.scale_bytes == layout.nbytes(rows, 1040)
         assert spec.nbytes == spec.scale_bytes + 4 * 3
         assert "compact" in str(spec)
@@ -93,7 +93,7 @@ class TestSpec:
     def test_a_linear_layout_pads_no_rows(self) -> None:
         spec = ScaleSpec.checked(5, 48, L, compact=True)
         assert spec == ScaleSpec(5, 48, L)
-        assert (spec.counts, spec.nbytes) == (0, 15)
+        assert (spec.record, spec.nbytes) == (0, 15)
 
     def test_there_is_no_padded_k(self, pool: ScalePool) -> None:
         with pytest.raises(ValueError, match="no padded_k"):
@@ -211,7 +211,7 @@ def test_held_counts_the_padded_shape(pool: ScalePool) -> None:
 def test_an_alias_of_the_storage_holds_the_buffer(pool: ScalePool) -> None:
     """Scales and counts are one piece of memory, with one use count."""
     scales = check(pool, 5, 64, W)
-    recorded = counts_of(ScaleSpec(128, 64, W, compact=True), scales)
+    recorded = record_of(ScaleSpec(128, 64, W, compact=True), scales)
     address = scales.data_ptr()
     assert recorded.data_ptr() == address + 512
     assert recorded.data_ptr() % 4 == address % 512 == 0
@@ -383,7 +383,7 @@ def test_a_new_buffer_is_zero_whatever_was_there(pool: ScalePool, monkeypatch: p
     pool.reserve(5, 1040, N)
     (buffer,) = pool._inventory.by_address.values()
     assert not buffer.base.any()
-    assert buffer.counts.tolist() == [0, 0, 0]
+    assert buffer.record.tolist() == [0, 0, 0]
     check(pool, 3, 1040, N)
     assert pool.verify() == 1
 

@@ -51,17 +51,11 @@ def quantize(
             ``rows`` is cleared, and ``rows`` is the new count.
     """
     rows, k = x.shape
-    blocks = x.reshape(rows, k // BLOCK_SIZE, BLOCK_SIZE).float()
-    global_scale = global_scale.reshape(())
-    amax = blocks.abs().amax(-1)
-    scale = torch.clamp(global_scale * (amax * (1 / E2M1_MAX)), -E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    scaled = blocks * _reciprocal(scale.float() * _reciprocal(global_scale))[..., None]
-    codes = encode_e2m1(scaled).view(rows, k)
-    linear = torch.where(scale.isnan(), E4M3_NAN, scale.view(torch.uint8))
+    data, linear = encode(x, global_scale.reshape(()))
     if valid_rows is not None:
         valid = torch.arange(rows, device=x.device)[:, None] < valid_rows.reshape(())
-        codes, linear = torch.where(valid, codes, 0), torch.where(valid, linear, 0)
-    x_fp4.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+        data, linear = torch.where(valid, data, 0), torch.where(valid, linear, 0)
+    x_fp4.copy_(data)
     padded_k = scales.shape[-1] * BLOCK_SIZE
     padded_rows = rows if counts is None else layout.round_up(rows, 1)[0]
     offsets = layout.offsets(padded_rows, k, x.device, padded_k=padded_k if padded_k > k else None)
@@ -71,6 +65,23 @@ def quantize(
         written = below < counts.repeat_interleave(COLS_A_COUNT)[: k // BLOCK_SIZE]
         scales.view(-1)[offsets[rows:]] = torch.where(written, 0, scales.view(-1)[offsets[rows:]])
         counts.fill_(rows)
+
+
+def encode(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Data, uint8 ``[rows, k // 2]``, and scales in matrix order, uint8 ``[rows, k // 16]``.
+
+    Args:
+        x: ``[rows, k]``.
+        global_scale: float32, ``[]`` or ``[rows, 1]``.
+    """
+    rows, k = x.shape
+    blocks = x.reshape(rows, k // BLOCK_SIZE, BLOCK_SIZE).float()
+    amax = blocks.abs().amax(-1)
+    scale = torch.clamp(global_scale * (amax * (1 / E2M1_MAX)), -E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = blocks * _reciprocal(scale.float() * _reciprocal(global_scale))[..., None]
+    codes = encode_e2m1(scaled).view(rows, k)
+    linear = torch.where(scale.isnan(), E4M3_NAN, scale.view(torch.uint8))
+    return codes[:, 0::2] | codes[:, 1::2] << 4, linear
 
 
 def encode_e2m1(values: Tensor) -> Tensor:

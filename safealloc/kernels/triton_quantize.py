@@ -199,6 +199,52 @@ def _pack_words(words, factor, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
+def load_blocks(x, block, live, WORDS: tl.constexpr):
+    """Blocks of 16 columns: values [BLOCKS, 16] twice, or WORDS of two columns, the first and the last four of a block.
+
+    ``block``, int64 [BLOCKS, 1], numbers the blocks of ``x``; those that are not ``live``, int1 [BLOCKS], are zeros.
+    """
+    if WORDS:
+        word = x.to(tl.pointer_type(tl.int32)) + (block * 8 + tl.arange(0, 4)[None, :])
+        first = tl.load(word, mask=live[:, None], other=0)
+        second = tl.load(word + 4, mask=live[:, None], other=0)
+    else:
+        first = tl.load(x + (block * 16 + tl.arange(0, 16)[None, :]), mask=live[:, None], other=0.0)
+        second = first
+    return first, second
+
+
+@triton.jit
+def encode_blocks(
+    first,
+    second,  # what load_blocks returns
+    g,  # float32
+    BFLOAT16: tl.constexpr,  # else float16, of WORDS
+    HARDWARE_E2M1: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS]."""
+    if WORDS:
+        pair = _magnitude(first, second, BFLOAT16)
+        larger = tl.maximum(pair & 0xFFFF, pair >> 16).to(tl.uint16)  # their bits order as integers
+        amax = larger.to(tl.bfloat16 if BFLOAT16 else tl.float16, bitcast=True).to(tl.float32)
+    else:
+        values = first.to(tl.float32)
+        # The bits of magnitudes order as integers: finite < Inf < NaN, so NaN comes through the maximum.
+        amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    scale_code, scale = _encode_scale(g * (amax * (1 / 6)), HARDWARE_E4M3)
+    factor = _reciprocal(scale * _reciprocal(g))
+    if WORDS:
+        packed = tl.join(_pack_words(first, factor, BFLOAT16), _pack_words(second, factor, BFLOAT16))
+        packed = tl.reshape(tl.permute(packed, (0, 2, 1)), (first.shape[0], 8))
+    else:
+        even, odd = tl.split(tl.reshape(values * factor[:, None], (first.shape[0], 8, 2)))
+        packed = _pack_e2m1(even, odd, HARDWARE_E2M1)
+    return packed, scale_code
+
+
+@triton.jit
 def quantize_blocks(
     x,  # bfloat16 or float16
     global_scale,
@@ -211,32 +257,11 @@ def quantize_blocks(
 ):
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
     g = tl.load(global_scale)
-    if WORDS:
-        BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-        word = x.to(tl.pointer_type(tl.int32)) + (block * 8 + tl.arange(0, 4)[None, :])
-        first = tl.load(word, mask=live[:, None], other=0)
-        second = tl.load(word + 4, mask=live[:, None], other=0)
-        if TRIGGER:
-            gdc_launch_dependents()
-        pair = _magnitude(first, second, BFLOAT16)
-        larger = tl.maximum(pair & 0xFFFF, pair >> 16).to(tl.uint16)  # their bits order as integers
-        amax = larger.to(x.dtype.element_ty, bitcast=True).to(tl.float32)
-    else:
-        values = tl.load(x + (block * 16 + tl.arange(0, 16)[None, :]), mask=live[:, None], other=0.0)
-        if TRIGGER:
-            gdc_launch_dependents()
-        values = values.to(tl.float32)
-        # The bits of magnitudes order as integers: finite < Inf < NaN, so NaN comes through the maximum.
-        amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-    scale_code, scale = _encode_scale(g * (amax * (1 / 6)), HARDWARE_E4M3)
-    factor = _reciprocal(scale * _reciprocal(g))
-    if WORDS:
-        packed = tl.join(_pack_words(first, factor, BFLOAT16), _pack_words(second, factor, BFLOAT16))
-        packed = tl.reshape(tl.permute(packed, (0, 2, 1)), (block.shape[0], 8))
-    else:
-        even, odd = tl.split(tl.reshape(values * factor[:, None], (block.shape[0], 8, 2)))
-        packed = _pack_e2m1(even, odd, HARDWARE_E2M1)
-    return packed, scale_code
+    first, second = load_blocks(x, block, live, WORDS)
+    if TRIGGER:
+        gdc_launch_dependents()
+    BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    return encode_blocks(first, second, g, BFLOAT16, HARDWARE_E2M1, HARDWARE_E4M3, WORDS)
 
 
 # One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.

@@ -73,7 +73,7 @@ def test_graphs_of_different_rows_share_a_buffer_and_leave_it_clean(pool, layout
         layers[i].y.fill_(float("nan"))
         graphs[i].replay()
         assert torch.equal(buffer.base, expected_scales(layers[i]))
-        assert buffer.counts.tolist() == [layers[i].rows] * buffer.spec.counts
+        assert buffer.record.tolist() == [layers[i].rows] * buffer.spec.record
         assert pool.verify() == pool.stats().buffers
         layers[i].check()
     # Without anything in between that lets the device pass.

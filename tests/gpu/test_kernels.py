@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
 
 from safealloc.bench import in_kernel  # noqa: E402
-from safealloc.buffers import counts_of, scales_in  # noqa: E402
+from safealloc.buffers import record_of, scales_in  # noqa: E402
 from safealloc.kernels import reference, triton_gemm, triton_padding, triton_quantize  # noqa: E402
 from safealloc.kernels.triton_layout import scale_offset  # noqa: E402
 from safealloc.layout import ScaleSpec, SfLayout  # noqa: E402
@@ -279,7 +279,7 @@ class Compact:
         self.memory = torch.zeros(self.spec.nbytes + GUARD, dtype=torch.uint8, device=DEVICE)
         self.memory[-GUARD:] = NAN
         self.scales = scales_in(self.spec, self.memory[:-GUARD])
-        self.counts = counts_of(self.spec, self.scales)
+        self.counts = record_of(self.spec, self.scales)
 
     def quantize(self, kernel: Callable[..., None], x: Tensor, g: Tensor, valid_rows: Tensor | None = None) -> Tensor:
         data = torch.full((x.shape[0] * x.shape[1] // 2 + GUARD,), 0xEE, dtype=torch.uint8, device=DEVICE)

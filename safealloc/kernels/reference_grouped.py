@@ -1,0 +1,145 @@
+"""Rows routed to experts, in plain torch, on any device: what the grouped kernels must reproduce, bit for bit.
+
+The rows of ``x`` are sorted by expert: those of expert ``e`` are ``expert_offsets[e]`` to ``expert_offsets[e + 1] - 1``, and
+their scales lie from scale row ``blockscale_offsets[e]`` on, where a tile starts. Rows outside of every group are routed
+nowhere. Both are vLLM's (``get_cutlass_moe_mm_data``).
+
+A buffer's record has a number for each row of the last step: the scale row it was put in, counted from 1, or -1 if it was
+routed nowhere; behind the last of them it is 0. Real scales are what the record names, and every other byte is zero: a step
+clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronises.
+
+The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantised, as vLLM's. No
+two libraries agree on the last bit of an exponential, so that this one is spelled out: sums, products and a division in
+float32, each rounded to nearest, which give the same bits everywhere::
+
+    silu(v) = v / (1 + 2 ** t),  t = -v / ln(2) = n + f,  n whole,  2 ** f a polynomial of degree 6
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safealloc.kernels.reference import encode
+from safealloc.layout import BLOCK_SIZE, SfLayout
+
+MINUS_LOG2_E = -1.4426950408889634
+POWER_OF_2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+"""``2 ** f`` for ``|f| <= 1/2``, highest power first: its Taylor series, within 2e-7."""
+
+
+def quantize(
+    x: Tensor,
+    global_scales: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    record: Tensor | None,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    valid_rows: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+    silu_and_mul: bool = False,
+) -> None:
+    """Quantise routed rows, and clear what the step before left.
+
+    Args:
+        x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up.
+        global_scales: float32 ``[experts]``.
+        x_fp4: uint8 ``[rows, k // 2]``, written; rows that are routed nowhere or not valid are zero.
+        scales: uint8 ``[padded_rows, padded_cols]``, all of the buffer.
+        layout: order of the bytes in ``scales``.
+        record: int32 ``[at least rows]``, brought up to date; ``None``: scales that are zeroed at each step have none.
+        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing; the last scale row they lead to lies in
+            the buffer.
+        valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
+        row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
+        silu_and_mul: whether to quantise ``silu(gate) * up``.
+    """
+    if silu_and_mul:
+        x = multiply(x)
+    rows, k = x.shape
+    expert, place = places(rows, expert_offsets, blockscale_offsets, scales.shape[0])
+    data, linear = encode(x, global_scales[expert.clamp(max=len(global_scales) - 1)][:, None])
+    live = place >= 0
+    if valid_rows is not None:
+        token = torch.arange(rows, device=x.device) if row_tokens is None else row_tokens
+        live &= token < valid_rows.reshape(())
+    x_fp4.copy_(torch.where(live[:, None], data, 0))
+    if record is not None:
+        clean(scales, layout, k, record, expert_offsets, blockscale_offsets, rows)
+    # Rows without a place write to one byte behind the buffer, so that nothing depends on how many there are.
+    padded_rows, padded_cols = scales.shape
+    offsets = layout.offsets(padded_rows, k, x.device, padded_k=padded_cols * BLOCK_SIZE)
+    at = torch.where((place >= 0)[:, None], offsets[place.clamp(min=0)], scales.numel())
+    extended = torch.cat([scales.view(-1), scales.new_zeros(1)])
+    extended[at] = torch.where(live[:, None], linear, 0)
+    scales.view(-1).copy_(extended[:-1])
+
+
+def clean(
+    scales: Tensor,
+    layout: SfLayout,
+    k: int,
+    record: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    rows: int,
+) -> None:
+    """Clear what the step before left and this one does not write, and bring the record up to date.
+
+    Before or after the scales of this step are written: those bytes are not touched.
+
+    Args:
+        scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
+        k: columns of the matrix.
+        rows: of this step, routed or not.
+    """
+    padded_rows, padded_cols = scales.shape
+    _, place = places(rows, expert_offsets, blockscale_offsets, padded_rows)
+    real = torch.zeros(padded_rows + 1, dtype=torch.bool, device=scales.device)  # the last: nowhere
+    stale = real.clone()
+    real[torch.where(place < 0, padded_rows, place)] = True
+    stale[torch.where((record < 1) | (record > padded_rows), padded_rows, record - 1)] = True
+    cleared = (stale & ~real)[:padded_rows, None]
+    offsets = layout.offsets(padded_rows, k, scales.device, padded_k=padded_cols * BLOCK_SIZE)
+    flat = scales.view(-1)
+    flat[offsets] = torch.where(cleared, 0, flat[offsets])
+    record[:rows] = torch.where(place < 0, -1, place + 1)
+    record[rows:] = 0
+
+
+def places(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor, padded_rows: int) -> tuple[Tensor, Tensor]:
+    """Expert and scale row of each row, int64 ``[rows]``; scale row -1 for one that is routed nowhere.
+
+    Args:
+        rows: routed or not.
+        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``.
+        padded_rows: of the buffer; a row that would lie beyond it is routed nowhere.
+    """
+    row = torch.arange(rows, dtype=torch.int32, device=expert_offsets.device)
+    expert = torch.searchsorted(expert_offsets[1:].contiguous(), row, right=True)  # how many groups end before it
+    known = expert.clamp(max=len(expert_offsets) - 2)
+    place = blockscale_offsets[known] + row - expert_offsets[known]
+    routed = (expert == known) & (row >= expert_offsets[known]) & (place < padded_rows)
+    return expert, torch.where(routed, place, -1).long()
+
+
+def multiply(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[rows, 2 * k]``, as ``[rows, k]`` of its dtype."""
+    gate, up = x.float().chunk(2, -1)
+    return (silu(gate) * up).to(x.dtype)
+
+
+def silu(v: Tensor) -> Tensor:
+    """``v / (1 + exp(-v))`` of float32."""
+    t = v * MINUS_LOG2_E
+    t = torch.where(t < 128, t, 128.0)  # from here on infinite; NaN too, which v brings back
+    t = torch.where(t > -126, t, -126.0)
+    whole = (t + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest integer
+    f = t - whole
+    power = torch.full_like(f, POWER_OF_2[0])
+    for coefficient in POWER_OF_2[1:]:
+        power = power * f + coefficient
+    power = (power.view(torch.int32) + (whole.to(torch.int32) << 23)).view(torch.float32)
+    return v / (1.0 + power)

@@ -1,0 +1,318 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""NVFP4 quantisation of rows routed to experts, bit for bit as :mod:`safealloc.kernels.reference_grouped`.
+
+A row has a program for each piece of its columns, and one more that cleans: it clears the scale row in which the row of the
+same number lay at the step before, if that holds no scale now, and notes the new one. So the buffer's record of a row belongs
+to one program, and cleaning takes as long as the other programs need anyway. If the step before had more rows, each cleaning
+program takes its share of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safealloc.kernels.reference_grouped import MINUS_LOG2_E, POWER_OF_2
+from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
+from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load_blocks, takes_words, tiling_for
+from safealloc.layout import BLOCK_SIZE, SfLayout
+
+_FEW_BLOCKS = 4096
+_MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
+_C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
+
+
+@triton.jit
+def _silu(v):
+    t = v * _MINUS_LOG2_E
+    t = tl.where(t < 128.0, t, 128.0)
+    t = tl.where(t > -126.0, t, -126.0)
+    whole = (t + 12582912.0) - 12582912.0
+    f = t - whole
+    power = ((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1
+    power = power * f + _C0
+    power = (power.to(tl.int32, bitcast=True) + (whole.to(tl.int32) << 23)).to(tl.float32, bitcast=True)
+    return tl.div_rn(v, 1.0 + power)
+
+
+@triton.jit
+def _narrow(x, BFLOAT16: tl.constexpr, HARDWARE: tl.constexpr):
+    """float32 as bfloat16 or float16, to nearest, ties to even: Triton's interpreter would cut off bfloat16."""
+    if not BFLOAT16:
+        narrow = x.to(tl.float16)
+    else:
+        if not HARDWARE:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = (tl.where(x != x, bits, rounded) & -0x10000).to(tl.float32, bitcast=True)
+        narrow = x.to(tl.bfloat16)
+    return narrow
+
+
+@triton.jit
+def _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS: tl.constexpr):
+    """First row, row behind the last, and first scale row of each group, int32 [EXPERTS]; none beyond ``experts``."""
+    expert = tl.arange(0, EXPERTS)
+    there = expert < experts
+    first = tl.load(expert_offsets + expert, mask=there, other=0)
+    end = tl.minimum(tl.load(expert_offsets + expert + 1, mask=there, other=0), rows)
+    base = tl.load(blockscale_offsets + expert, mask=there, other=0)
+    return first, end, base
+
+
+@triton.jit
+def _place_of(row, first, end, base, scale_rows):
+    """Scale row of a row, counted from 1; 0 where it is routed nowhere. A row belongs to one group at most."""
+    place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 0)
+    return tl.where((place > 0) & (place <= scale_rows), place, 0)
+
+
+@triton.jit
+def _clean(
+    scales,
+    record,
+    row,
+    rows,
+    capacity,
+    first,
+    end,
+    base,
+    col_tiles,
+    scale_rows,
+    LAYOUT: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    old = tl.load(record + row)
+    place = _place_of(row, first, end, base, scale_rows)
+    at = row
+    while old != 0:  # of this program's rows of the step before: its own, and beyond this step's every so many
+        real = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 0)
+        if (old > 0) & (old <= scale_rows) & (real == 0):
+            for start in range(0, col_tiles, WORDS):
+                word = (
+                    start + tl.arange(0, WORDS)[:, None]
+                )  # what a tile holds of a row; its padding columns are zero too
+                col = word * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
+                offset = scale_offset(old - 1, col, col_tiles, LAYOUT)
+                tl.store(scales + offset, tl.zeros_like(col).to(tl.uint8), mask=word < col_tiles)
+        at += rows
+        old = tl.load(record + at, mask=at < capacity, other=0)
+    tl.debug_barrier()  # every warp has to have read before one of them writes
+    tl.store(record + row, tl.where(place > 0, place, -1))
+    for beyond in range(row + rows, at, rows):
+        tl.store(record + beyond, 0)
+
+
+# One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.
+@triton.jit(do_not_specialize=["rows", "capacity", "experts", "cols", "col_tiles", "scale_rows"])
+def _quantize_grouped(
+    x,  # bfloat16 or float16 [rows, 16 * cols], SILU: [rows, 32 * cols]
+    global_scales,  # float32 [experts]
+    x_fp4,  # uint8 [rows, 8 * cols]
+    scales,  # uint8 [scale_rows, padded_cols] in LAYOUT
+    record,  # int32 [capacity], or None: nothing is cleaned
+    expert_offsets,  # int32 [experts + 1]
+    blockscale_offsets,  # int32 [experts + 1]
+    valid_rows,  # int32 [1] or None
+    row_tokens,  # int32 [rows] or None
+    rows,
+    capacity,
+    experts,
+    cols,
+    col_tiles,
+    scale_rows,
+    LAYOUT: tl.constexpr,
+    HARDWARE_E2M1: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of 2
+    TILE_COLS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SILU: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
+    TRIGGER_FIRST: tl.constexpr,
+):
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    if record is None:
+        part += 1
+    if DEPENDENT:
+        if TRIGGER_FIRST:
+            gdc_launch_dependents()
+        gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
+    if record is not None and part == 0:
+        first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
+        if DEPENDENT and not TRIGGER_FIRST:
+            gdc_launch_dependents()
+        _clean(
+            scales, record, row, rows, capacity, first, end, base, col_tiles, scale_rows, LAYOUT, TILE_COLS, WORDS=128
+        )
+    else:
+        col = (part - 1) * BLOCKS + tl.arange(0, BLOCKS)
+        inside = col < cols
+        block = (row.to(tl.int64) * cols + col)[:, None]
+        if SILU:
+            gate, _ = load_blocks(x, block + row.to(tl.int64) * cols, inside, False)
+            up, _ = load_blocks(x, block + (row + 1).to(tl.int64) * cols, inside, False)
+        else:
+            head, tail = load_blocks(x, block, inside, WORDS)
+        first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
+        expert = tl.arange(0, EXPERTS)
+        g = tl.load(global_scales + expert, mask=expert < experts, other=0.0)
+        valid = row >= 0
+        if valid_rows is not None:
+            token = row
+            if row_tokens is not None:
+                token = tl.load(row_tokens + row)
+            valid = token < tl.load(valid_rows)
+        if DEPENDENT and not TRIGGER_FIRST:
+            gdc_launch_dependents()
+        place = _place_of(row, first, end, base, scale_rows)
+        g = tl.sum(tl.where((first <= row) & (row < end), g, 0.0), 0)
+        BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+        if SILU:
+            head = _narrow(_silu(gate.to(tl.float32)) * up.to(tl.float32), BFLOAT16, HARDWARE_E4M3)
+            tail = head
+        packed, scale_code = encode_blocks(head, tail, g, BFLOAT16, HARDWARE_E2M1, HARDWARE_E4M3, WORDS)
+        live = tl.where(valid, place, 0) > 0
+        packed = tl.where(live, packed, 0)
+        scale_code = tl.where(live, scale_code.to(tl.uint8), 0).to(tl.uint8)
+        tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed.to(tl.uint8), mask=inside[:, None])
+        offset = scale_offset(tl.maximum(place, 1) - 1, col, col_tiles, LAYOUT)
+        tl.store(scales + offset, scale_code, mask=col < tl.where(place > 0, cols, 0))
+
+
+@triton.jit(do_not_specialize=["rows", "capacity", "experts", "col_tiles", "scale_rows"])
+def _clean_grouped(
+    scales,
+    record,
+    expert_offsets,
+    blockscale_offsets,
+    rows,
+    capacity,
+    experts,
+    col_tiles,
+    scale_rows,
+    LAYOUT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
+    _clean(scales, record, row, rows, capacity, first, end, base, col_tiles, scale_rows, LAYOUT, TILE_COLS, WORDS=128)
+
+
+def quantize(
+    x: Tensor,
+    global_scales: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    record: Tensor | None,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    valid_rows: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+    silu_and_mul: bool = False,
+) -> None:
+    """Quantise routed rows, and clear what the step before left, in one launch.
+
+    Nothing is allocated and nothing synchronises: it can be captured in a CUDA graph.
+
+    Args:
+        x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up; contiguous.
+        global_scales: float32 ``[experts]``.
+        x_fp4: uint8 ``[rows, k // 2]``, contiguous, written; rows that are routed nowhere or not valid are zero.
+        scales: uint8 ``[padded_rows, padded_cols]``, all of the buffer; nothing beyond it is touched, whatever the offsets.
+        layout: order of the bytes in ``scales``.
+        record: int32 ``[at least rows]``, brought up to date; ``None``: scales that are zeroed at each step have none.
+        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing.
+        valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
+        row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
+        silu_and_mul: whether to quantise ``silu(gate) * up``.
+    """
+    rows, k = x_fp4.shape[0], 2 * x_fp4.shape[1]
+    cols = k // BLOCK_SIZE
+    experts = global_scales.shape[0]
+    words = not silu_and_mul and rows * cols > _FEW_BLOCKS and takes_words(x)
+    tiling = tiling_for(rows, cols, words)
+    dependent = dependent_launch(x.device)
+    with device_of(x):
+        _quantize_grouped[(rows, (record is not None) + -(-cols // tiling.blocks))](
+            x,
+            global_scales,
+            x_fp4,
+            scales,
+            record,
+            expert_offsets,
+            blockscale_offsets,
+            valid_rows,
+            row_tokens,
+            rows,
+            0 if record is None else record.shape[0],
+            experts,
+            cols,
+            scales.shape[1] // layout.tile.cols,
+            scales.shape[0],
+            LAYOUT=int(layout),
+            HARDWARE_E2M1=x.is_cuda and converts_e2m1(x.device.index),
+            HARDWARE_E4M3=x.is_cuda,
+            EXPERTS=triton.next_power_of_2(experts),
+            TILE_COLS=layout.tile.cols,
+            BLOCKS=tiling.blocks,
+            WORDS=tiling.words,
+            SILU=silu_and_mul,
+            DEPENDENT=bool(dependent),
+            TRIGGER_FIRST=tiling.trigger_first,
+            num_warps=4,
+            enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
+            **dependent,
+        )
+
+
+def clean(
+    scales: Tensor,
+    layout: SfLayout,
+    k: int,
+    record: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    rows: int,
+) -> None:
+    """Clear what the step before left and this one does not write, and bring the record up to date, in one launch.
+
+    Before or after the scales of this step are written: those bytes are not touched. Nothing is allocated and nothing
+    synchronises.
+
+    Args:
+        scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
+        k: columns of the matrix.
+        rows: of this step, routed or not.
+    """
+    experts = expert_offsets.shape[0] - 1
+    dependent = dependent_launch(scales.device)
+    with device_of(scales):
+        _clean_grouped[(rows,)](
+            scales,
+            record,
+            expert_offsets,
+            blockscale_offsets,
+            rows,
+            record.shape[0],
+            experts,
+            scales.shape[1] // layout.tile.cols,
+            scales.shape[0],
+            LAYOUT=int(layout),
+            EXPERTS=triton.next_power_of_2(experts),
+            TILE_COLS=layout.tile.cols,
+            DEPENDENT=bool(dependent),
+            num_warps=4,
+            enable_fp_fusion=False,
+            **dependent,
+        )
