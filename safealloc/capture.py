@@ -38,7 +38,7 @@ def capture(
         **torch_cuda_graph_arguments: ``stream``, ``capture_error_mode``, ..., as ``torch.cuda.graph`` takes them.
 
     Yields:
-        The graph.
+        The graph. CUDA forbids to destroy another in a capture: a name that is bound anew here must not be its last holder.
 
     Raises:
         TypeError, ValueError: an argument is wrong; no capture was begun.

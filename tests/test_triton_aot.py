@@ -27,11 +27,12 @@ pytestmark = pytest.mark.skipif(
 ARCHITECTURES = (89, 90, 100, 103, 120)
 E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
 TILINGS = sorted({triton_quantize.tiling_for(rows, 64, words) for rows in (1, 1 << 20) for words in (False, True)})
-GEMM_ROWS = (16, 32, 64, 128)
+GEMM_TILINGS = sorted({triton_gemm.tiling_for(m, n, 132) for m in (16, 32, 64, 128) for n in (4096, 8192, 57344)})
 # tl.div_rn of Triton 3.5 flushes subnormals: it differs for global scales above 2**126, or where scale / g is below 2**-126.
 FLUSHING_DIVISION = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda number: f"sm_{number}")
+gemm_tilings = pytest.mark.parametrize("tiling", GEMM_TILINGS, ids=lambda tiling: "-".join(map(str, tiling)))
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 
 
@@ -175,7 +176,7 @@ def test_a_compact_buffer_is_looked_at_last(
 def mm(
     architecture: int,
     layout: SfLayout,
-    rows: int,
+    tiling: triton_gemm.Tiling,
     *,
     alpha: bool,
     out: str,
@@ -183,7 +184,6 @@ def mm(
     shares: bool = False,
     **more: Any,
 ) -> str:
-    tiling = triton_gemm.tiling_for(rows)
     types = dict.fromkeys(("a", "b", "a_scales", "b_scales"), "*u8")
     types |= dict.fromkeys(("m", "n", "alpha_stride", "steps"), "i32")
     types |= {"out": f"*{out}", "cols": cols, "out_stride_m": cols}
@@ -214,36 +214,36 @@ def mm(
 
 
 @architectures
-@pytest.mark.parametrize("rows", GEMM_ROWS)
-def test_mm_on_every_architecture(architecture: int, rows: int) -> None:
-    ptx = mm(architecture, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
+@gemm_tilings
+def test_mm_on_every_architecture(architecture: int, tiling: triton_gemm.Tiling) -> None:
+    ptx = mm(architecture, SfLayout.layout_128x4, tiling, alpha=True, out="bf16", cols="i32:16")
     assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", ptx), "no tensor core instruction"
     check_waits(ptx, architecture)
     assert "e4m3x2" in ptx, "scales are not converted in pairs"
     assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx), "the weight is not copied ahead"
 
 
-@pytest.mark.parametrize("rows", GEMM_ROWS)
-def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(rows: int) -> None:
-    ptx = mm(90, SfLayout.layout_128x4, rows, alpha=True, out="bf16", cols="i32:16")
+@gemm_tilings
+def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(tiling: triton_gemm.Tiling) -> None:
+    ptx = mm(90, SfLayout.layout_128x4, tiling, alpha=True, out="bf16", cols="i32:16")
     multiplications, _, _ = ptx.rpartition("wgmma.mma_async")  # the result takes that way to its rows
     assert multiplications
     assert "ldmatrix" not in multiplications, "decoded operands make a detour through shared memory"
 
 
 @layouts
-@pytest.mark.parametrize("rows", GEMM_ROWS)
-def test_mm_in_every_tiling(layout: SfLayout, rows: int) -> None:
-    mm(90, layout, rows, alpha=False, out="fp32", cols="i32")  # k a multiple of 16 only
-    mm(90, layout, rows, alpha=False, out="bf16", cols="i32:16", shares=True)
-    mm(90, layout, rows, alpha=True, out="fp16", cols="i32", A_ALIGNED=False, B_ALIGNED=False)
+@gemm_tilings
+def test_mm_in_every_tiling(layout: SfLayout, tiling: triton_gemm.Tiling) -> None:
+    mm(90, layout, tiling, alpha=False, out="fp32", cols="i32")  # k a multiple of 16 only
+    mm(90, layout, tiling, alpha=False, out="bf16", cols="i32:16", shares=True)
+    mm(90, layout, tiling, alpha=True, out="fp16", cols="i32", A_ALIGNED=False, B_ALIGNED=False)
     if layout is not SfLayout.layout_128x4:
-        mm(90, layout, rows, alpha=True, out="fp16", cols="i32:16")
+        mm(90, layout, tiling, alpha=True, out="fp16", cols="i32:16")
 
 
 def test_every_tiling_of_mm_is_compiled() -> None:
-    every = {triton_gemm.tiling_for(rows) for rows in range(1, 513)}
-    assert every == {triton_gemm.tiling_for(rows) for rows in GEMM_ROWS}
+    sizes = range(64, 65536, 64)
+    assert {triton_gemm.tiling_for(m, n, 132) for m in range(1, 257) for n in sizes} == set(GEMM_TILINGS)
 
 
 @architectures

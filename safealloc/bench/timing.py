@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,7 +16,8 @@ from safealloc.pool import ScalePool
 def captured(step: Callable[[], object], pool: ScalePool) -> torch.cuda.CUDAGraph:
     """A graph of one call of ``step``, with a graph memory pool of its own.
 
-    It is called once before, on the stream of the capture: that compiles its kernels and makes the pool's buffers.
+    It is called once before, on the stream of the capture: that compiles its kernels and makes the pool's buffers. What
+    ``step`` holds lives as long as the graph, which itself keeps no memory but its own.
     """
     with torch.cuda.device(pool.device):
         stream = torch.cuda.Stream()
@@ -24,7 +26,11 @@ def captured(step: Callable[[], object], pool: ScalePool) -> torch.cuda.CUDAGrap
             step()
         with capture(pool=pool, stream=stream) as graph:
             step()
+    _read_by[graph] = step
     return graph
+
+
+_read_by: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, Callable[[], object]] = weakref.WeakKeyDictionary()
 
 
 def interleaved(

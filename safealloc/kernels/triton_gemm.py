@@ -268,10 +268,11 @@ def _add_up(
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     for share in range(shares):
         total += tl.load(partial + (share * m + row) * n + col, mask=col < n, other=0.0)
+    if DEPENDENT:
+        gdc_launch_dependents()  # not before: programs of the next GEMM would be placed around this one's
     if alpha is not None:
         total *= tl.load(alpha + row * alpha_stride)
     tl.store(out + row * out_stride_m + col.to(tl.int64) * out_stride_n, total.to(out.dtype.element_ty), mask=col < n)
@@ -294,10 +295,11 @@ def mm(
         layout: order of the bytes in ``a_scales``.
     """
     m, n, cols = a.shape[0], b.shape[0], 2 * a.shape[1] // BLOCK_SIZE
-    tiling = tiling_for(m)
+    multiprocessors = _multiprocessors(a.device)
+    tiling = tiling_for(m, n, multiprocessors)
     tiles = -(-m // tiling.block_m) * -(-n // 128) * (128 // tiling.block_n)
     steps = -(-cols // (4 * _TILES))
-    shares = shares_for(tiles, steps, _multiprocessors(a.device))
+    shares = shares_for(tiles, steps, multiprocessors)
     steps = -(-steps // shares)
     partial = torch.empty((shares, m, n), dtype=torch.float32, device=a.device) if shares > 1 else None
     alpha_stride = 0 if alpha is None or alpha.numel() == 1 else 1
@@ -363,20 +365,31 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling_for(m: int) -> Tiling:
-    """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself."""
+def tiling_for(m: int, n: int, multiprocessors: int) -> Tiling:
+    """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself.
+
+    With few rows, tiles are as narrow as lets 4 programs share each without there being more than 2 a multiprocessor.
+    """
     if m <= 16:
+        if _MOST_SHARES * -(-n // 64) <= _PROGRAMS * multiprocessors:
+            return Tiling(16, 64, 4, 4)
+        if _MOST_SHARES * -(-n // 128) <= _PROGRAMS * multiprocessors:
+            return Tiling(16, 128, 4, 4)
         return Tiling(16, 64, 4, 6)
     if m <= 32:
-        return Tiling(32, 128, 8, 3)
+        return Tiling(32, 128, 8, 4)
     if m <= 64:
         return Tiling(64, 128, 8, 4)
     return Tiling(128, 128, 4, 3)
 
 
+_MOST_SHARES = 4
+_PROGRAMS = 2  # a multiprocessor
+
+
 def shares_for(tiles: int, steps: int, multiprocessors: int) -> int:
     """How many programs share a tile: up to 4, so that a multiprocessor has 2 programs, each with 16 steps or more."""
-    return max(1, min(4, 2 * multiprocessors // tiles, steps // 16))
+    return max(1, min(_MOST_SHARES, _PROGRAMS * multiprocessors // tiles, steps // 16))
 
 
 @functools.cache

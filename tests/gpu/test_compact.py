@@ -108,12 +108,13 @@ def test_one_graph_of_several_row_counts(pool, layout, rows, k):
 
 def test_a_graph_has_as_many_nodes_as_with_a_pool_that_is_not_compact(pool):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
-    nodes = []
+    graphs, nodes = [], []
     for chosen in (pool, ScalePool("cuda")):
         (layer,) = make_layers(chosen, (5,), 1008, SfLayout.layout_128x4)
         layer.run()  # loads the kernels
         with capture(pool=chosen) as graph:
             layer.run()
+        graphs.append(graph)
         nodes.append(chosen.graph_report(graph).nodes)
     assert nodes[0] == nodes[1]
 
