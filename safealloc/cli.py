@@ -72,7 +72,7 @@ def _plan(given: argparse.Namespace) -> int:
 
     report.check_writable(given.json)
     sizes = given.sizes or plan.vllm_sizes(given.max_size)
-    result = plan.run(given.config, given.tensor_parallel, sizes, given.layout)
+    result = plan.run(given.config, given.tensor_parallel, sizes, given.layout, expert_parallel=given.expert_parallel)
     report.write_json(given.json, result.as_dict())
     plan.show(result, report.console())
     return 0
@@ -146,6 +146,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         default=1,
         metavar="N",
         help="ranks a layer is split over (%(default)s)",
+    )
+    plan.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="the ranks share out whole routed experts (vLLM's --enable-expert-parallel); without it they split each",
     )
     captured = plan.add_mutually_exclusive_group()
     captured.add_argument(

@@ -1,4 +1,4 @@
-"""Where a model quantises activations, from its Hugging Face configuration: vLLM's linear layers on one rank."""
+"""Where a model quantises activations, from its Hugging Face configuration: vLLM's layers on one rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from safealloc.layout import BLOCK_SIZE
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+_TOPK = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+"""Experts a token: the names that vLLM 0.32.0 knows (``ModelArchConfigConvertorBase.get_num_experts_per_token``)."""
 _MOST_LAYERS = 1 << 16
 
 
@@ -33,6 +35,35 @@ class Site:
         return {"name": self.name, "k": self.k, "n": self.n, "layers": len(self.layers)}
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertSite:
+    """Routed experts' layers of one name and shape, each of which quantises the rows routed to it.
+
+    Attributes:
+        name: as vLLM has it.
+        k: columns of the input on one rank.
+        experts: on that rank.
+        topk: experts a token.
+        layers: numbers of the model's layers that have one.
+    """
+
+    name: str
+    k: int
+    experts: int
+    topk: int
+    layers: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: how many layers instead of which."""
+        return {
+            "name": self.name,
+            "k": self.k,
+            "experts": self.experts,
+            "topk": self.topk,
+            "layers": len(self.layers),
+        }
+
+
 def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
     """The linear layers outside of the routed experts, in the order in which a layer runs them.
 
@@ -43,15 +74,7 @@ def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
     Raises:
         ValueError: the fields are no configuration of a transformer, or it cannot be split that way; says why.
     """
-    hidden = _number(fields, ["hidden_size"])
-    layers = _number(fields, ["num_hidden_layers"])
-    heads = _number(fields, ["num_attention_heads"])
-    if min(hidden, layers, heads) < 1:
-        raise ValueError(
-            "the configuration's hidden_size, num_hidden_layers and num_attention_heads must be at least 1"
-        )
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"the configuration's num_hidden_layers must be at most {_MOST_LAYERS}, it is {layers}")
+    hidden, layers, heads = _sizes(fields)
     every = tuple(range(layers))
     expert = _expert_layers(fields, layers)
     dense = tuple(layer for layer in every if layer not in expert)
@@ -61,21 +84,68 @@ def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
     shared = _shared_width(fields)
     if expert and shared:
         found += _mlp("shared_experts", hidden, shared, tuple(sorted(expert)), ranks)
+    _check_columns(found, ranks)
+    return found
+
+
+def expert_sites(fields: Mapping[str, Any], ranks: int, *, expert_parallel: bool = False) -> list[ExpertSite]:
+    """The two quantisations of a routed expert layer, as vLLM's CUTLASS path has them (``run_cutlass_moe_fp4``).
+
+    Args:
+        fields: of a ``config.json``.
+        ranks: that a layer is split over.
+        expert_parallel: whether each rank has whole experts instead of a part of each. It sees all tokens all the same.
+
+    Returns:
+        The input of the gate and up projection and that of the one down; nothing for a model without routed experts.
+
+    Raises:
+        ValueError: as :func:`sites`; or experts are to be split, and there are none.
+    """
+    hidden, layers, _ = _sizes(fields)
+    expert = tuple(sorted(_expert_layers(fields, layers)))
+    experts = _number(fields, _EXPERTS, 0)
+    if expert_parallel and not experts:
+        raise ValueError("the configuration has no routed experts, which expert parallelism would split")
+    if not expert:
+        return []
+    topk = _number(fields, _TOPK)
+    if not 1 <= topk <= experts:
+        raise ValueError(f"the configuration routes a token to {topk} of {experts} experts: to at least 1, at most all")
+    # Without a width of its own an expert is what the MLP would be (Mixtral, gpt-oss).
+    width = _number(fields, ["moe_intermediate_size", "intermediate_size"])
+    if expert_parallel:
+        experts = _split(experts, ranks, "the model", "experts")
+    else:
+        width = _split(width, ranks, "experts.w2", "columns")
+    found = [
+        ExpertSite("experts.w13", hidden, experts, topk, expert),
+        ExpertSite("experts.w2", width, experts, topk, expert),
+    ]
+    _check_columns(found, ranks)
+    return found
+
+
+def _sizes(fields: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Hidden size, layers and attention heads."""
+    hidden = _number(fields, ["hidden_size"])
+    layers = _number(fields, ["num_hidden_layers"])
+    heads = _number(fields, ["num_attention_heads"])
+    if min(hidden, layers, heads) < 1:
+        raise ValueError(
+            "the configuration's hidden_size, num_hidden_layers and num_attention_heads must be at least 1"
+        )
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"the configuration's num_hidden_layers must be at most {_MOST_LAYERS}, it is {layers}")
+    return hidden, layers, heads
+
+
+def _check_columns(found: Sequence[Site | ExpertSite], ranks: int) -> None:
     for site in found:
         if site.k < BLOCK_SIZE or site.k % BLOCK_SIZE:
             raise ValueError(
                 f"{site.name} has {site.k} columns on each of {ranks} ranks, not a multiple of {BLOCK_SIZE}"
             )
-    return found
-
-
-def has_experts(fields: Mapping[str, Any]) -> bool:
-    """Whether there are routed experts, which are no sites.
-
-    Raises:
-        ValueError: the field that tells is no number.
-    """
-    return _number(fields, _EXPERTS, 0) > 0
 
 
 def _attention(fields: Mapping[str, Any], hidden: int, heads: int, layers: tuple[int, ...], ranks: int) -> list[Site]:
@@ -133,7 +203,7 @@ def _mlp(name: str, hidden: int, width: int, layers: tuple[int, ...], ranks: int
 
 def _expert_layers(fields: Mapping[str, Any], layers: int) -> frozenset[int]:
     """Numbers of the expert layers: all but the first few (DeepSeek), or every so many but some (Qwen)."""
-    if not has_experts(fields):
+    if not _number(fields, _EXPERTS, 0):
         return frozenset()
     step = max(1, _number(fields, ["decoder_sparse_step", "moe_layer_freq"], 1))
     first = _number(fields, ["first_k_dense_replace"], 0)

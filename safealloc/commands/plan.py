@@ -18,11 +18,88 @@ from safealloc.linear import MAX_ROWS_8X4
 MAX_SIZES = (512, 1024)
 """The largest batch that vLLM captures by default: 1024 on compute capability 10.x, 512 elsewhere (vLLM 0.33.0)."""
 
+MAX_TOKENS = 163840
+"""Rows of vLLM's expert scales, for each expert a token: its default VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE (vLLM 0.32.0)."""
+
 
 def vllm_sizes(largest: int) -> tuple[int, ...]:
     """The batch sizes that vLLM captures by default: 1, 2, 4, then by 8 below 256, by 16 from there (vLLM 0.33.0)."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
     return tuple(size for size in sizes if size <= largest)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What a pool will hold on one rank for routed experts, and what vLLM's CUTLASS path allocates instead.
+
+    A pool keeps one buffer a k, which serves all captured batch sizes in turn. vLLM allocates at each of the two calls of a
+    layer and has freed the first when it comes to the second, so that graphs which share a memory pool hold the larger.
+
+    Attributes:
+        expert_parallel: whether each rank has whole experts.
+        sites: where rows routed to experts are quantised.
+        buffers: one a k, for the rows of the largest batch: tokens times experts a token.
+    """
+
+    expert_parallel: bool
+    sites: Sequence[models.ExpertSite]
+    buffers: Sequence[ScaleSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Scales and records."""
+        return sum(spec.nbytes for spec in self.buffers)
+
+    @property
+    def vllm_nbytes(self) -> int:
+        """What vLLM's graphs hold at once."""
+        return max(self.vllm_call_nbytes(spec) for spec in self.buffers)
+
+    @property
+    def right_sized_nbytes(self) -> int:
+        """What they would hold at once if vLLM allocated by need."""
+        return max(right_sized_nbytes(spec) for spec in self.buffers)
+
+    @property
+    def freed_nbytes(self) -> int:
+        """How much less a pool holds than vLLM's graphs; below zero for batches near vLLM's limit.
+
+        Between the two calls other tensors of a graph may lie in vLLM's memory, which then have to lie elsewhere.
+        """
+        return self.vllm_nbytes - self.nbytes
+
+    def vllm_call_nbytes(self, spec: ScaleSpec) -> int:
+        """What vLLM allocates at each call in place of a buffer (``scaled_fp4_experts_quant``, vLLM 0.32.0)."""
+        return MAX_TOKENS * self.sites[0].topk * spec.padded_shape[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "expert_parallel": self.expert_parallel,
+            "sites": [site.as_dict() for site in self.sites],
+            "buffers": [
+                {
+                    "rows": spec.rows,
+                    "k": spec.k,
+                    "experts": spec.experts,
+                    "layout": spec.layout.name,
+                    "padded_shape": list(spec.padded_shape),
+                    "bytes": spec.nbytes,
+                    "vllm_bytes": self.vllm_call_nbytes(spec),
+                    "right_sized_bytes": right_sized_nbytes(spec),
+                }
+                for spec in self.buffers
+            ],
+            "bytes": self.nbytes,
+            "vllm_bytes": self.vllm_nbytes,
+            "right_sized_bytes": self.right_sized_nbytes,
+            "freed_bytes": self.freed_nbytes,
+        }
+
+
+def right_sized_nbytes(spec: ScaleSpec) -> int:
+    """Scales of ``rows + 127 * experts`` rows, the bound of vLLM's PR 37626 for what a call needs."""
+    assert spec.experts is not None
+    return (spec.rows + (spec.layout.tile.rows - 1) * spec.experts) * spec.padded_shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +111,10 @@ class Result:
         tensor_parallel: ranks.
         sizes: captured batch sizes.
         layout_rule: "128x4", or "trtllm" for 8x4 up to 32 rows.
-        sites: where activations are quantised.
-        buffers: one a captured size and k.
+        sites: where activations are quantised, outside of the routed experts.
+        buffers: of those sites, one a captured size and k.
         compact: what a compact pool would hold instead: one a padded shape.
-        experts: whether the model has experts, whose scales no pool holds yet.
+        experts: what it holds besides for routed experts, which no other number counts; ``None`` where there are none.
     """
 
     model: str
@@ -47,7 +124,7 @@ class Result:
     sites: Sequence[models.Site]
     buffers: Sequence[ScaleSpec]
     compact: Sequence[ScaleSpec]
-    experts: bool
+    experts: Experts | None
 
     @property
     def nbytes(self) -> int:
@@ -84,38 +161,63 @@ class Result:
             "bytes": self.nbytes,
             "compact": {"buffers": len(self.compact), "bytes": self.compact_nbytes},
             "per_call_bytes": self.per_call_nbytes,
-            "expert_scales_included": False if self.experts else None,
+            "experts": None if self.experts is None else self.experts.as_dict(),
         }
 
 
-def run(config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: str) -> Result:
+def run(
+    config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: str, *, expert_parallel: bool = False
+) -> Result:
     """Read a configuration and plan.
 
     Args:
         config: a ``config.json``, or the folder it is in.
         tensor_parallel: ranks that a layer is split over.
         sizes: captured batch sizes.
-        layout_rule: "128x4" or "trtllm".
+        layout_rule: "128x4" or "trtllm"; expert scales are always in 128x4.
+        expert_parallel: whether the ranks share out whole experts instead of splitting each.
 
     Raises:
-        UsageError: the file is no configuration of a transformer, or cannot be split that way.
+        UsageError: the file is no configuration of a transformer, or cannot be split that way; or vLLM's expert scales have
+            no room for the largest batch.
     """
     fields = _read(config)
     ordered = tuple(sorted(set(sizes)))
     try:
         sites = models.sites(fields, tensor_parallel)
-        experts = models.has_experts(fields)
+        expert_sites = models.expert_sites(fields, tensor_parallel, expert_parallel=expert_parallel)
         buffers = [
             ScaleSpec.checked(rows, k, _layout(rows, layout_rule), None)
             for k in sorted({site.k for site in sites})
             for rows in ordered
         ]
+        experts = None
+        if expert_sites:
+            experts = Experts(expert_parallel, expert_sites, expert_buffers(expert_sites, ordered[-1]))
     except ValueError as error:
         raise report.UsageError(str(error)) from error
     architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
     return Result(
         str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, compact(buffers), experts
     )
+
+
+def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[ScaleSpec]:
+    """One buffer a k, for batches of up to ``largest`` tokens.
+
+    Raises:
+        ValueError: vLLM's expert scales have no room for so many.
+    """
+    if largest > MAX_TOKENS:
+        raise ValueError(
+            f"vLLM quantises at most {MAX_TOKENS} tokens at once for experts (VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), "
+            f"the largest batch has {largest}"
+        )
+    of_k = {site.k: site for site in sites}
+    return [
+        ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts)
+        for k, site in sorted(of_k.items())
+    ]
 
 
 def compact(buffers: Iterable[ScaleSpec]) -> list[ScaleSpec]:
@@ -155,8 +257,36 @@ def show(result: Result, out: Console) -> None:
         f"{_size(result.compact_nbytes)} with their counts."
     )
     out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill a call.")
-    if result.experts:
-        out.print("Expert layers are not counted: no pool holds their scales yet.")
+    if result.experts is not None:
+        out.print()
+        _show_experts(result.experts, out)
+
+
+def _show_experts(experts: Experts, out: Console) -> None:
+    rows = [
+        (
+            (
+                ", ".join(site.name for site in experts.sites if site.k == spec.k),
+                str(spec.k),
+                str(spec.rows),
+                " x ".join(map(str, spec.padded_shape)),
+                _size(spec.nbytes),
+                _size(right_sized_nbytes(spec)),
+                _size(experts.vllm_call_nbytes(spec)),
+            ),
+            True,
+        )
+        for spec in experts.buffers
+    ]
+    site = experts.sites[0]
+    title = f"Expert scales: {site.experts} experts on each rank, {site.topk} a token, in {len(site.layers)} layers"
+    report.table(out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, a call"), rows)
+    freed = experts.freed_nbytes
+    compared = f"{_size(freed)} are freed" if freed >= 0 else f"{_size(-freed)} less"
+    out.print(
+        f"In all {_size(experts.nbytes)} with their records, on each rank, for every captured batch size; the graphs of "
+        f"vLLM's CUTLASS path hold {_size(experts.vllm_nbytes)} at once: {compared}."
+    )
 
 
 def _size(nbytes: int) -> str:
