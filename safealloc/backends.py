@@ -20,7 +20,7 @@ from safealloc.layout import SfLayout
 
 
 class Call(NamedTuple):
-    """What a backend's requirement looks at; a tuple, since one is made at each call.
+    """What a backend's requirement looks at.
 
     Attributes:
         device: of all tensors.
@@ -58,11 +58,25 @@ class Backend:
     flashinfer: bool = False
 
 
-_chosen: dict[tuple[int, str, Call], Backend] = {}  # on CUDA devices, which stay what they are
+_chosen: dict[tuple[Any, ...], Backend] = {}  # on CUDA devices, which stay what they are
 
 
-def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
+def choose(
+    table: Mapping[str, Backend],
+    name: str,
+    device: torch.device,
+    layout: SfLayout,
+    out_dtype: torch.dtype | None = None,
+    valid_rows: bool = False,
+    row_alpha: bool = False,
+    compact: bool = False,
+) -> Backend:
     """The row that ``name`` asks for.
+
+    Args:
+        table, name: as stated there.
+        device, layout, out_dtype, valid_rows, row_alpha, compact: the fields of a :class:`Call`, which is only made where
+            the row is not known yet: it costs more than the rest.
 
     Raises:
         TypeError: ``name`` is no string.
@@ -70,11 +84,11 @@ def choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a string, got {name!r}")
-    key = id(table), name, call
+    key = id(table), name, device, layout, out_dtype, valid_rows, row_alpha, compact
     row = _chosen.get(key)
     if row is None:
-        row = _choose(table, name, call)
-        if call.device.type == "cuda":
+        row = _choose(table, name, Call(device, layout, out_dtype, valid_rows, row_alpha, compact))
+        if device.type == "cuda":
             _chosen[key] = row
     return row
 

@@ -104,7 +104,7 @@ def mm_fp4(
     m, n, k = _check_operands(a, b, b_descale)
     check_result(m, n, alpha, out_dtype, out, a.device)
     layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
-    row = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, a.device))
+    row = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, a.device))
     if foreign:
         _treat_foreign(a_descale, layout, m, k)
     return multiply(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safealloc.backends import CLEANERS, GROUPED_QUANTIZERS, Call, choose
+from safealloc.backends import CLEANERS, GROUPED_QUANTIZERS, choose
 from safealloc.buffers import record_of, spec_of
 from safealloc.checks import BYTES, check_contiguous, check_scalar, check_tensor
 from safealloc.default_pool import checked_pool, default_pool, library
@@ -127,7 +127,7 @@ def clean_grouped_scales(
         raise TypeError(f"rows must be an integer, got {rows!r}")
     if not 1 <= rows <= spec.rows:
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
-    row = choose(CLEANERS, backend, Call(scales.device, spec.layout))
+    row = choose(CLEANERS, backend, scales.device, spec.layout)
     buffer, record = _whole(spec, scales.view(torch.uint8))
     row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
 
@@ -163,7 +163,7 @@ def _quantize(
     pool = default_pool(x.device) if pool is None else checked_pool(pool)
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    row = choose(GROUPED_QUANTIZERS, backend, Call(x.device, layout))
+    row = choose(GROUPED_QUANTIZERS, backend, x.device, layout)
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
     assert spec is not None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from safealloc.backends import GEMMS, QUANTIZERS, Call, choose
+from safealloc.backends import GEMMS, QUANTIZERS, choose
 from safealloc.default_pool import default_pool, library
 from safealloc.gemm import call_of, check_result, check_weight, multiply
 from safealloc.layout import SfLayout, checked_layout
@@ -71,8 +71,8 @@ def nvfp4_linear(
         )
     check_result(rows, n, alpha, out_dtype, None, x.device)
     layout = _layout_for(rows, alpha, out_dtype, backend, x.device) if layout is None else checked_layout(layout)
-    gemm = choose(GEMMS, backend, call_of(layout, alpha, out_dtype, x.device))
-    quantizer = choose(QUANTIZERS, "reference" if backend == "reference" else "auto", Call(x.device, layout))
+    gemm = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, x.device))
+    quantizer = choose(QUANTIZERS, "reference" if backend == "reference" else "auto", x.device, layout)
     x_fp4, scales = quantize_into(default_pool(x.device), quantizer, x_rows, input_global_scale, layout)
     y = multiply(gemm, x_fp4, weight_fp4.T, scales, weight_scale.T, alpha, out_dtype, None, layout)
     return y.view(*x.shape[:-1], n)
@@ -83,7 +83,7 @@ def _layout_for(
 ) -> SfLayout:
     if rows > MAX_ROWS_8X4:
         return SfLayout.layout_128x4
-    wide = choose(GEMMS, backend, call_of(SfLayout.layout_128x4, alpha, out_dtype, device))
+    wide = choose(GEMMS, backend, *call_of(SfLayout.layout_128x4, alpha, out_dtype, device))
     refusal = wide.refusal(call_of(SfLayout.layout_8x4, alpha, out_dtype, device))
     return SfLayout.layout_128x4 if refusal else SfLayout.layout_8x4
 

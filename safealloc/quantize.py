@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safealloc.backends import QUANTIZERS, Backend, Call, choose
+from safealloc.backends import QUANTIZERS, Backend, choose
 from safealloc.checks import check_contiguous, check_scalar, check_tensor
 from safealloc.default_pool import checked_pool, default_pool, empty_scales, library
 from safealloc.inductor import forbid_reuse
@@ -58,7 +58,7 @@ def nvfp4_quantize(
     pool = default_pool(x.device) if pool is None else checked_pool(pool)
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    row = choose(QUANTIZERS, backend, Call(x.device, layout, valid_rows=valid_rows is not None, compact=pool.compact))
+    row = choose(QUANTIZERS, backend, x.device, layout, valid_rows=valid_rows is not None, compact=pool.compact)
     return quantize_into(pool, row, x, global_scale, layout, valid_rows)
 
 

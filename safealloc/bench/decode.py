@@ -33,7 +33,6 @@ _SHARE = 0.6  # of the free memory, for weights
 _TURN = 3e3  # microseconds a graph replays at least in a round, where that takes few replays
 _MOST_REPLAYS = 20  # in a round
 _ROUNDS = (9, 60)  # at least and at most
-_COPY = 1 << 30  # bytes; far beyond any L2 cache
 
 Tell = Callable[[str, float], None]
 """Tells whoever waits what is being done, and the share of all that is done."""
@@ -62,7 +61,7 @@ def measure(
     """
     with torch.cuda.device(device):
         progress("copy bandwidth", 0.0)
-        bandwidth = timing.copy_bandwidth(device, _COPY)
+        bandwidth = timing.copy_bandwidth(device)
         measured = []
         for number, model in enumerate(models):
             progress(f"{model.title}: weights", number / len(models))

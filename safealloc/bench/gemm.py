@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safealloc import optional
-from safealloc.bench import nodes, timing
+from safealloc.bench import timing
 from safealloc.bench.summary import summary
 from safealloc.kernels import triton_gemm
 from safealloc.layout import SfLayout, short
@@ -59,7 +59,7 @@ def bytes_written(m: int, n: int) -> int:
 
 def measure(
     pool: ScalePool,
-    copy: torch.cuda.CUDAGraph,
+    copy: timing.Copy,
     emulation: Emulation | None,
     m: int,
     n: int,
@@ -67,7 +67,7 @@ def measure(
     rounds: int,
     replays: int,
 ) -> dict[str, Any]:
-    """One shape, in turn with the graph of :func:`safealloc.bench.nodes.copy`."""
+    """One shape, in turn with a copy."""
     device = pool.device
     layout = SfLayout.layout_8x4 if m <= MAX_ROWS_8X4 else SfLayout.layout_128x4  # as nvfp4_linear chooses
     weights = _weights(n, k, copies(n, k), device)
@@ -79,14 +79,14 @@ def measure(
         for weight, scales in weights:
             triton_gemm.mm(a, weight, a_scales, scales, alpha, out, layout)
 
-    graphs = {"copy": copy, "gemm": timing.captured(step, pool)}
+    graphs = {"copy": copy.graph, "gemm": timing.captured(step, pool)}
     if emulation is not None:
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
         graphs[EMULATION] = timing.captured(_emulated(emulation, x, alpha, weights), pool)
     times = timing.interleaved(graphs, rounds, replays)
     moved = bytes_read(m, n, k) + bytes_written(m, n)
     us = summary([time / len(weights) for time in times["gemm"]])
-    share = timing.ratio(times["copy"], times["gemm"]) * len(weights) * moved / nodes.COPY_BYTES
+    share = timing.ratio(times["copy"], times["gemm"]) * len(weights) * moved / copy.nbytes
     result = {
         "m": m,
         "n": n,
@@ -97,7 +97,7 @@ def measure(
         "bytes_read": bytes_read(m, n, k),
         "bytes_written": bytes_written(m, n),
         "bytes_per_second": round(1e6 * moved / us["us"]),
-        "copy_bytes_per_second": round(1e6 * nodes.COPY_BYTES / timing.median(times["copy"])),
+        "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
         "share_of_copy": round(share, 4),
         "peers": {},
     }

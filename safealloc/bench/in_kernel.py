@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
+from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_wait, scale_offset
 from safealloc.kernels.triton_quantize import Tiling, converts_e2m1, quantize_blocks, takes_words
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
@@ -38,13 +38,10 @@ def _one_row(
     HARDWARE_E4M3: tl.constexpr,
     WORDS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    TRIGGER_FIRST: tl.constexpr,
 ):
     live = col < tl.where(row < rows, cols, 0)
     block = (row.to(tl.int64) * cols + col)[:, None]
-    packed, scale_code = quantize_blocks(
-        x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT and not TRIGGER_FIRST
-    )
+    packed, scale_code = quantize_blocks(x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT)
     tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=live[:, None])
     tl.store(scales + scale_offset(row, col, col_tiles, LAYOUT), scale_code, mask=col < scale_cols)
 
@@ -64,11 +61,8 @@ def _row_by_row(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    TRIGGER_FIRST: tl.constexpr,
 ):
     if DEPENDENT:
-        if TRIGGER_FIRST:
-            gdc_launch_dependents()
         gdc_wait()
     col = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     row = tl.program_id(0)
@@ -89,7 +83,6 @@ def _row_by_row(
         HARDWARE_E4M3,
         WORDS,
         DEPENDENT,
-        TRIGGER_FIRST,
     )
 
 
@@ -109,11 +102,8 @@ def _wide_stores(
     WORDS: tl.constexpr,
     PADDING: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    TRIGGER_FIRST: tl.constexpr,
 ):
     if DEPENDENT:
-        if TRIGGER_FIRST:
-            gdc_launch_dependents()
         gdc_wait()
     across = tl.cdiv(cols, BLOCKS)
     program = tl.program_id(0)
@@ -136,7 +126,6 @@ def _wide_stores(
             HARDWARE_E4M3,
             WORDS,
             DEPENDENT,
-            TRIGGER_FIRST,
         )
     else:
         TILE_ROWS: tl.constexpr = 128 if LAYOUT == 0 else 8
@@ -169,7 +158,6 @@ def row_by_row(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, l
             BLOCKS=tiling.blocks,
             WORDS=tiling.words,
             DEPENDENT=bool(dependent),
-            TRIGGER_FIRST=tiling.trigger_first,
             num_warps=4,
             enable_fp_fusion=False,
             **dependent,
@@ -201,7 +189,6 @@ def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, 
             WORDS=tiling.words,
             PADDING=_PADDING,
             DEPENDENT=bool(dependent),
-            TRIGGER_FIRST=tiling.trigger_first,
             num_warps=4,
             enable_fp_fusion=False,
             **dependent,
@@ -211,6 +198,6 @@ def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, 
 def _tiling(x: Tensor, blocks: int) -> Tiling:
     """The best found on an H200 for so many blocks."""
     if blocks <= 4096:
-        return Tiling(64, words=False, trigger_first=True)
+        return Tiling(64, words=False)
     words = takes_words(x)
-    return Tiling(128 if words else 64, words=words, trigger_first=False)
+    return Tiling(128 if words else 64, words=words)

@@ -1,19 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Nodes of a CUDA graph to measure others by: kernels that do next to nothing, and a copy that only moves bytes."""
+"""Nodes of a CUDA graph to measure others by: kernels that do next to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from safealloc.kernels.triton_layout import gdc_launch_dependents, gdc_wait
-
-COPY_BYTES = 1 << 30
-"""What one copy reads and writes, together; far beyond an L2 cache (50 MB on an H200)."""
 
 
 @triton.jit
@@ -42,14 +36,3 @@ def launch_empty(**dependent: bool) -> None:
 def launch_store(out: Tensor) -> None:
     """As many programs as ``out``, int32, has elements, each of which stores one."""
     _store[(out.numel(),)](out, num_warps=1)
-
-
-def copy(device: torch.device) -> Callable[[], None]:
-    """Copies half of :data:`COPY_BYTES` at each call, by the device's own copy."""
-    source = torch.randint(256, (COPY_BYTES // 2,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def run() -> None:
-        target.copy_(source)
-
-    return run

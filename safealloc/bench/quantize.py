@@ -110,7 +110,8 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
     ):
         progress("launch floor", 0.0)
         floor = {name: timing.captured(_repeat(call, CALLS), pool) for name, call in _floor(device).items()}
-        copy = timing.captured(nodes.copy(device), pool)
+        copy = timing.fastest_copy(pool)
+        result["copy_bytes"] = copy.nbytes
         tried = gemm.emulation(device, pool)
         if isinstance(tried, str):
             result["not_measured"][gemm.EMULATION] = tried
@@ -230,7 +231,7 @@ def _few_rows(
     }
 
 
-def _many_rows(pool: ScalePool, copy: torch.cuda.CUDAGraph, extent: Extent, rows: int, k: int) -> dict[str, Any]:
+def _many_rows(pool: ScalePool, copy: timing.Copy, extent: Extent, rows: int, k: int) -> dict[str, Any]:
     layout = SfLayout.layout_128x4
     calls = -(-_BEYOND_L2 // (2 * rows * k))
     xs = [_activation(rows, k, pool.device) for _ in range(calls)]
@@ -241,10 +242,10 @@ def _many_rows(pool: ScalePool, copy: torch.cuda.CUDAGraph, extent: Extent, rows
         results = [peer.quantize(x, global_scale, layout) for x, global_scale in xs]
         del results  # held until here, so that each is written to memory of its own
 
-    graphs = {"copy": copy, POOL: timing.captured(step, pool)}
+    graphs = {"copy": copy.graph, POOL: timing.captured(step, pool)}
     times = timing.interleaved(graphs, extent.rounds, extent.replays)
     us = summary([time / calls for time in times[POOL]])
-    share = timing.ratio(times["copy"], times[POOL]) * calls * nbytes(rows, k) / nodes.COPY_BYTES
+    share = timing.ratio(times["copy"], times[POOL]) * calls * nbytes(rows, k) / copy.nbytes
     return {
         "rows": rows,
         "k": k,
@@ -252,7 +253,7 @@ def _many_rows(pool: ScalePool, copy: torch.cuda.CUDAGraph, extent: Extent, rows
         **us,
         "bytes": nbytes(rows, k),
         "bytes_per_second": round(1e6 * nbytes(rows, k) / us["us"]),
-        "copy_bytes_per_second": round(1e6 * nodes.COPY_BYTES / timing.median(times["copy"])),
+        "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
         "share_of_copy": round(share, 4),
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -78,10 +80,35 @@ def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """Bytes a second, read and written, of a copy of ``nbytes`` on the device in a CUDA graph."""
-    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy that only moves bytes, to measure others by.
+
+    Attributes:
+        graph: of one copy.
+        nbytes: read and written by it, together.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    nbytes: int
+
+
+def fastest_copy(pool: ScalePool) -> Copy:
+    """The copy of the size at which the device's own moves most bytes a second: the larger ones may be slower."""
+    copies = {}
+    for size in _COPIED:
+        source = torch.randint(256, (size,), dtype=torch.uint8, device=pool.device)
+        copy = functools.partial(torch.empty_like(source).copy_, source)
+        copies[str(size)] = Copy(captured(copy, pool), 2 * size)
+    times = interleaved({name: copy.graph for name, copy in copies.items()}, rounds=10, replays=5)
+    return max(copies.values(), key=lambda copy: copy.nbytes / median(times[str(copy.nbytes // 2)]))
+
+
+_COPIED = tuple(size << 20 for size in (128, 256, 512))  # bytes; far beyond an L2 cache (50 MB on an H200)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of the fastest copy on the device in a CUDA graph."""
     with torch.cuda.device(device), ScalePool(device) as pool:
-        graph = captured(lambda: target.copy_(source), pool)
-        microseconds = median(interleaved({"copy": graph}, rounds=10, replays=10)["copy"])
-    return 2 * nbytes / microseconds * 1e6
+        copy = fastest_copy(pool)
+        return 1e6 * copy.nbytes / median(interleaved({"copy": copy.graph}, rounds=10, replays=10)["copy"])

@@ -204,7 +204,7 @@ def _device(device: torch.device) -> DeviceFinding:
 
 
 def _backends(table: Mapping[str, Backend], calls: Sequence[Call]) -> list[BackendFinding]:
-    auto = {call: choose(table, "auto", call).name for call in calls}
+    auto = {call: choose(table, "auto", *call).name for call in calls}
     found = []
     for row in table.values():
         refusals = {call: row.refusal(call) for call in calls}

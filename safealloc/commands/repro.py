@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from safealloc.backends import GEMMS, Call, choose
+from safealloc.backends import GEMMS, choose
 from safealloc.checks import checked_device
 from safealloc.commands import report, repro_replay
 from safealloc.commands.repro_columns import columns
@@ -87,7 +87,7 @@ def checked_options(device: str | None, backend: str, seed: int, replays: int) -
         raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     try:
         where = checked_device(device)
-        choose(GEMMS, backend, Call(where, SfLayout.layout_128x4, torch.bfloat16))
+        choose(GEMMS, backend, where, SfLayout.layout_128x4, torch.bfloat16)
     except ValueError as error:
         raise report.UsageError(str(error)) from error
     return Options(where, backend, seed, replays)

@@ -296,9 +296,9 @@ def mm(
     """
     m, n, cols = a.shape[0], b.shape[0], 2 * a.shape[1] // BLOCK_SIZE
     multiprocessors = _multiprocessors(a.device)
-    tiling = tiling_for(m, n, multiprocessors)
-    tiles = -(-m // tiling.block_m) * -(-n // 128) * (128 // tiling.block_n)
     steps = -(-cols // (4 * _TILES))
+    tiling = tiling_for(m, n, steps, multiprocessors)
+    tiles = _tiles(m, n, tiling.block_m, tiling.block_n)
     shares = shares_for(tiles, steps, multiprocessors)
     steps = -(-steps // shares)
     partial = torch.empty((shares, m, n), dtype=torch.float32, device=a.device) if shares > 1 else None
@@ -365,22 +365,31 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling_for(m: int, n: int, multiprocessors: int) -> Tiling:
+@functools.cache
+def tiling_for(m: int, n: int, steps: int, multiprocessors: int) -> Tiling:
     """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself.
 
-    With few rows, tiles are as narrow as lets 4 programs share each without there being more than 2 a multiprocessor.
+    With few rows, tiles are as wide as gives most programs, up to 2 a multiprocessor; where even wide tiles are more than
+    that, narrow ones.
     """
     if m <= 16:
-        if _MOST_SHARES * -(-n // 64) <= _PROGRAMS * multiprocessors:
-            return Tiling(16, 64, 4, 4)
-        if _MOST_SHARES * -(-n // 128) <= _PROGRAMS * multiprocessors:
+        most = _PROGRAMS * multiprocessors
+        wide, narrow = (
+            tiles * shares_for(tiles, steps, multiprocessors) for tiles in (_tiles(m, n, 16, 128), _tiles(m, n, 16, 64))
+        )
+        if wide <= most and not wide < narrow <= most:
             return Tiling(16, 128, 4, 4)
-        return Tiling(16, 64, 4, 6)
+        return Tiling(16, 64, 4, 4 if narrow <= most else 6)
     if m <= 32:
         return Tiling(32, 128, 8, 4)
     if m <= 64:
         return Tiling(64, 128, 8, 4)
     return Tiling(128, 128, 4, 3)
+
+
+def _tiles(m: int, n: int, block_m: int, block_n: int) -> int:
+    """Of the result; n is padded to 128, as its scales are."""
+    return -(-m // block_m) * -(-n // 128) * (128 // block_n)
 
 
 _MOST_SHARES = 4

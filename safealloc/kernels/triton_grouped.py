@@ -132,19 +132,16 @@ def _quantize_grouped(
     WORDS: tl.constexpr,
     SILU: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
-    TRIGGER_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0)
     part = tl.program_id(1)
     if record is None:
         part += 1
     if DEPENDENT:
-        if TRIGGER_FIRST:
-            gdc_launch_dependents()
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
     if record is not None and part == 0:
         first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
-        if DEPENDENT and not TRIGGER_FIRST:
+        if DEPENDENT:
             gdc_launch_dependents()
         _clean(
             scales, record, row, rows, capacity, first, end, base, col_tiles, scale_rows, LAYOUT, TILE_COLS, WORDS=128
@@ -167,7 +164,7 @@ def _quantize_grouped(
             if row_tokens is not None:
                 token = tl.load(row_tokens + row)
             valid = token < tl.load(valid_rows)
-        if DEPENDENT and not TRIGGER_FIRST:
+        if DEPENDENT:
             gdc_launch_dependents()
         place = _place_of(row, first, end, base, scale_rows)
         g = tl.sum(tl.where((first <= row) & (row < end), g, 0.0), 0)
@@ -269,7 +266,6 @@ def quantize(
             WORDS=tiling.words,
             SILU=silu_and_mul,
             DEPENDENT=bool(dependent),
-            TRIGGER_FIRST=tiling.trigger_first,
             num_warps=4,
             enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
             **dependent,

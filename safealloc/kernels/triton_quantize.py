@@ -253,7 +253,7 @@ def quantize_blocks(
     HARDWARE_E2M1: tl.constexpr,
     HARDWARE_E4M3: tl.constexpr,
     WORDS: tl.constexpr,
-    TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way
+    TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way: its programs then share the room fairly
 ):
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
     g = tl.load(global_scale)
@@ -281,38 +281,38 @@ def _quantize(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,  # whole blocks in a lane, as words of two columns
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
-    TRIGGER_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if counts is not None:
+        row -= 1  # the first programs clear, beside those that quantise
     col = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = col < cols
     block = (row.to(tl.int64) * cols + col)[:, None]
     scale_at = scales + scale_offset(row, col, col_tiles, LAYOUT)
     if DEPENDENT:
-        if TRIGGER_FIRST:
-            gdc_launch_dependents()
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
-    live = inside
-    if valid_rows is not None:
-        live = col < tl.where(row < tl.load(valid_rows), cols, 0)
-    packed, scale_code = quantize_blocks(
-        x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT and not TRIGGER_FIRST
-    )
-    if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
-        packed = tl.where(live[:, None], packed, 0)
-        scale_code = tl.where(live, scale_code, 0)
-    tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=inside[:, None])
-    tl.store(scale_at, scale_code.to(tl.uint8), mask=inside)
-    if counts is not None:  # noqa: SIM102  known when the kernel is compiled
-        if row == 0:  # last of all, off the way from load to store
-            _clear_below(scales, counts, row, col, inside, cols, col_tiles, LAYOUT, BLOCKS)
+    if counts is not None and row < 0:
+        if DEPENDENT:
+            gdc_launch_dependents()
+        _clear_below(scales, counts, tl.num_programs(0) - 1, col, inside, cols, col_tiles, LAYOUT, BLOCKS)
+    else:
+        live = inside
+        if valid_rows is not None:
+            live = col < tl.where(row < tl.load(valid_rows), cols, 0)
+        packed, scale_code = quantize_blocks(
+            x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT
+        )
+        if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
+            packed = tl.where(live[:, None], packed, 0)
+            scale_code = tl.where(live, scale_code, 0)
+        tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=inside[:, None])
+        tl.store(scale_at, scale_code.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def _clear_below(scales, counts, first_row, col, inside, cols, col_tiles, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
+def _clear_below(scales, counts, rows, col, inside, cols, col_tiles, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
     """Clear in the columns of a program what a quantisation of more rows left, and bring their counts up to date."""
     tl.static_assert(BLOCKS % 32 == 0, "programs must not share a count, which is of 32 columns")
-    rows = tl.num_programs(0)
     TILE_ROWS: tl.constexpr = 128 if LAYOUT == 0 else 8 if LAYOUT == 1 else 1
     most, least = rows, rows
     for i in tl.static_range(BLOCKS // 32):
@@ -324,7 +324,7 @@ def _clear_below(scales, counts, first_row, col, inside, cols, col_tiles, LAYOUT
         tl.debug_barrier()  # every warp has to have read before one of them writes
         # A count that somebody else overwrote must not lead beyond the buffer.
         for below in range(rows, tl.minimum(most, tl.cdiv(rows, TILE_ROWS) * TILE_ROWS)):
-            at = scales + scale_offset(first_row + below, col, col_tiles, LAYOUT)  # first_row is 0, as a tensor
+            at = scales + scale_offset(tl.full((), below, tl.int32), col, col_tiles, LAYOUT)
             tl.store(at, tl.zeros((BLOCKS,), tl.uint8), mask=inside)
         for i in tl.static_range(BLOCKS // 32):
             group = tl.program_id(1) * (BLOCKS // 32) + i
@@ -359,7 +359,7 @@ def quantize(
     tiling = tiling_for(rows, cols, rows * cols > _FEW_BLOCKS and takes_words(x))
     dependent = dependent_launch(x.device)
     with device_of(x):
-        _quantize[(rows, -(-cols // tiling.blocks))](
+        _quantize[(rows + (counts is not None), -(-cols // tiling.blocks))](
             x,
             global_scale,
             x_fp4,
@@ -374,7 +374,6 @@ def quantize(
             BLOCKS=tiling.blocks,
             WORDS=tiling.words,
             DEPENDENT=bool(dependent),
-            TRIGGER_FIRST=tiling.trigger_first,
             num_warps=4,
             enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
             **dependent,
@@ -387,13 +386,10 @@ class Tiling(NamedTuple):
     Attributes:
         blocks: of 16 columns a program.
         words: whole blocks in a lane, two columns in a register.
-        trigger_first: let the next kernel launch at once, rather than when this one has loaded: the next one's programs then
-            take room of this one's, which pays as long as there is enough.
     """
 
     blocks: int
     words: bool
-    trigger_first: bool
 
 
 _FEW_BLOCKS = 4096
@@ -409,8 +405,8 @@ def tiling_for(rows: int, cols: int, words: bool) -> Tiling:
         words: what :func:`takes_words` says.
     """
     if rows * cols <= _FEW_BLOCKS:
-        return Tiling(32, words=False, trigger_first=True)
-    return Tiling(128 if words else 64, words=words, trigger_first=False)
+        return Tiling(32, words=False)
+    return Tiling(128 if words else 64, words=words)
 
 
 def takes_words(x: Tensor) -> bool:
