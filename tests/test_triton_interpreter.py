@@ -1,6 +1,6 @@
-"""The Triton kernels on the CPU, in Triton's interpreter: tests/gpu/test_kernels.py over smaller shapes.
+"""The Triton kernels on the CPU, in Triton's interpreter: the tests of tests/gpu over smaller shapes.
 
-TRITON_INTERPRET must be set before triton is imported, so each class of that file runs in a process of its own.
+TRITON_INTERPRET must be set before triton is imported, so each class runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parent / "gpu" / "test_kernels.py"
-CLASSES = ("TestLayout", "TestQuantize", "TestCompact", "TestZeroPadding", "TestInKernel", "TestMm")
+FOLDER = Path(__file__).parent / "gpu"
+DENSE = ("TestLayout", "TestQuantize", "TestCompact", "TestZeroPadding", "TestInKernel", "TestMm")
+CLASSES = dict.fromkeys(DENSE, "test_kernels.py") | {"TestGrouped": "test_grouped_kernels.py"}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,8 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
     options = ("-q", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
     started = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, f"{KERNELS}::{name}"],
-            cwd=KERNELS.parents[2],
+            [sys.executable, "-m", "pytest", *options, f"{FOLDER / CLASSES[name]}::{name}"],
+            cwd=FOLDER.parents[1],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,6 +45,6 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
 def test_in_the_interpreter(name: str, processes: dict[str, subprocess.Popen[str]]) -> None:
     output, _ = processes[name].communicate(timeout=600)
     if processes[name].returncode:
-        pytest.fail(f"{name} of {KERNELS.name} with TRITON_INTERPRET=1:\n{output}", pytrace=False)
+        pytest.fail(f"{name} of {CLASSES[name]} with TRITON_INTERPRET=1:\n{output}", pytrace=False)
     if " passed" not in output:
         pytest.skip(output.strip().splitlines()[-2])  # the reason, from pytest's summary

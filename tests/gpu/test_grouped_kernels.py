@@ -1,0 +1,220 @@
+"""The kernels for routed rows against their plain-torch twins: every byte of data, scales and record.
+
+Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, as test_kernels.py does.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from safealloc.kernels import reference_grouped, triton_grouped
+from safealloc.layout import SfLayout
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device of compute capability 8.9 or more"),
+    ]
+)
+
+GUARD = 64
+"""Bytes behind each output that nobody may touch."""
+SHAPES = (
+    ((6, 40, 80), (1, 30, 528)) if INTERPRETED else ((6, 40, 80), (1, 300, 528), (100, 700, 1040), (256, 512, 2048))
+)
+STEPS = 6 if INTERPRETED else 40
+
+layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+shapes = pytest.mark.parametrize(("experts", "most", "k"), SHAPES)
+
+
+@dataclass
+class Routing:
+    """Rows of each expert, and the offsets that follow."""
+
+    counts: list[int]
+    layout: SfLayout
+
+    def __post_init__(self) -> None:
+        tile = self.layout.tile.rows
+        counts = torch.tensor(self.counts)
+        self.expert_offsets = self.sums(counts)
+        self.blockscale_offsets = self.sums((counts + tile - 1) // tile * tile)
+
+    def sums(self, counts: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32).to(DEVICE)
+
+
+class Buffer:
+    """Scales and record, with bytes behind each that nobody may touch."""
+
+    def __init__(self, experts: int, most: int, k: int, layout: SfLayout) -> None:
+        padded_rows, padded_cols = layout.padded_shape(layout.grouped_rows(most, experts), k)
+        self.memory = torch.zeros(padded_rows * padded_cols + GUARD, dtype=torch.uint8, device=DEVICE)
+        self.scales = self.memory[:-GUARD].view(padded_rows, padded_cols)
+        self.noted = torch.zeros(most + GUARD, dtype=torch.int32, device=DEVICE)
+        self.record = self.noted[:-GUARD]
+
+    def check(self, other: Buffer, what: str) -> None:
+        assert torch.equal(self.memory, other.memory), f"{what}: scales"
+        assert torch.equal(self.noted, other.noted), f"{what}: record"
+
+
+class TestGrouped:
+    def draw(self, layout: SfLayout, experts: int, most: int, step: int) -> tuple[int, Routing, torch.Generator]:
+        """Even, skewed and one-sided routings, some with rows that are routed nowhere."""
+        rng = torch.Generator().manual_seed(zlib.crc32(repr((layout, experts, most, step)).encode()))
+        rows = int(torch.randint(1, most + 1, (1,), generator=rng))
+        routed = int(torch.randint(0, rows + 1, (1,), generator=rng)) if step % 4 == 0 else rows
+        chosen = torch.randint(0, experts, (routed,), generator=rng)
+        if step % 3 == 1:
+            chosen = chosen**3 // experts**2
+        elif step % 3 == 2:
+            chosen = chosen * 0 + step % experts
+        return rows, Routing(torch.bincount(chosen, minlength=experts).tolist(), layout), rng
+
+    @layouts
+    @shapes
+    @pytest.mark.parametrize("silu_and_mul", [False, True], ids=["quantize", "silu_and_mul"])
+    def test_a_sequence_of_routings(
+        self, layout: SfLayout, experts: int, most: int, k: int, silu_and_mul: bool
+    ) -> None:
+        """One buffer through calls of ever other rows, routing, dtype and dead rows."""
+        ours, theirs = (Buffer(experts, most, k, layout) for _ in range(2))
+        for step in range(STEPS):
+            rows, routing, rng = self.draw(layout, experts, most, step)
+            x = torch.randn(rows, 2 * k if silu_and_mul else k, generator=rng) * 3
+            x[int(torch.randint(0, rows, (1,), generator=rng))] = (float("nan"), float("inf"), 0.0)[step % 3]
+            x = x.to(torch.bfloat16 if step % 2 else torch.float16).to(DEVICE)
+            global_scales = (torch.rand(experts, generator=rng) * 100).to(DEVICE)
+            valid_rows = torch.tensor([rows // 2], dtype=torch.int32, device=DEVICE) if step % 3 == 0 else None
+            row_tokens = torch.randperm(rows, generator=rng).int().to(DEVICE) if step % 6 == 0 else None
+            results = []
+            for kernel, buffer in ((triton_grouped.quantize, ours), (reference_grouped.quantize, theirs)):
+                data = torch.full((rows * k // 2 + GUARD,), 0xEE, dtype=torch.uint8, device=DEVICE)
+                kernel(
+                    x,
+                    global_scales,
+                    data[:-GUARD].view(rows, k // 2),
+                    buffer.scales,
+                    layout,
+                    buffer.record,
+                    routing.expert_offsets,
+                    routing.blockscale_offsets,
+                    valid_rows,
+                    row_tokens,
+                    silu_and_mul,
+                )
+                results.append(data)
+            assert torch.equal(*results), f"step {step}: data"
+            ours.check(theirs, f"step {step}")
+
+    @layouts
+    @shapes
+    def test_cleaning_beside_another_producer(self, layout: SfLayout, experts: int, most: int, k: int) -> None:
+        """The other one writes real scales only; cleaned before or after it, the buffer is the quantiser's."""
+        ours, theirs = (Buffer(experts, most, k, layout) for _ in range(2))
+        for step in range(STEPS):
+            rows, routing, rng = self.draw(layout, experts, most, step)
+            x = torch.randn(rows, k, generator=rng).bfloat16().to(DEVICE)
+            global_scales = torch.ones(experts, device=DEVICE)
+            offsets = routing.expert_offsets, routing.blockscale_offsets
+            data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
+
+            def clean(rows: int = rows, offsets: tuple[Tensor, Tensor] = offsets) -> None:
+                triton_grouped.clean(ours.scales, layout, k, ours.record, *offsets, rows)
+
+            if step % 2:
+                clean()
+            triton_grouped.quantize(x, global_scales, data, ours.scales, layout, None, *offsets)
+            if step % 2 == 0:
+                clean()
+            reference_grouped.quantize(x, global_scales, data, theirs.scales, layout, theirs.record, *offsets)
+            ours.check(theirs, f"step {step}")
+            assert ours.scales.any() or not sum(routing.counts)
+
+    def test_without_a_record_nothing_is_cleaned(self) -> None:
+        layout, k = SfLayout.layout_8x4, 80
+        buffer = Buffer(2, 8, k, layout)
+        x, one = torch.ones(8, k, dtype=torch.bfloat16, device=DEVICE), torch.ones(2, device=DEVICE)
+        data = torch.empty(8, k // 2, dtype=torch.uint8, device=DEVICE)
+        for counts, scales in (([5, 3], 8), ([1, 0], 8)):
+            routing = Routing(counts, layout)
+            offsets = routing.expert_offsets, routing.blockscale_offsets
+            triton_grouped.quantize(x, one, data, buffer.scales, layout, None, *offsets)
+            assert int((buffer.scales != 0).sum()) == scales * 5
+        assert not buffer.noted.any()
+        triton_grouped.clean(buffer.scales, layout, k, buffer.record, *offsets, 8)
+        assert buffer.record[:8].tolist() == [1] + 7 * [-1]
+
+    @layouts
+    def test_offsets_that_contradict_the_buffer_write_nothing_beyond_it(self, layout: SfLayout) -> None:
+        experts, rows, k = 4, 12, 80
+        ours, theirs = (Buffer(experts, rows, k, layout) for _ in range(2))
+        x = torch.ones(rows, k, dtype=torch.bfloat16, device=DEVICE)
+        global_scales = torch.ones(experts, device=DEVICE)
+        expert_offsets = torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32, device=DEVICE)
+        beyond = torch.tensor(
+            [0, 1 << 20, (1 << 20) + 512, (1 << 30), (1 << 30) + 512], dtype=torch.int32, device=DEVICE
+        )
+        for kernel, buffer in ((triton_grouped.quantize, ours), (reference_grouped.quantize, theirs)):
+            data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
+            kernel(x, global_scales, data, buffer.scales, layout, buffer.record, expert_offsets, beyond)
+            assert data[:3].any()
+            assert not data[3:].any()
+        ours.check(theirs, "offsets beyond the buffer")
+        assert ours.record[:rows].tolist() == [1, 2, 3] + 9 * [-1]
+
+    def test_a_record_that_somebody_else_wrote_leads_nowhere_else(self) -> None:
+        layout, experts, rows, k = SfLayout.layout_128x4, 2, 4, 80
+        buffer = Buffer(experts, rows, k, layout)
+        buffer.record.copy_(torch.tensor([1 << 30, -(1 << 30), 257, 256], dtype=torch.int32))
+        routing = Routing([2, 2], layout)
+        triton_grouped.clean(
+            buffer.scales, layout, k, buffer.record, routing.expert_offsets, routing.blockscale_offsets, rows
+        )
+        assert not buffer.memory.any()
+        assert buffer.noted[:rows].tolist() == [1, 2, 129, 130]
+        assert not buffer.noted[rows:].any()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    def test_silu_of_every_value(self, dtype: torch.dtype) -> None:
+        """Each bit pattern as a gate, against the reference; and the reference against PyTorch."""
+        step = 37 if INTERPRETED else 1
+        gate = torch.arange(0, 1 << 16, step, dtype=torch.int32).to(torch.int16).view(dtype)
+        gate = gate[: len(gate) // 16 * 16].view(1, -1)
+        if not INTERPRETED:
+            gate = gate.view(256, -1)
+        rows, k = gate.shape
+        x = torch.cat([gate, torch.full_like(gate, 1.5)], 1).contiguous().to(DEVICE)
+        routing = Routing([rows], SfLayout.layout_linear)
+        one, results = torch.ones(1, device=DEVICE), []
+        for kernel in (triton_grouped.quantize, reference_grouped.quantize):
+            data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
+            scales = torch.zeros(rows, k // 16, dtype=torch.uint8, device=DEVICE)
+            offsets = routing.expert_offsets, routing.blockscale_offsets
+            kernel(x, one, data, scales, SfLayout.layout_linear, None, *offsets, None, None, True)
+            results.append((data, scales))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        ours = reference_grouped.multiply(x).float()
+        exact = torch.nn.functional.silu(gate.double()) * 1.5
+        finite = exact.to(dtype).isfinite() & (exact.abs() > 1e-30)
+        error = (ours.cpu().double() - exact).abs()[finite] / exact.abs()[finite]
+        steps = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-10
+        normal = exact.abs()[finite] > torch.finfo(dtype).tiny
+        assert float(error[normal].max()) < steps
