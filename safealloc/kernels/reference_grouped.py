@@ -6,7 +6,8 @@ nowhere. Both are vLLM's (``get_cutlass_moe_mm_data``).
 
 A buffer's record has a number for each row of the last step: the scale row it was put in, counted from 1, or -1 if it was
 routed nowhere; behind the last of them it is 0. Real scales are what the record names, and every other byte is zero: a step
-clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronises.
+clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronises, nor copies
+from the host.
 
 The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantised, as vLLM's. No
 two libraries agree on the last bit of an exponential, so that this one is spelled out: sums, products and a division in
@@ -99,8 +100,9 @@ def clean(
     _, place = places(rows, expert_offsets, blockscale_offsets, padded_rows)
     real = torch.zeros(padded_rows + 1, dtype=torch.bool, device=scales.device)  # the last: nowhere
     stale = real.clone()
-    real[torch.where(place < 0, padded_rows, place)] = True
-    stale[torch.where((record < 1) | (record > padded_rows), padded_rows, record - 1)] = True
+    real.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
+    known = (record >= 1) & (record <= padded_rows)
+    stale.index_fill_(0, torch.where(known, record - 1, padded_rows).long(), True)
     cleared = (stale & ~real)[:padded_rows, None]
     offsets = layout.offsets(padded_rows, k, scales.device, padded_k=padded_cols * BLOCK_SIZE)
     flat = scales.view(-1)

@@ -112,7 +112,7 @@ class MoeLayer:
         logical = LAYOUT.logical(whole, padded_rows, k)
         expert, place = places(data.shape[0], expert_offsets, blockscale_offsets, padded_rows)
         real = torch.zeros(padded_rows + 1, dtype=torch.bool, device=data.device)
-        real[torch.where(place < 0, padded_rows, place)] = True
+        real.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
         outside = logical.clone()
         outside[:, : k // 16].masked_fill_(real[:-1, None], 0)
         self.stale += outside.count_nonzero()

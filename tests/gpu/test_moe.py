@@ -207,8 +207,9 @@ def test_a_quantisation_is_one_node(pool):
     x = torch.randn(64, HIDDEN, device="cuda").bfloat16()
     one = torch.ones(EXPERTS, device="cuda")
     offsets = torch.arange(0, 4 * EXPERTS + 1, 4, dtype=torch.int32, device="cuda")
-    nvfp4_quantize_grouped(x, one, offsets, 32 * offsets, pool=pool)
+    tiles = 32 * offsets
+    nvfp4_quantize_grouped(x, one, offsets, tiles, pool=pool)
     with capture(pool=pool) as graph:
-        nvfp4_quantize_grouped(x, one, offsets, 32 * offsets, pool=pool)
+        nvfp4_quantize_grouped(x, one, offsets, tiles, pool=pool)
     assert pool.graph_report(graph).nodes == {"kernel": 1}
     assert pool.graph_report(graph).buffers == (ScaleSpec.grouped(64, HIDDEN, LAYOUT, EXPERTS),)
