@@ -19,7 +19,7 @@ bound by instructions where none converts to e2m1: there a lane has whole blocks
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -357,7 +357,6 @@ def quantize(
     rows, k = x.shape
     cols = k // BLOCK_SIZE
     tiling = tiling_for(rows, cols, rows * cols > _FEW_BLOCKS and takes_words(x))
-    dependent = dependent_launch(x.device)
     with device_of(x):
         _quantize[(rows + (counts is not None), -(-cols // tiling.blocks))](
             x,
@@ -367,17 +366,30 @@ def quantize(
             valid_rows,
             counts,
             cols,
-            scales.shape[-1] // layout.tile.cols,
-            LAYOUT=int(layout),
-            HARDWARE_E2M1=x.is_cuda and converts_e2m1(x.device.index),
-            HARDWARE_E4M3=x.is_cuda,
-            BLOCKS=tiling.blocks,
-            WORDS=tiling.words,
-            DEPENDENT=bool(dependent),
-            num_warps=4,
-            enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
-            **dependent,
+            scales.shape[-1] // _TILE_COLS[layout],
+            **_options(x.device, layout, tiling),
         )
+
+
+_TILE_COLS = {layout: layout.tile.cols for layout in SfLayout}
+
+
+@functools.cache
+def _options(device: torch.device, layout: SfLayout, tiling: Tiling) -> dict[str, Any]:
+    """Constants and options of a launch, put together once: an eager call waits for the host."""
+    dependent = dependent_launch(device)
+    on_cuda = device.type == "cuda"
+    return {
+        "LAYOUT": int(layout),
+        "HARDWARE_E2M1": on_cuda and converts_e2m1(device.index),
+        "HARDWARE_E4M3": on_cuda,
+        "BLOCKS": tiling.blocks,
+        "WORDS": tiling.words,
+        "DEPENDENT": bool(dependent),
+        "num_warps": 4,
+        "enable_fp_fusion": False,  # a product and a sum fused would round once where the reference rounds twice
+        **dependent,
+    }
 
 
 class Tiling(NamedTuple):
