@@ -174,7 +174,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument(
         "part",
         nargs="?",
-        choices=("quantize", "decode", "host", "all"),
+        choices=("quantize", "decode", "host", "moe", "all"),
         default="all",
         metavar="PART",
         help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "

@@ -352,7 +352,28 @@ HOST = {
     "not_measured": {"nvfp4_linear": "triton is not installed"},
     "targets": TARGETS,
 }
-MADE_UP = {"quantize": QUANTIZE, "decode": DECODE, "host": HOST}
+MOE = {
+    "experts": 256,
+    "topk": 8,
+    "rows": [
+        {
+            "batch": 16,
+            "rows": 128,
+            "k": k,
+            "silu_and_mul": silu,
+            "routing": "uniform",
+            "peers": {
+                "quantisation alone": {"us": 2.0, "quartiles": [2.0, 2.0], "ratio_to_alone": 1.0},
+                "pool": {"us": 2.14, "quartiles": [2.0, 2.2], "ratio_to_alone": 1.07},
+            },
+        }
+        for k, silu in ((7168, False), (2048, True))
+    ],
+    "memory": [{"k": 7168, "batch": 16, "vLLM's size, zeroed": 1 << 29, "pool": 1 << 23, "pool's record": 2048}],
+    "not_measured": {},
+    "targets": TARGETS,
+}
+MADE_UP = {"quantize": QUANTIZE, "decode": DECODE, "host": HOST, "moe": MOE}
 
 
 def printed_lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -412,6 +433,15 @@ class TestCommand:
         assert ["first:", "times", "1.05", "1.0312", "yes"] in lines
         assert ["second:", "times", "2.2", "-", "NO"] in lines
         assert ["vLLM's", "emulation:", "not", "measured,", "vllm", "is", "not", "installed"] in lines
+
+    def test_moe_is_printed(self, measurable, capsys):
+        assert main(["bench", "moe"]) == 0
+        out = capsys.readouterr().out
+        lines = [line.split() for line in out.splitlines()]
+        assert lines.count(["16", "uniform", "2.00", "2.14", "1.07"]) == 2
+        assert ["7168", "16", "524288", "8192", "2"] in lines
+        assert "Quantisation of 8 rows a token, routed to 256 experts, k 7168" in out
+        assert "SiLU, mul and quantisation" in out
 
     def test_host_is_printed(self, measurable, capsys):
         assert main(["bench", "host"]) == 0

@@ -16,7 +16,7 @@ from safealloc.bench import summary
 from safealloc.default_pool import default_pool
 from safealloc.integrations.vllm.allocator import allocator
 
-PICTURES = ["bench-quantize.png", "bench-decode.png", "bench-memory.png", "bench-host.png"]
+PICTURES = ["bench-quantize.png", "bench-decode.png", "bench-memory.png", "bench-host.png", "bench-moe.png"]
 ROWS, KS = (1, 2, 4, 8, 16, 32), (2048, 4096, 8192, 28672)
 BATCHES = (1, 4, 64)
 MODELS = ("DeepSeek-R1 without routed experts", "Llama 3.1 8B", "Llama 3.3 70B", "Qwen3 32B", "5th", "6th", "7th")
@@ -59,6 +59,14 @@ def step(batch: int) -> dict:
     return {"batch": batch, "peers": peers}
 
 
+def routed(batch: int, k: int, routing: str) -> dict:
+    alone = 1.3 + batch / 15
+    over = {"pool": 1.05, "right-sized, zeroed": 2, "vLLM's size, zeroed": 90, "quantisation alone": 1}
+    peers = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
+    peers["pool, cleaned by a kernel of its own"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
+    return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "peers": peers}
+
+
 RESULT = {
     "device": "cuda:0",
     "device_name": "NVIDIA H200",
@@ -71,6 +79,14 @@ RESULT = {
         ]
     },
     "host": {"calls": {name: spread(us) for name, us in HOST.items()}},
+    "moe": {
+        "experts": 256,
+        "topk": 8,
+        "rows": [
+            routed(2**exponent, k, routing)
+            for k, exponent, routing in itertools.product((7168, 2048), range(9), ("uniform", "skewed"))
+        ],
+    },
     "memory": [
         {"sizes": 51, "largest": 512, "bars": {"pool": 30 << 20, "pool, compact": 3 << 20, "per call": 900_000}},
         {"sizes": 83, "largest": 1024, "bars": {"pool": 88 << 20, "pool, compact": 10 << 20, "per call": 1 << 21}},
@@ -110,7 +126,7 @@ class TestPictures:
             assert 500 < height < 1300
         assert plots.plt.get_fignums() == []
 
-    @pytest.mark.parametrize("missing", ["quantize", "decode", "memory", "host"])
+    @pytest.mark.parametrize("missing", ["quantize", "decode", "memory", "host", "moe"])
     def test_a_part_that_is_missing_is_left_out(self, plots, tmp_path, missing):
         written = plots.draw({part: found for part, found in RESULT.items() if part != missing}, tmp_path)
         assert [path.name for path in written] == [name for name in PICTURES if name != f"bench-{missing}.png"]
@@ -120,6 +136,7 @@ class TestPictures:
             "quantize": {"few_rows": [quantisation(1, 4096, "8x4"), quantisation(1, 2048, "128x4")]},
             "decode": {"models": []},
             "host": {"calls": {}},
+            "moe": {"rows": []},
             "memory": [],
         }
         assert plots.draw(empty, tmp_path) == []
@@ -127,7 +144,16 @@ class TestPictures:
 
     @pytest.mark.parametrize(
         ("picture", "models"),
-        [("quantize", 0), ("memory", 0), ("host", 0), ("decode", 1), ("decode", 2), ("decode", 5), ("decode", 7)],
+        [
+            ("quantize", 0),
+            ("memory", 0),
+            ("host", 0),
+            ("moe", 0),
+            ("decode", 1),
+            ("decode", 2),
+            ("decode", 5),
+            ("decode", 7),
+        ],
     )
     def test_no_text_is_clipped_and_none_lies_on_another(self, plots, picture, models):
         """Nor does the legend lie on a panel."""

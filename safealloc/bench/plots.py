@@ -43,6 +43,20 @@ LOOKS = {
 }
 """How a peer is drawn. Colours differ for the colour-blind too, and markers where colours do not."""
 
+_MOE_LOOKS: dict[str, dict[str, Any]] = {
+    "pool": LOOKS["pool"],
+    "pool, cleaned by a kernel of its own": {
+        "color": "#3f5fc4",
+        "marker": "v",
+        "zorder": 3,
+        "label": "pool, cleaned by a kernel of its own",
+    },
+    "right-sized, zeroed": {"color": "#eba52e", "marker": "D", "zorder": 3, "label": "right-sized, torch.zeros"},
+    "vLLM's size, zeroed": {"color": "#a8281e", "marker": "^", "zorder": 3, "label": "vLLM's size, torch.zeros"},
+    "quantisation alone": LOOKS["empty"] | {"label": "quantisation alone (unsafe)"},
+}
+"""The same for rows routed to experts."""
+
 _OTHER_MARKERS = "P*<>h"  # for peers that are not in LOOKS
 _KS = (4096, 8192, 28672)
 _EMPTY_NODE = "empty kernel"
@@ -54,7 +68,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Draw a picture of each part that is there.
 
     Args:
-        result: what ``safealloc bench --json`` writes; any of "quantize", "decode", "host" and "memory" may be missing.
+        result: what ``safealloc bench --json`` writes; any of "quantize", "decode", "host", "moe" and "memory" may be
+            missing.
         folder: where to write; made if it is not there.
 
     Returns:
@@ -65,6 +80,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         "bench-decode.png": decode,
         "bench-memory.png": memory,
         "bench-host.png": host,
+        "bench-moe.png": moe,
     }
     written = []
     for name, drawn_by in pictures.items():
@@ -198,6 +214,32 @@ def host(result: dict[str, Any]) -> plt.Figure | None:
     axes.set_axisbelow(True)
     handles = {kinds[one][0]: bars[ours.index(one)] for one in (True, False) if one in ours}
     return _finish(figure, "What a call costs the host", handles, result)
+
+
+def moe(result: dict[str, Any]) -> plt.Figure | None:
+    """Latency of a quantisation of routed rows against tokens, one panel a k; ``None`` where it was not measured."""
+    rows = [row for row in result.get("moe", {}).get("rows", ()) if row["routing"] == "uniform"]
+    ks = list(dict.fromkeys(row["k"] for row in rows))
+    if not ks:
+        return None
+    style()
+    figure, panels = plt.subplots(1, len(ks), figsize=(max(4.6 * len(ks), 7), 4.6), sharey=True, squeeze=False)
+    peers = {name: look for name, look in _MOE_LOOKS.items() if any(name in row["peers"] for row in rows)}
+    handles: dict[str, Any] = {}
+    for axes, k in zip(panels[0], ks, strict=True):
+        of_k = sorted((row for row in rows if row["k"] == k), key=lambda row: int(row["batch"]))
+        for name, look in peers.items():
+            points = [(row["batch"], row["peers"][name]) for row in of_k if name in row["peers"]]
+            handles[look["label"]] = _line(axes, points, look)
+        _log2(axes, [row["batch"] for row in of_k])
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        fused = ", after SiLU and mul" if of_k[0]["silu_and_mul"] else ""
+        axes.set_title(f"k = {k}{fused}", loc="left")
+    panels[0][0].set_ylabel("GPU time of a quantisation (µs)")
+    panels[0][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    title = f"Quantising rows routed to {result['moe']['experts']} experts, {result['moe']['topk']} a token"
+    return _finish(figure, title, handles, result)
 
 
 # --- parts of a picture -----------------------------------------------------------------------------------------------

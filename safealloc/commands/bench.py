@@ -20,7 +20,7 @@ from safealloc.checks import checked_device
 from safealloc.commands import doctor, plan, report, repro_replay
 from safealloc.layout import ScaleSpec, SfLayout
 
-PARTS = ("quantize", "decode", "host")
+PARTS = ("quantize", "decode", "host", "moe")
 """Modules of ``safealloc.bench`` whose ``run`` measures one."""
 
 Tell = Callable[[str, str, float], None]
@@ -254,6 +254,31 @@ def _show_host(found: Mapping[str, Any], out: Console) -> None:
     _show_rest(found, out)
 
 
+def _show_moe(found: Mapping[str, Any], out: Console) -> None:
+    names = _names(row["peers"] for row in found["rows"])
+    for k in dict.fromkeys(row["k"] for row in found["rows"]):
+        of_k = [row for row in found["rows"] if row["k"] == k]
+        rows = [
+            (
+                str(row["batch"]),
+                row["routing"],
+                *_microseconds(row["peers"], names),
+                f"{row['peers']['pool']['ratio_to_alone']:.2f}",
+            )
+            for row in of_k
+        ]
+        what = "SiLU, mul and quantisation" if of_k[0]["silu_and_mul"] else "Quantisation"
+        title = (
+            f"{what} of {found['topk']} rows a token, routed to {found['experts']} experts, k {k}: microseconds a call"
+        )
+        _table(out, title, ("tokens", "routing", *names, "pool / alone"), rows)
+    held = found["memory"]
+    names = [name for name in _names(held) if name not in ("k", "batch")]
+    rows = [(str(row["k"]), str(row["batch"]), *(_kibibytes(row[name]) for name in names)) for row in held]
+    _table(out, "KiB of scales held for all batches", ("k", "tokens", *names), rows)
+    _show_rest(found, out)
+
+
 def _show_rest(found: Mapping[str, Any], out: Console) -> None:
     """What was not measured and why, and the targets."""
     for name, reason in found["not_measured"].items():
@@ -301,4 +326,5 @@ _SHOW: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "quantize": _show_quantize,
     "decode": _show_decode,
     "host": _show_host,
+    "moe": _show_moe,
 }

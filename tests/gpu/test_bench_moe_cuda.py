@@ -1,0 +1,34 @@
+"""``safealloc bench moe`` on a GPU, over few shapes; nothing is asserted of how long anything takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+        reason="needs a CUDA device of compute capability 8.9 or more",
+    ),
+]
+
+
+def test_every_peer_is_measured_at_every_shape():
+    pytest.importorskip("triton", reason="it launches the kernels")
+    from safealloc.bench import moe
+
+    extent = moe.Extent((1, 5), 16, 4, ((528, False), (272, True)), calls=4, rounds=3, replays=1)
+    told = []
+    result = moe.measure(torch.device("cuda", 0), extent, lambda what, done: told.append(done))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    shapes = [(row["k"], row["batch"], row["routing"]) for row in result["rows"]]
+    assert shapes == [(k, batch, routing) for k in (528, 272) for batch in (1, 5) for routing in moe.ROUTINGS]
+    for row in result["rows"]:
+        assert set(row["peers"]) == {moe.ALONE, moe.VLLM, moe.RIGHT_SIZED, moe.POOL, moe.CLEANED}
+        for found in row["peers"].values():
+            assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 10_000
+        assert row["peers"][moe.ALONE]["ratio_to_alone"] == 1
+    assert len(result["targets"]) == 3
+    assert all(target["reached"] is not None for target in result["targets"])
