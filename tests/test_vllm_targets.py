@@ -35,6 +35,36 @@ OUTPUTS = """
         output_scale = create_fp4_scale_tensor(m, physical_n, device, is_sf_swizzled_layout)
         return output, output_scale
 """
+EXPERTS = """
+    def scaled_fp4_experts_quant(input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk):
+        assert not current_platform.is_rocm()
+        assert input_tensor.ndim == 2, f"input.ndim needs to be == 2, but got {input_tensor.ndim}."
+        MAX_TOKENS_PER_EXPERT = envs.VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE
+        m_numtopk, k = input_tensor.shape
+        assert m_numtopk <= MAX_TOKENS_PER_EXPERT * topk, (
+            f"m_numtopk must be less than MAX_TOKENS_PER_EXPERT("
+            f"{MAX_TOKENS_PER_EXPERT})"
+            f" for cutlass_moe_fp4, observed m_numtopk = {m_numtopk}. Use"
+            f" VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE to set this value."
+        )
+        scales_k = k // 16
+        padded_k = (scales_k + (4 - 1)) // 4
+        output = torch.empty(m_numtopk, k // 2, device=input_tensor.device, dtype=torch.uint8)
+        output_scales = torch.empty(
+            MAX_TOKENS_PER_EXPERT * topk, padded_k, dtype=torch.int32, device=input_tensor.device
+        )
+        torch.ops._C.scaled_fp4_experts_quant(
+            output, output_scales, input_tensor, input_global_scale, expert_offsets, blockscale_offsets
+        )
+        output_scales = output_scales.view(torch.float8_e4m3fn)
+        return output, output_scales
+"""
+SILU_EXPERTS = EXPERTS.replace("scaled_fp4", "silu_and_mul_scaled_fp4").replace(
+    "m_numtopk, k = input_tensor.shape",
+    """m_numtopk, k_times_2 = input_tensor.shape
+        assert k_times_2 % 2 == 0, "input width must be even (gate || up layout)"
+        k = k_times_2 // 2""",
+)
 FLASHINFER = """
     if has_flashinfer():
         @torch.library.custom_op("vllm::flashinfer_mm_fp4", mutates_args=[], device_types="cuda")
@@ -62,7 +92,7 @@ WORKER = """
 def stand_in() -> dict[str, str]:
     """The sources of a small vLLM that every hook fits, by module."""
     sources = {
-        targets.SCALES.module: textwrap.dedent(SCALES) + textwrap.dedent(OUTPUTS),
+        targets.SCALES.module: "".join(map(textwrap.dedent, (SCALES, OUTPUTS, EXPERTS, SILU_EXPERTS))),
         targets.MM.module: textwrap.dedent(FLASHINFER),
         targets.ATTENTION_FUSION.module: "class AttnQuantFusionPass(VllmPatternMatcherPass): ...\n",
         targets.MLA_FUSION.module: "class MLAAttnQuantFusionPass(VllmPatternMatcherPass): ...\n",
@@ -127,6 +157,22 @@ def test_another_body_is_left_alone_where_the_hook_writes_it_anew(old, new):
     found = changed(targets.OUTPUTS, old, new)
     assert found.status == "changed"
     assert re.fullmatch(r"its body is not one that is known \([0-9a-f]{10}\)", found.detail)
+
+
+@pytest.mark.parametrize("target", [targets.EXPERTS, targets.SILU_EXPERTS], ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("blockscale_offsets, topk)", "blockscale_offsets, n_experts, topk)", "its parameters are (input_tensor, "),
+        (" // 4\n", " // 8\n", "its body is not one that is known ("),
+        ("torch.empty(\n", "torch.zeros(\n", "its body is not one that is known ("),
+        ("expert_offsets, blockscale_offsets\n", "expert_offsets, None\n", "its body is not one that is known ("),
+    ],
+)
+def test_another_expert_quantiser_is_left_alone(target, old, new, says):
+    found = changed(target, old, new)
+    assert (found.status, found.attribute) == ("changed", target.name)
+    assert found.detail.startswith(says)
 
 
 @pytest.mark.parametrize(

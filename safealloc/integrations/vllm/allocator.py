@@ -1,7 +1,8 @@
 """Which of vLLM's calls get a pool buffer.
 
 A call is answered at run time, since compiled code serves all batch sizes: with a pool buffer for a step that a CUDA graph
-may hold, with vLLM's own allocation for everything else.
+may hold, with vLLM's own allocation for everything else. For rows routed to experts, vLLM allocates as for the most tokens
+there could ever be, and nobody zeroes that: there, everything else is as large as it has to be, and zeroed at each call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.default_pool import default_pool
 from safealloc.errors import SafeAllocError
+from safealloc.grouped import clean_grouped_scales
 from safealloc.layout import BLOCK_SIZE, SfLayout
 from safealloc.linear import MAX_ROWS_8X4
 from safealloc.pool import ScalePool
@@ -68,6 +70,11 @@ class Steps:
             rows |= {part for size in rows for part in (size // 2, size - size // 2) if part}
         return cls(tuple(sorted(rows)), max_rows_wanted() or most, copies)
 
+    @property
+    def most_rows(self) -> int:
+        """Tokens of the largest step that is prepared for: a captured one, if there are any."""
+        return min(max(self.rows, default=self.max_rows), self.max_rows)
+
 
 def max_rows_wanted() -> int | None:
     """``SAFEALLOC_MAX_ROWS``, if it is a number."""
@@ -91,6 +98,7 @@ class Sites:
 
 
 _Site = tuple[int, SfLayout, int | None]  # n, layout, padded_n
+_ExpertSite = tuple[int, int, int]  # k, experts, experts a token
 
 
 @dataclass
@@ -100,12 +108,14 @@ class _StartUp:
     Attributes:
         live: tensors of vLLM's own that a site was given, while somebody holds them.
         copies: buffers of a site that are reserved for each captured batch size.
+        experts: sites of expert quantisers, for each of which one buffer a micro-batch is reserved.
         passes: captured steps: how often a site was served (``None``), or bypassed and why.
         pass_of: the step of a forward context.
     """
 
     live: dict[_Site, list[StorageWeakRef]] = field(default_factory=dict)
     copies: Counter[_Site] = field(default_factory=Counter)
+    experts: set[_ExpertSite] = field(default_factory=set)
     passes: list[Counter[str | None]] = field(default_factory=list)
     pass_of: dict[int, tuple[Callable[[], Any], Counter[str | None]]] = field(default_factory=dict)
 
@@ -178,7 +188,7 @@ class Allocator:
                 pool = self._pool(device)
                 tensor = pool.acquire(m, n, _128x4, padded_k=padded_n).view(torch.int32)
                 if self._watching and pool.misses != self._misses:
-                    self._grew(pool, m, n, _128x4)
+                    self._grew(pool, f"{m} rows, k={n}, {_128x4.name}")
             except Exception as error:
                 bypassed = self._fail(error)
         if bypassed is not None:
@@ -206,7 +216,7 @@ class Allocator:
                 pool = self._pool(a.device)
                 data, tensor = nvfp4_quantize(a.contiguous(), a_global_sf, layout=_8x4, pool=pool)
                 if self._watching and pool.misses != self._misses:
-                    self._grew(pool, m, n, _8x4)
+                    self._grew(pool, f"{m} rows, k={n}, {_8x4.name}")
             except Exception as error:
                 bypassed = self._fail(error)
         if bypassed is not None:
@@ -216,6 +226,44 @@ class Allocator:
         if self._start_up is not None:
             self._observe(self._start_up, m, n, _8x4, None, tensor, bypassed)
         return data, tensor
+
+    def expert_scales(
+        self, rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor
+    ) -> Tensor | None:
+        """Scales in 128x4 for an expert quantiser that writes real scales only: every other byte is zero.
+
+        Args:
+            rows: routed rows, tokens times experts a token.
+            k: columns in elements, a multiple of 16.
+            topk: experts a token.
+            expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, vLLM's.
+
+        Returns:
+            int32 ``[padded_rows, padded_cols // 4]`` with rows for the worst routing; ``None`` where vLLM has to allocate.
+        """
+        bypassed = self._bypassed(-(-rows // topk))
+        if bypassed in (UNREGISTERED, NO_ROWS):
+            return None
+        start_up, experts = self._start_up, expert_offsets.shape[0] - 1
+        capturing = start_up is not None and torch.cuda.is_current_stream_capturing()
+        if start_up is not None and not capturing and bypassed != OUTSIDE_A_STEP:
+            self._reserve_for_experts(start_up, (k, experts, topk))
+        if bypassed is None:
+            try:
+                pool = self._pool(expert_offsets.device)
+                tensor = pool.acquire_grouped(rows, k, experts, _128x4)
+                # Before the producer: what it leaves if it fails is in the record, for the next step to clear.
+                clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
+                tensor = tensor.view(torch.int32)
+                if self._watching and pool.misses != self._misses:
+                    self._grew(pool, f"{rows} rows routed to {experts} experts, k={k}, {_128x4.name}")
+            except Exception as error:
+                bypassed = self._fail(error)
+        if bypassed is not None:
+            tensor = _zeros(_128x4.grouped_rows(rows, experts), k, expert_offsets.device)
+        if start_up is not None and capturing:
+            start_up.count(bypassed)
+        return tensor
 
     def _bypassed(self, m: int) -> str | None:
         """Why a call is left to vLLM, or ``None``."""
@@ -235,7 +283,7 @@ class Allocator:
         if not self._failed:
             self._failed = True
             logger.error(
-                "safealloc: the pool failed, and vLLM allocates this and further failing calls by itself: %s: %s",
+                "safealloc: the pool failed, and serves neither this call nor further ones that fail: %s: %s",
                 type(error).__name__,
                 error,
             )
@@ -249,16 +297,13 @@ class Allocator:
             self.pool = pool
         return pool
 
-    def _grew(self, pool: ScalePool, m: int, n: int, layout: SfLayout) -> None:
+    def _grew(self, pool: ScalePool, shape: str) -> None:
         self._misses = pool.misses
         if _workspace_locked():
             self._watching = False
             logger.warning(
-                "safealloc: the pool still grows after vLLM's warm-up, for %d rows, k=%d, %s; such shapes share a cache of "
-                "%d MiB",
-                m,
-                n,
-                layout.name,
+                "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB",
+                shape,
                 pool.cache_bytes >> 20,
             )
 
@@ -272,11 +317,10 @@ class Allocator:
         if device.type != "cuda":
             return
         self._pool(device)
-        if self.steps.rows:
-            self._start_up = _StartUp()
-            for k in set(self.linear_ks.values()):
-                self._reserve(k, _8x4, None, 1)
-                self._reserve(k, _128x4, None, 1)
+        self._start_up = _StartUp()
+        for k in set(self.linear_ks.values()):
+            self._reserve(k, _8x4, None, 1)
+            self._reserve(k, _128x4, None, 1)
 
     def ready(self) -> Sites:
         """After vLLM's last capture: what its graphs went through. From here on growth is said."""
@@ -325,6 +369,19 @@ class Allocator:
         elif n in self.linear_ks.values():  # up to there our own kernel takes 8x4
             rows = [size for size in rows if size > MAX_ROWS_8X4]
         self.pool.reserve(rows, n, layout, copies * self.steps.copies, padded_k=padded_n)
+
+    def _reserve_for_experts(self, start_up: _StartUp, site: _ExpertSite) -> None:
+        """Before a capture, the first time a site is seen: the buffer of the largest step serves all others too."""
+        if site in start_up.experts:
+            return
+        start_up.experts.add(site)
+        assert self.steps is not None
+        assert self.pool is not None
+        k, experts, topk = site
+        try:
+            self.pool.reserve(self.steps.most_rows * topk, k, _128x4, self.steps.copies, experts=experts)
+        except Exception as error:
+            self._fail(error)
 
 
 def refuse_compact(pool: ScalePool) -> None:

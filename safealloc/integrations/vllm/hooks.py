@@ -15,7 +15,7 @@ from safealloc.errors import LayoutMismatchError
 from safealloc.gemm import check_agrees
 from safealloc.integrations.vllm import kernel, targets
 from safealloc.integrations.vllm.allocator import allocator, logger, strict
-from safealloc.integrations.vllm.ops import quantized_8x4, scales
+from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
 from safealloc.linear import MAX_ROWS_8X4
@@ -159,6 +159,35 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
     patches.rebind(original, _silu_and_mul_nvfp4_dynamic, name)
 
 
+def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
+    """Both expert quantisers: the one takes ``[rows, k]``, the other ``[rows, 2 * k]``, gate and up.
+
+    vLLM's limit of rows guards what it allocates for the worst case, and is not needed where that is not done.
+    """
+    original = getattr(module, name)
+    halves = 2 if name in targets.SILU_EXPERTS.attributes else 1
+
+    def experts_quant(
+        input_tensor: Tensor, input_global_scale: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor]:
+        block_scale = None
+        if input_tensor.ndim == 2 and input_tensor.shape[1] % (halves * BLOCK_SIZE) == 0:  # else vLLM refuses it
+            rows, k = input_tensor.shape[0], input_tensor.shape[1] // halves
+            block_scale = expert_scales(rows, k, topk, expert_offsets, blockscale_offsets)
+        if block_scale is None:
+            result: tuple[Tensor, Tensor] = original(
+                input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk
+            )
+            return result
+        output = torch.empty(rows, k // 2, device=input_tensor.device, dtype=torch.uint8)
+        quantize = getattr(torch.ops._C, name)
+        quantize(output, block_scale, input_tensor, input_global_scale, expert_offsets, blockscale_offsets)
+        return output, block_scale.view(torch.float8_e4m3fn)
+
+    experts_quant.__name__ = experts_quant.__qualname__ = name
+    patches.rebind(original, experts_quant, name)
+
+
 def _attention_fusion(patches: Patches, module: ModuleType, name: str) -> None:
     fusion = getattr(module, name)
     original = fusion.__call__
@@ -277,6 +306,8 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.MM: _mm,
     targets.MM_OP: _mm_op,
     targets.FUSED_ACT_QUANT: _fused_act_quant,
+    targets.EXPERTS: _experts_quant,
+    targets.SILU_EXPERTS: _experts_quant,
     targets.ATTENTION_FUSION: _attention_fusion,
     targets.MLA_FUSION: _attention_fusion,
     targets.PROFILE: _profile,

@@ -42,6 +42,14 @@ def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
     return allocator.quantized_8x4(a, a_global_sf)
 
 
+def expert_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> Tensor | None:
+    """What :meth:`Allocator.expert_scales` returns; in traced code ``None``.
+
+    vLLM's MoE layers are opaque to ``torch.compile``, so that they are never traced.
+    """
+    return None if _traced() else allocator.expert_scales(rows, k, topk, expert_offsets, blockscale_offsets)
+
+
 @functools.cache
 def _distrust() -> str | None:
     """Why compiled code gets vLLM's own memory, with which Inductor may do as it likes, or ``None``."""

@@ -50,6 +50,7 @@ _OUTPUTS = ("m", "n", "device", "is_sf_swizzled_layout")
 _MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backend")
 _MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
 _MXFP4 = ("block_size", "use_nvfp4")
+_EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
 
 SCALES = Target("create_fp4_scale_tensor", _CUSTOM_OPS, ("create_fp4_scale_tensor",), (_OUTPUTS,))
 OUTPUTS = Target(
@@ -75,6 +76,20 @@ FUSED_ACT_QUANT = Target(
     since="0.30.0",
     bodies=frozenset({"9d01b31984", "342effc3cf"}),
 )
+EXPERTS = Target(
+    "scaled_fp4_experts_quant",
+    _CUSTOM_OPS,
+    ("scaled_fp4_experts_quant",),
+    (_EXPERTS,),
+    bodies=frozenset({"9f7ccc8ec5"}),
+)
+SILU_EXPERTS = Target(
+    "silu_and_mul_scaled_fp4_experts_quant",
+    _CUSTOM_OPS,
+    ("silu_and_mul_scaled_fp4_experts_quant",),
+    (_EXPERTS,),
+    bodies=frozenset({"115df44c84"}),
+)
 ATTENTION_FUSION = Target(
     "attention fusion",
     f"{_FUSION}.attn_quant_fusion",
@@ -99,6 +114,8 @@ TARGETS = (
     MM,
     MM_OP,
     FUSED_ACT_QUANT,
+    EXPERTS,
+    SILU_EXPERTS,
     ATTENTION_FUSION,
     MLA_FUSION,
     PROFILE,

@@ -1,0 +1,242 @@
+"""vLLM's CUDA ops of its NVFP4 mixture of experts on CPU tensors, beside those of :mod:`stand_ins`.
+
+They have vLLM's names and schemas. Where a scale byte lies is spelled out here once more, so that nothing of
+``safealloc.layout`` has to be right for it. As vLLM's kernels, the quantisers write real scale bytes only, into any number of
+rows; inside :func:`stand_ins.padding_is_written` they zero all others first. The GEMM reads whole tiles, and tells what it
+met there that is no scale and not zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import stand_ins
+import torch
+import vllm.model_executor.layers.fused_moe.experts.cutlass_moe as cutlass_moe
+from torch import Tensor
+
+from safealloc import ScaleSpec
+from safealloc.buffers import spec_of
+from safealloc.kernels import reference
+
+TILE = 128
+
+quantized: list[ScaleSpec | None] = []
+"""What pool buffers the quantisers wrote to; ``None`` for other memory. Whoever looks clears it first."""
+
+stale: list[int] = []
+"""Bytes that are no scale and not zero, as each GEMM met them."""
+
+_fails = False
+
+
+@contextlib.contextmanager
+def quantisers_fail() -> Iterator[None]:
+    """Inside, they raise when they have written all they write."""
+    global _fails
+    _fails = True
+    try:
+        yield
+    finally:
+        _fails = False
+
+
+def scale_bytes(scale_rows: Tensor, k: int) -> Tensor:
+    """Where the scales of some scale rows lie in 128x4, int64 ``[rows, k // 16]``."""
+    r, c = scale_rows.long()[:, None], torch.arange(k // 16)
+    col_tiles = -(-k // 64)
+    return (r // TILE * col_tiles + c // 4) * 512 + r % 32 * 16 + r % TILE // 32 * 4 + c % 4
+
+
+def routed(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Expert and scale row of each row; expert 0 and its first scale row for one that no expert has, as vLLM's kernel."""
+    expert, scale_row = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+    for e, (first, end) in enumerate(zip(expert_offsets.tolist(), expert_offsets.tolist()[1:], strict=False)):
+        expert[first:end] = e
+        scale_row[first:end] = int(blockscale_offsets[e]) + torch.arange(end - first)
+    return expert, scale_row
+
+
+def _quantize(
+    output: Tensor, output_scale: Tensor, x: Tensor, global_scales: Tensor, expert_offsets: Tensor, offsets: Tensor
+) -> None:
+    rows, k = x.shape
+    if k % 16:
+        raise RuntimeError("k must be a multiple of 16")
+    assert output.shape == (rows, k // 2)
+    assert (output_scale.dtype, output_scale.shape[1]) == (torch.int32, -(-k // 64))
+    assert output_scale.is_contiguous()
+    assert global_scales.shape == (len(expert_offsets) - 1,)
+    quantized.append(spec_of(output_scale))
+    flat = output_scale.view(torch.uint8).view(-1)
+    if stand_ins._writes_padding:
+        flat.zero_()
+    expert, scale_row = routed(rows, expert_offsets, offsets)
+    data, linear = reference.encode(x, global_scales[expert][:, None])
+    output.copy_(data)
+    for some in (slice(int(expert_offsets[-1]), rows), slice(0, int(expert_offsets[-1]))):  # those of no expert first
+        flat[scale_bytes(scale_row[some], k)] = linear[some]
+    if _fails:
+        raise RuntimeError("the producer failed")
+
+
+def _quantize_silu(
+    output: Tensor, output_scale: Tensor, x: Tensor, global_scales: Tensor, expert_offsets: Tensor, offsets: Tensor
+) -> None:
+    _quantize(output, output_scale, stand_ins.silu_and_mul(x), global_scales, expert_offsets, offsets)
+
+
+def _moe_data(
+    topk_ids: Tensor,
+    expert_offsets: Tensor,
+    problem_sizes1: Tensor,
+    problem_sizes2: Tensor,
+    input_permutation: Tensor,
+    output_permutation: Tensor,
+    num_experts: int,
+    n: int,
+    k: int,
+    blockscale_offsets: Tensor | None,
+    is_gated: bool,
+) -> None:
+    assert blockscale_offsets is not None
+    ids = topk_ids.flatten().long()
+    counts = torch.bincount(ids, minlength=num_experts)
+    first, first_scale = offsets_of(counts.tolist())
+    expert_offsets.copy_(first)
+    blockscale_offsets.copy_(first_scale)
+    for sizes, width, depth in ((problem_sizes1, 2 * n if is_gated else n, k), (problem_sizes2, k, n)):
+        sizes.copy_(torch.stack([counts, torch.full_like(counts, width), torch.full_like(counts, depth)], 1))
+    order = ids.argsort(stable=True)
+    input_permutation.copy_(order // topk_ids.shape[1])
+    output_permutation[order] = torch.arange(len(ids), dtype=torch.int32)
+
+
+def offsets_of(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Expert and block scale offsets for so many rows an expert, int32 ``[experts + 1]``."""
+    rows = torch.tensor([0, *counts])
+    return rows.cumsum(0).int(), ((rows + TILE - 1) // TILE * TILE).cumsum(0).int()
+
+
+def _group_mm(
+    output: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_blockscale: Tensor,
+    b_blockscales: Tensor,
+    alphas: Tensor,
+    problem_sizes: Tensor,
+    expert_offsets: Tensor,
+    sf_offsets: Tensor,
+) -> None:
+    assert expert_offsets.shape == sf_offsets.shape == alphas.shape
+    flat, met = a_blockscale.view(torch.uint8).view(-1), 0
+    for e, (m, n, k) in enumerate(problem_sizes.tolist()):
+        if m == 0:
+            continue
+        rows, cols, k_tiles = -(-m // TILE) * TILE, k // 16, -(-k // 64)
+        start, first = int(sf_offsets[e]), int(expert_offsets[e])
+        scales = flat[scale_bytes(torch.arange(start, start + rows), 64 * k_tiles)]
+        met += int(scales[m:].count_nonzero() + scales[:m, cols:].count_nonzero())
+        x = torch.zeros(rows, 64 * k_tiles)
+        x[:m, :k] = reference.decode_e2m1(a[first : first + m])
+        x *= scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)  # 0 * NaN = NaN
+        weight = torch.zeros(n, 64 * k_tiles)
+        weight_scales = b_blockscales[e].view(torch.uint8).view(-1)[scale_bytes(torch.arange(n), k)]
+        weight[:, :k] = reference.decode_e2m1(b[e])
+        weight[:, :k] *= weight_scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+        output[first : first + m] = (alphas[e] * (x @ weight.T))[:m].to(output.dtype)
+    stale.append(met)
+
+
+def _shuffle_rows(input_tensor: Tensor, dst2src_map: Tensor, output_tensor: Tensor) -> None:
+    output_tensor.copy_(input_tensor[dst2src_map.long()])
+
+
+_QUANT = (
+    "(Tensor! output, Tensor! output_scale, Tensor input, Tensor input_global_scale, Tensor input_offset_by_experts, "
+    "Tensor output_scale_offset_by_experts) -> ()"
+)
+_libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_C", "_moe_C")}
+for _namespace, _schema, _kernel in (
+    ("_C", f"scaled_fp4_experts_quant{_QUANT}", _quantize),
+    ("_C", f"silu_and_mul_scaled_fp4_experts_quant{_QUANT}", _quantize_silu),
+    (
+        "_C",
+        "get_cutlass_moe_mm_data(Tensor topk_ids, Tensor! expert_offsets, Tensor! problem_sizes1, Tensor! problem_sizes2, "
+        "Tensor! input_permutation, Tensor! output_permutation, int num_experts, int n, int k, "
+        "Tensor? blockscale_offsets, bool is_gated) -> ()",
+        _moe_data,
+    ),
+    (
+        "_C",
+        "cutlass_fp4_group_mm(Tensor! output, Tensor a, Tensor b, Tensor a_blockscale, Tensor b_blockscales, Tensor alphas, "
+        "Tensor problem_sizes, Tensor expert_offsets, Tensor sf_offsets) -> ()",
+        _group_mm,
+    ),
+    ("_moe_C", "shuffle_rows(Tensor input_tensor, Tensor dst2src_map, Tensor! output_tensor) -> ()", _shuffle_rows),
+):
+    _libraries[_namespace].define(_schema)
+    _name = _schema.partition("(")[0]
+    _libraries[_namespace].impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"{_namespace}::{_name}", lambda *given: None, lib=_libraries[_namespace])
+
+
+class Layer:
+    """A mixture of experts as vLLM's ``run_cutlass_moe_fp4`` takes it.
+
+    Args:
+        experts: how many.
+        n: columns between the two multiplications.
+        k: columns of the input and of the output.
+        activation: vLLM's name of it.
+    """
+
+    def __init__(self, experts: int, n: int, k: int, activation: str = "silu") -> None:
+        self.experts, self.n, self.k = experts, n, k
+        self.activation = cutlass_moe.MoEActivation(activation)
+        self.w1, self.w1_scale = self._weight(2 * n if self.activation.is_gated else n, k)
+        self.w2, self.w2_scale = self._weight(k, n)
+
+    def _weight(self, rows: int, k: int) -> tuple[Tensor, Tensor]:
+        """uint8 ``[experts, rows, k // 2]``, and its scales in 128x4."""
+        data = torch.zeros(self.experts, rows, k // 2, dtype=torch.uint8)
+        scales = torch.zeros(self.experts, -(-rows // TILE) * TILE, -(-k // 64) * 4, dtype=torch.uint8)
+        for e in range(self.experts):
+            data[e], linear = reference.encode(stand_ins.activation(rows, k, e), torch.ones(()))
+            scales[e].view(-1)[scale_bytes(torch.arange(rows), k)] = linear
+        return data, scales.view(torch.float8_e4m3fn)
+
+    def run(self, x: Tensor, topk_ids: Tensor) -> Tensor:
+        """Call vLLM's function: bfloat16 or float16 ``[tokens, k]`` to the same.
+
+        Args:
+            x: the input.
+            topk_ids: experts of each token, int32 ``[tokens, topk]``.
+        """
+        (m, topk), e, n, k = topk_ids.shape, self.experts, self.n, self.k
+        output = torch.empty(m, k, dtype=x.dtype)
+        cutlass_moe.run_cutlass_moe_fp4(
+            output,
+            x,
+            a1_gscale=torch.linspace(10, 30, e),
+            w1_fp4=self.w1,
+            w1_blockscale=self.w1_scale,
+            w1_alphas=torch.full((e,), 1 / 40),
+            a2_gscale=torch.linspace(8, 16, e),
+            w2_fp4=self.w2,
+            w2_blockscale=self.w2_scale,
+            w2_alphas=torch.full((e,), 1 / 40),
+            topk_weights=torch.linspace(0.25, 1, m * topk).view(m, topk),
+            topk_ids=topk_ids,
+            activation=self.activation,
+            workspace13=torch.zeros(m * topk * max(2 * n, k), dtype=x.dtype),
+            workspace2=torch.zeros(m * topk * n, dtype=x.dtype),
+            m=m,
+            n=n,
+            k=k,
+            e=e,
+            device=x.device,
+        )
+        return output
