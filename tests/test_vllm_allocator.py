@@ -290,6 +290,16 @@ def test_each_site_of_experts_is_reserved_for(allocator: Allocator, pool: ScaleP
     assert pool.misses == 0
 
 
+def test_an_expert_layer_gathers_the_tokens_of_all_data_parallel_ranks(allocator: Allocator, pool: ScalePool) -> None:
+    """Of a captured batch of 4 on each of 3 ranks, it sees 12."""
+    allocator.begin(config(1, 2, 4, data_parallel_size=3), CUDA)
+    assert allocator.steps == Steps((1, 2, 4), 4, ranks=3)
+    assert pool.spec(expert_scales(allocator, 12)) == grouped(24)
+    assert pool.spec(expert_scales(allocator, 13)) is None
+    assert pool.spec(allocator.scales(5, 64, CPU, None)) is None  # a dense layer sees its own
+    assert specs(pool)[-1] == grouped(24)
+
+
 def test_experts_without_graphs_are_reserved_for_the_most_rows(allocator: Allocator, pool: ScalePool) -> None:
     allocator.begin(config(max_num_seqs=16), CUDA)
     assert allocator.steps == Steps((), 16)

@@ -50,11 +50,13 @@ class Steps:
         rows: batch sizes of its CUDA graphs, in tokens.
         max_rows: up to here the pool serves; prefill above it is vLLM's.
         copies: micro-batches that run at once.
+        ranks: data-parallel ranks, whose tokens an expert layer gathers.
     """
 
     rows: tuple[int, ...]
     max_rows: int
     copies: int = 1
+    ranks: int = 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> Steps:
@@ -68,7 +70,8 @@ class Steps:
         if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
             copies = 2
             rows |= {part for size in rows for part in (size // 2, size - size // 2) if part}
-        return cls(tuple(sorted(rows)), max_rows_wanted() or most, copies)
+        ranks = getattr(parallel, "data_parallel_size", 1)
+        return cls(tuple(sorted(rows)), max_rows_wanted() or most, copies, ranks)
 
     @property
     def most_rows(self) -> int:
@@ -241,7 +244,8 @@ class Allocator:
         Returns:
             int32 ``[padded_rows, padded_cols // 4]`` with rows for the worst routing; ``None`` where vLLM has to allocate.
         """
-        bypassed = self._bypassed(-(-rows // topk))
+        ranks = 1 if self.steps is None else self.steps.ranks
+        bypassed = self._bypassed(-(-rows // (topk * ranks)))
         if bypassed in (UNREGISTERED, NO_ROWS):
             return None
         start_up, experts = self._start_up, expert_offsets.shape[0] - 1
@@ -379,7 +383,9 @@ class Allocator:
         assert self.pool is not None
         k, experts, topk = site
         try:
-            self.pool.reserve(self.steps.most_rows * topk, k, _128x4, self.steps.copies, experts=experts)
+            self.pool.reserve(
+                self.steps.most_rows * self.steps.ranks * topk, k, _128x4, self.steps.copies, experts=experts
+            )
         except Exception as error:
             self._fail(error)
 
