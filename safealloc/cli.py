@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
 
     Returns:
-        0; 1 where ``repro`` does not come out as stated.
+        0; 1 where ``repro`` does not come out as stated, or ``audit`` finds something unsafe that vLLM would choose.
 
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
@@ -94,7 +94,23 @@ def _bench(given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "bench": _bench}
+def _audit(given: argparse.Namespace) -> int:
+    from safealloc.commands import audit, report
+
+    report.check_writable(given.json)
+    audit.check_markdown(given.markdown)
+    options = audit.checked_options(given.device, given.with_pool, given.quick)
+    with audit.progress() as tell:
+        result = audit.run(options, tell)
+    report.write_json(given.json, result.as_dict())
+    if given.markdown is not None:
+        audit.write_markdown(given.markdown, result)
+    if given.markdown != "-":
+        audit.show(result, report.console())
+    return 0 if result.safe else 1
+
+
+_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "bench": _bench, "audit": _audit}
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -182,7 +198,23 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     bench.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
-    commands = {"repro": repro, "doctor": doctor, "plan": plan, "bench": bench}
+    audit = subparsers.add_parser(
+        "audit",
+        help="which producers here leave padding dirty, which GEMMs read it, and in which layout",
+        description="Which NVFP4 producers on this machine leave the padding of scale buffers dirty, which GEMMs read it and "
+        "in which layout they read scales. Exits 1 where a combination that vLLM would choose here is unsafe.",
+    )
+    audit.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one, else cpu)")
+    audit.add_argument(
+        "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
+    )
+    audit.add_argument("--quick", action="store_true", help="two shapes only")
+    audit.add_argument(
+        "--markdown",
+        metavar="FILE",
+        help="write the tables there for a bug report; - prints them instead of the plain ones",
+    )
+    commands = {"repro": repro, "doctor": doctor, "plan": plan, "bench": bench, "audit": audit}
     for command in commands.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     return parser, commands

@@ -56,6 +56,11 @@ def test_version(capsys):
         (["bench", "decode", "--json", "no/such/directory/result.json"], "no/such/directory"),
         (["doctor", "--json", "."], "directory"),
         (["doctor", "--device", "cpu"], "--device"),
+        (["audit", "--device", "meta"], "meta"),
+        (["audit", "--device", "cuda:100"], "cuda:100"),
+        (["audit", "--device", "cpu", "--json", "no/such/directory/result.json"], "no/such/directory"),
+        (["audit", "--device", "cpu", "--markdown", "no/such/directory/result.md"], "no/such/directory"),
+        (["audit", "--device", "cpu", "--markdown", "."], "directory"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, says, capsys):

@@ -1,0 +1,176 @@
+"""Whether padding reaches a GEMM's real outputs, and in which layout it reads the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from safealloc.audit.findings import (
+    CANNOT_RUN,
+    ISOLATES,
+    KINDS,
+    READS,
+    WRONG_LAYOUT,
+    WRONG_RESULT,
+    Change,
+    ConsumerFinding,
+    indices,
+    spans,
+)
+from safealloc.audit.probing import Consumer, probe, scales_in
+from safealloc.audit.producers import activation, synchronize
+from safealloc.checks import checked_device
+from safealloc.kernels import reference
+from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout
+
+CONSUMER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 480), (40, 512), (130, 512))
+"""``(m, k)``: in and across tiles, with 0 and 2 padding columns; k a multiple of 32, as vendors' GEMMs want it."""
+
+POISON = {0x7F: "NaN", 0x38: "1.0", 0x7E: "448"}
+"""Bytes that padding is filled with, and what they are as e4m3."""
+
+TOLERANCE = 0.02
+"""Largest difference to the reference over the largest correct output: a bfloat16 result has 0.004 of rounding."""
+
+_N = 128
+_CLEAN_RUNS = 3
+
+
+def audit_consumer(
+    fn: Consumer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+) -> list[ConsumerFinding]:
+    """Whether padding of the activation's scales reaches a GEMM's outputs, and in which layout it reads them.
+
+    Args:
+        fn: called as ``fn(a, b, a_descale, b_descale, alpha, layout)`` with what ``mm_fp4`` takes: a uint8 ``[m, k // 2]``;
+            b the weight uint8 ``[n, k // 2]`` transposed, with n = 128 and not shuffled; a_descale uint8
+            ``[padded_rows, padded_cols]`` in ``layout``; b_descale the weight's scales in layout_128x4, uint8, transposed;
+            alpha float32 of one element; ``layout`` what it is to read ``a_descale`` in. Returns the product ``[m, n]``,
+            ``alpha * a @ b``, of a floating dtype.
+        name: what the findings call it; ``None`` is the function's own.
+        layout: the order of ``a_descale``.
+        shapes: ``(m, k)`` each; ``None`` is ``CONSUMER_SHAPES``.
+        device: of the tensors; ``None`` is the current CUDA device, or the CPU where there is none.
+
+    Returns:
+        A finding a shape. What is right, the same call with clean padding tells, which is itself held against the
+        reference. An output counts as changed where it does so in both of two runs, by more than four times what equal
+        calls with clean padding differ by.
+    """
+    layout, where = checked_layout(layout), checked_device(device)
+    name = str(getattr(fn, "__name__", fn)) if name is None else name
+    found = []
+    for rows, k in CONSUMER_SHAPES if shapes is None else shapes:
+        layout.padded_shape(rows, k)
+        try:
+            found.append(_one(fn, name, layout, rows, k, where))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            found.append(ConsumerFinding(name, layout, rows, k, CANNOT_RUN, why))
+    return found
+
+
+def weight(k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A random weight of 128 rows and its scales, as :func:`audit_consumer` passes them, and its global scale."""
+    x, global_scale = activation(_N, k, device)
+    fp4, linear = reference.encode(x, global_scale.reshape(()))
+    return fp4.T, SfLayout.layout_128x4.swizzle(linear).T, global_scale
+
+
+def product(
+    a: Tensor, b: Tensor, a_descale: Tensor, b_descale: Tensor, alpha: Tensor | None, layout: SfLayout
+) -> Tensor:
+    """The reference's result in float32, called as a consumer is."""
+    out = torch.empty((a.shape[0], b.shape[1]), device=a.device)
+    reference.mm(a, b.T, a_descale, b_descale.T, alpha, out, layout)
+    return out
+
+
+def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: torch.device) -> ConsumerFinding:
+    x, global_scale = activation(rows, k, device)
+    a, linear = reference.encode(x, global_scale.reshape(()))
+    b, b_descale, b_global_scale = weight(k, device)
+    alpha = 1 / (global_scale * b_global_scale)
+    clean = layout.swizzle(linear)
+    room = max(other.nbytes(rows, k) for other in SfLayout)
+
+    def run(scales: Tensor) -> Tensor:
+        # In more memory, of zeros: a GEMM that takes the buffer for one of another layout reads beyond it.
+        memory = torch.zeros(room, dtype=torch.uint8, device=device)
+        memory[: scales.numel()] = scales.view(-1)
+        out = fn(a.clone(), b, scales_in(memory, layout, rows, k), b_descale, alpha, layout)
+        synchronize(device)
+        if out.shape != (rows, b.shape[1]):
+            raise ValueError(f"it returned shape {tuple(out.shape)}, not {(rows, b.shape[1])}")
+        return out.float().clone()
+
+    right = product(a, b, clean, b_descale, alpha, layout)
+    scale = float(right.abs().max())
+    outs = [run(clean) for _ in range(_CLEAN_RUNS)]
+    noise = max(_largest(out - outs[0]) for out in outs[1:])
+    error = _largest(outs[0] - right)
+    seen = probe(fn, layout, rows, k, device)
+    changes = []
+    for kind, padding in _padding(layout, rows, k, device).items():
+        for byte in POISON if len(padding) else ():
+            poisoned = clean.clone()
+            poisoned.view(-1)[padding] = byte
+            change = _change(kind, byte, run(poisoned), outs[0], noise, scale)
+            if change.rows:  # and again: what differs between equal calls now and then does not in the same rows
+                again = _change(kind, byte, run(poisoned), outs[0], noise, scale)
+                change = replace(change, rows=tuple(row for row in change.rows if row in again.rows))
+            if change.rows:
+                changes.append(change)
+    verdict, words = READS if changes else ISOLATES, [_words(change, rows) for change in changes]
+    finite = bool(outs[0].isfinite().all())
+    if not finite or error > TOLERANCE * scale:
+        verdict = WRONG_RESULT
+        words.insert(0, f"with clean padding {f'off by {error / scale:.2g}' if finite else 'not finite'}")
+        if layout not in seen.reads:
+            words.insert(0, str(seen))
+            if seen.reads or bool((seen.offsets >= 0).all()):
+                verdict = WRONG_LAYOUT
+    elif layout not in seen.reads:  # such as a GEMM of no exact products: its results show that it reads what it should
+        words.append("in which layout, probing does not tell")
+    if noise:
+        words.append(f"equal calls differ by {noise / scale:.2g}")
+    return ConsumerFinding(
+        name, layout, rows, k, verdict, "; ".join(words), tuple(changes), seen.reads, error / scale, noise / scale
+    )
+
+
+def _padding(layout: SfLayout, rows: int, k: int, device: torch.device) -> dict[str, Tensor]:
+    """Flat offsets of the padding bytes of each kind."""
+    padded_rows, padded_cols = layout.padded_shape(rows, k)
+    offsets = layout.offsets(padded_rows, padded_cols * BLOCK_SIZE, device)
+    return dict(zip(KINDS, (offsets[rows:].reshape(-1), offsets[:rows, k // BLOCK_SIZE :].reshape(-1)), strict=True))
+
+
+def _change(kind: str, byte: int, out: Tensor, clean: Tensor, noise: float, scale: float) -> Change:
+    difference = out - clean
+    changed = ~(difference.abs() <= 4 * noise)  # not finite counts
+    largest = _largest(difference[out.isfinite()]) if bool(out.isfinite().any()) else 0.0
+    return Change(kind, byte, indices(changed.any(1)), int((~out.isfinite()).any(1).sum()), largest / scale)
+
+
+def _words(change: Change, rows: int) -> str:
+    how = f"{change.nan_rows} not finite" if change.nan_rows else ""
+    if change.largest:
+        how += f"{', ' if how else ''}by up to {change.largest:.2g} of the largest output"
+    return (
+        f"{POISON[change.byte]} in padding {change.kind} changes {len(change.rows)} of {rows} rows "
+        f"({spans(change.rows)}): {how}"
+    )
+
+
+def _largest(difference: Tensor) -> float:
+    """Largest finite absolute value."""
+    return float(torch.nan_to_num(difference, 0, 0, 0).abs().max())

@@ -1,0 +1,330 @@
+"""Which padding a producer zeroes, leaves or dirties, and whether what it writes is right."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safealloc.audit.findings import (
+    BEYOND,
+    CANNOT_RUN,
+    DIRTIES,
+    LEAVES,
+    NO_PADDING,
+    WRONG_DATA,
+    WRONG_SCALES,
+    ZEROES,
+    PaddingState,
+    ProducerFinding,
+    indices,
+    spans,
+)
+from safealloc.checks import checked_device
+from safealloc.kernels import reference
+from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout, short
+
+Producer = Callable[..., Any]
+"""``fn(x, global_scale, x_fp4, scales, layout)``; see :func:`audit_producer`."""
+
+PRODUCER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 720), (128, 512), (130, 208))
+"""``(rows, k)``: in and across tiles, with 0, 1, 2 and 3 padding columns."""
+
+_SENTINELS = (0xA5, 0x5B)
+_FILL = (0xFF, 0x7F)  # bytes that torch.empty holds under deterministic algorithms, by its dtype
+_GUARD = 4096  # bytes on either side, which keep 512-byte alignment
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """A buffer in the middle of memory that is the sentinel throughout."""
+
+    memory: Tensor
+    nbytes: int
+    sentinel: int
+
+    @classmethod
+    def make(cls, nbytes: int, sentinel: int, device: torch.device) -> _Guarded:
+        memory = torch.full((_GUARD + nbytes + _GUARD,), sentinel, dtype=torch.uint8, device=device)
+        return cls(memory, nbytes, sentinel)
+
+    @property
+    def buffer(self) -> Tensor:
+        return self.memory[_GUARD : _GUARD + self.nbytes]
+
+    def beyond(self) -> list[int]:
+        """Offsets from the buffer's first byte, outside it, where the sentinel is gone."""
+        changed = self.memory != self.sentinel
+        changed[_GUARD : _GUARD + self.nbytes] = False
+        return [index - _GUARD for index in indices(changed)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one call left: the data, all scale bytes, and what lay outside."""
+
+    data: Tensor
+    scales: Tensor
+    returned: bool
+    beyond: list[str]
+    outside: int
+
+
+def audit_producer(
+    fn: Producer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+    of: Callable[[Tensor], Tensor] | None = None,
+) -> list[ProducerFinding]:
+    """What a quantiser does to the padding of the scale buffer it is given.
+
+    Args:
+        fn: called as ``fn(x, global_scale, x_fp4, scales, layout)``: x bfloat16 ``[rows, k]``, global_scale float32 of one
+            element (what scales are multiplied by), x_fp4 uint8 ``[rows, k // 2]`` and scales uint8
+            ``[padded_rows, padded_cols]``, both to be written. One that allocates by itself ignores those two and returns
+            its own ``(x_fp4, scales)``.
+        name: what the findings call it; ``None`` is the function's own.
+        layout: the order it writes scales in.
+        shapes: ``(rows, k)`` each; ``None`` is ``PRODUCER_SHAPES``.
+        device: of the tensors; ``None`` is the current CUDA device, or the CPU where there is none.
+        of: what a fused producer quantises, in plain torch, as a function of x; ``None`` is x.
+
+    Returns:
+        A finding a shape. Scales one e4m3 step off and data one e2m1 step off the reference are counted, not held against
+        it, since vendors use approximate reciprocals.
+
+    A producer is run twice over two different sentinel bytes, so that it cannot hide by writing one of them. Memory that it
+    allocates by itself is brought into a known state by ``torch.use_deterministic_algorithms``, under which ``torch.empty``
+    holds 0xFF and 0x7F, and on CUDA a second time by filling and freeing blocks of the same sizes. What such a producer
+    writes outside its buffers is not seen, and where it gets none of those blocks, one that writes 0xFF or 0x7F counts as
+    leaving.
+    """
+    layout, where = checked_layout(layout), checked_device(device)
+    name = str(getattr(fn, "__name__", fn)) if name is None else name
+    found = []
+    for rows, k in PRODUCER_SHAPES if shapes is None else shapes:
+        layout.padded_shape(rows, k)  # a shape that is none is the caller's mistake, not the producer's
+        try:
+            found.append(_one(fn, name, layout, rows, k, where, of))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            found.append(ProducerFinding(name, layout, rows, k, CANNOT_RUN, why))
+    return found
+
+
+def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bfloat16 ``[rows, k]`` whose rows differ in size, and a global scale for the full range."""
+    generator = torch.Generator().manual_seed(rows * 8191 + k)
+    size = 1 + torch.arange(rows)[:, None] % 7
+    x = (torch.randn(rows, k, generator=generator) * size).to(torch.bfloat16)
+    scale = reference.E4M3_MAX * reference.E2M1_MAX / x.float().abs().max()
+    return x.to(device), scale.reshape(1).to(device)
+
+
+def _one(
+    fn: Producer,
+    name: str,
+    layout: SfLayout,
+    rows: int,
+    k: int,
+    device: torch.device,
+    of: Callable[[Tensor], Tensor] | None,
+) -> ProducerFinding:
+    x, global_scale = activation(rows, k, device)
+    runs = [_run(fn, x, global_scale, layout, sentinel, first=sentinel == _SENTINELS[0]) for sentinel in _SENTINELS]
+    returned = runs[0].returned
+    nbytes = layout.nbytes(rows, k)
+    for run in runs:
+        if run.scales.numel() != nbytes or run.data.shape != (rows, k // 2):
+            why = (
+                f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}, where {short(layout)} has "
+                f"{nbytes} and {(rows, k // 2)}"
+            )
+            return ProducerFinding(name, layout, rows, k, WRONG_SCALES, why, returned=returned)
+    quantised = x if of is None else of(x)
+    data, linear = reference.encode(quantised, global_scale.reshape(()))
+    scale_steps = torch.stack([_scale_steps(layout.unswizzle(run.scales, rows, k), linear) for run in runs]).amax(0)
+    data_steps = torch.stack([_data_steps(run.data, data) for run in runs]).amax(0)
+    rows_state, columns_state, words = _padding(runs, layout, rows, k)
+    scales_off, data_off = int((scale_steps == 1).sum()), int((data_steps == 1).sum())
+    if scales_off or data_off:
+        words.append(
+            f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values are one step off the reference"
+        )
+    outside = max(run.outside for run in runs)
+    verdict = NO_PADDING if nbytes == linear.numel() else ZEROES
+    if (rows_state.left, columns_state.left) != (0, 0):
+        verdict = LEAVES
+    if (rows_state.dirtied, columns_state.dirtied) != (0, 0):
+        verdict = DIRTIES
+    if bool((data_steps > 1).any()):
+        verdict = WRONG_DATA
+        words.insert(0, f"{int((data_steps > 1).sum())} of {rows * k} values are more than a step off the reference")
+    if bool((scale_steps > 1).any()):
+        verdict = WRONG_SCALES
+        words.insert(0, _wrong_scales(scale_steps, runs, layout, linear))
+    if outside:
+        verdict = BEYOND
+        words[:0] = next(run.beyond for run in runs if run.outside)
+    return ProducerFinding(
+        name,
+        layout,
+        rows,
+        k,
+        verdict,
+        "; ".join(words),
+        rows_state,
+        columns_state,
+        outside,
+        scales_off,
+        data_off,
+        returned,
+    )
+
+
+def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int, *, first: bool) -> _Run:
+    """One call over memory that is the sentinel; ``first`` or on a CPU with deterministic memory for what it allocates."""
+    rows, k = x.shape
+    known = contextlib.nullcontext if x.is_cuda and not first else _known_memory
+    try:
+        with known():
+            return _call(fn, x, global_scale, layout, sentinel)
+    except Exception:
+        if known is not _known_memory:
+            raise
+        _leave_behind((rows * k // 2, layout.nbytes(rows, k)), sentinel, x.device)
+        return _call(fn, x, global_scale, layout, sentinel)  # some dtypes cannot be filled
+
+
+def _call(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int) -> _Run:
+    rows, k = x.shape
+    data = _Guarded.make(rows * k // 2, sentinel, x.device)
+    scales = _Guarded.make(layout.nbytes(rows, k), sentinel, x.device)
+    _leave_behind((data.nbytes, scales.nbytes), sentinel, x.device)
+    result = fn(
+        x.clone(),
+        global_scale.clone(),
+        data.buffer.view(rows, k // 2),
+        scales.buffer.view(layout.padded_shape(rows, k)),
+        layout,
+    )
+    synchronize(x.device)
+    beyond, outside = [], 0
+    for what, guarded in (("scales", scales), ("data", data)):
+        offsets = guarded.beyond()
+        outside += len(offsets)
+        if offsets:
+            beyond.append(
+                f"{len(offsets)} bytes written outside the {guarded.nbytes} of the {what}, at {spans(offsets)}"
+            )
+    returned = result is not None and result[1].data_ptr() != scales.buffer.data_ptr()
+    if returned:
+        x_fp4, their_scales = (tensor.view(torch.uint8) for tensor in result)
+        return _Run(x_fp4.reshape(rows, -1).clone(), their_scales.reshape(-1).clone(), True, beyond, outside)
+    return _Run(data.buffer.view(rows, k // 2).clone(), scales.buffer.clone(), False, beyond, outside)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait, so that what a kernel did wrong is raised where it was called."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _known_memory() -> Iterator[None]:
+    """``torch.empty`` filled with ``_FILL``, on any device."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic  # a module whose attributes are made when it is imported
+    fill = deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            deterministic.fill_uninitialized_memory = fill
+
+
+def _leave_behind(sizes: Sequence[int], byte: int, device: torch.device) -> None:
+    """Fill and free blocks of these sizes, which the next allocations get from PyTorch's caching allocator."""
+    if device.type == "cuda":
+        blocks = [torch.full((size,), byte, dtype=torch.uint8, device=device) for size in sizes for _ in range(4)]
+        torch.cuda.synchronize(device)
+        del blocks
+
+
+def _scale_steps(got: Tensor, wanted: Tensor) -> Tensor:
+    """How many e4m3 values apart, int32: positive ones are ordered as their bytes are."""
+    return (got.int() - wanted.int()).abs()
+
+
+def _data_steps(got: Tensor, wanted: Tensor) -> Tensor:
+    """How many e2m1 values apart, int32 ``[rows, k]``; both zeros are one."""
+    return (_ordered(got) - _ordered(wanted)).abs()
+
+
+def _ordered(packed: Tensor) -> Tensor:
+    codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2).int()
+    return torch.where(codes >= 8, 8 - codes, codes)
+
+
+def _wrong_scales(steps: Tensor, runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> str:
+    rows, cols = linear.shape
+    wrong = steps > 1
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    text = f"{int(wrong.sum())} of {linear.numel()} scales are not the reference's, first at row {row}, column {column}"
+    for other in SfLayout:
+        nbytes = other.nbytes(rows, cols * BLOCK_SIZE)
+        if other is layout or nbytes > runs[0].scales.numel():
+            continue
+        if all(
+            bool((_scale_steps(other.unswizzle(run.scales[:nbytes], rows, cols * BLOCK_SIZE), linear) <= 1).all())
+            for run in runs
+        ):
+            return f"the scales lie in {short(other)}: {text}"
+    return text
+
+
+def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple[PaddingState, PaddingState, list[str]]:
+    """What became of padding rows and padding columns, and that in words."""
+    first, second = (layout.logical(run.scales, rows, k) for run in runs)
+    zeroed = (first == 0) & (second == 0)
+    if not runs[0].returned:
+        left = ((first == _SENTINELS[0]) | (first == 0)) & ((second == _SENTINELS[1]) | (second == 0)) & ~zeroed
+    else:
+        left = (first == _FILL[0]) | (first == _FILL[1])
+        still = left & (second == _SENTINELS[1])
+        if bool(still.any()):  # it got one of the blocks that were left behind
+            left = still
+    dirtied = ~(zeroed | left)
+    cols = k // BLOCK_SIZE
+    regions = {"rows": (slice(rows, None), slice(None)), "columns": (slice(0, rows), slice(cols, None))}
+    states, words = [], []
+    for kind, region in regions.items():
+        counts = {"zeroed": zeroed[region], "left": left[region], "dirtied": dirtied[region]}
+        states.append(PaddingState(**{what: int(mask.sum()) for what, mask in counts.items()}))
+        for what, mask in counts.items():
+            if not bool(mask.any()):
+                continue
+            start, across = (rows, 1) if kind == "rows" else (cols, 0)
+            where = spans([start + index for index in indices(mask.any(across))])
+            word = f"padding {kind} {where} {what}"
+            if what == "dirtied" or not bool(mask.all()):
+                word += f", {int(mask.sum())} of {mask.numel()} bytes"
+            if what == "dirtied":
+                row, column = (int(index) for index in mask.nonzero()[0])
+                value = int(first[region][row, column])
+                at = (rows + row, column) if kind == "rows" else (row, cols + column)
+                word += f", first 0x{value:02X} at row {at[0]}, column {at[1]}"
+            words.append(word)
+    return states[0], states[1], words

@@ -1,0 +1,335 @@
+"""``safealloc audit``: which producers leave padding dirty on this machine, which GEMMs read it, and what goes together."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from safealloc import ScalePool, optional
+from safealloc.audit.combinations import AuditedConsumer, AuditedProducer, Combination, combine, combine_in_pool, pairs
+from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
+from safealloc.audit.findings import CANNOT_RUN, Finding, groups
+from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
+from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer
+from safealloc.checks import checked_device
+from safealloc.commands import doctor, report
+from safealloc.layout import SfLayout, short
+
+QUICK_SHAPES = ((5, 480), (40, 512))
+"""``(rows, k)`` with padding rows and columns, and across a tile of 8 rows."""
+
+HEADINGS = ("", "layout", "shapes", "verdict", "details")
+
+
+class Tell(Protocol):
+    """Tells whoever waits what is audited, and how many of how many steps are done."""
+
+    def __call__(self, what: str, done: int, steps: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to audit, checked.
+
+    Attributes:
+        device: where.
+        with_pool: judge combinations in pool buffers, and run them there.
+        quick: two shapes only.
+    """
+
+    device: torch.device
+    with_pool: bool
+    quick: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What cannot run on this machine at any shape.
+
+    Attributes:
+        name: of the producer or consumer.
+        layouts: in which it cannot, for the same reason.
+        reason: a sentence.
+    """
+
+    name: str
+    layouts: tuple[SfLayout, ...]
+    reason: str
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        return self.name, ", ".join(map(short, self.layouts)), "-", CANNOT_RUN, self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """All producers, or all consumers: what ran, and what could not."""
+
+    findings: Sequence[Finding]
+    refusals: Sequence[Refusal]
+
+    def rows(self) -> list[tuple[tuple[str, ...], bool]]:
+        """The table's: what ran first, and whether a row is fine."""
+        ran = [(group.cells(), group.fine) for group in groups(self.findings)]
+        return [*ran, *((refusal.cells(), True) for refusal in self.refusals)]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        refused = [
+            {"name": refusal.name, "layout": short(layout), "verdict": CANNOT_RUN, "details": refusal.reason}
+            for refusal in self.refusals
+            for layout in refusal.layouts
+        ]
+        return [finding.as_dict() for finding in self.findings] + refused
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was found."""
+
+    options: Options
+    machine: Mapping[str, str | None]
+    versions: Mapping[str, str | None]
+    producers: Side
+    consumers: Side
+    combinations: Sequence[Combination]
+
+    @property
+    def chosen(self) -> list[Combination]:
+        """Those that vLLM would choose."""
+        return [combination for combination in self.combinations if combination.vllm]
+
+    @property
+    def safe(self) -> bool:
+        """Whether all that vLLM would choose here is; so it is where nothing of that can run."""
+        return all(combination.safe for combination in self.chosen)
+
+    @property
+    def summary(self) -> str:
+        where = "in a pool" if self.options.with_pool else "without a pool"
+        if not self.chosen:
+            return "No producer and consumer that vLLM would choose for NVFP4 can run here: nothing to judge."
+        unsafe = [combination for combination in self.chosen if not combination.safe]
+        if not unsafe:
+            return f"All {len(self.chosen)} combinations that vLLM would choose here are safe {where}."
+        return f"UNSAFE {where}: {len(unsafe)} of the {len(self.chosen)} combinations that vLLM would choose here."
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "command": "safealloc audit",
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "with_pool": self.options.with_pool,
+            "quick": self.options.quick,
+            "safe": self.safe,
+            "summary": self.summary,
+            "producers": self.producers.as_dicts(),
+            "consumers": self.consumers.as_dicts(),
+            "combinations": [combination.as_dict() for combination in self.combinations],
+        }
+
+
+def checked_options(device: str | None, with_pool: bool, quick: bool) -> Options:
+    """What the user asked for.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):  # of an index PyTorch keeps 8 bits
+        raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+    try:
+        return Options(checked_device(device), with_pool, quick)
+    except ValueError as error:
+        raise report.UsageError(str(error)) from error
+
+
+def check_markdown(path: str | None) -> None:
+    """See before the work starts whether the report can be written; nothing is touched.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path is None or path == "-":
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise report.UsageError(f"--markdown {path}: is a directory")
+    if not file.parent.is_dir():
+        raise report.UsageError(f"--markdown {path}: there is no directory {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise report.UsageError(f"--markdown {path}: not writable")
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Tell]:
+    """A bar on standard error if that is a terminal; gone afterwards."""
+    out = Console(stderr=True)
+    if not out.is_terminal:
+        yield lambda what, done, steps: None
+        return
+    with Progress(console=out, transient=True) as bar:
+        task = bar.add_task("audit")
+
+        def tell(what: str, done: int, steps: int) -> None:
+            bar.update(task, description=what, completed=done, total=steps)
+
+        yield tell
+
+
+def run(options: Options, tell: Tell) -> Result:
+    """Audit all that is known; whatever a package prints goes to standard error."""
+    device = options.device
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
+    steps = sum(len(known.layouts) for known in everything) + 1
+    done = 0
+    with contextlib.redirect_stdout(sys.stderr), here:
+        producers: list[AuditedProducer] = []
+        consumers: list[AuditedConsumer] = []
+        refused: dict[tuple[str, str, str], list[SfLayout]] = {}
+        for known in everything:
+            for layout in known.layouts:
+                tell(f"{known.name}, {short(layout)}", done, steps)
+                done += 1
+                reason = known.refusal(device, layout)
+                if reason is not None:
+                    refused.setdefault((type(known).__name__, known.name, reason), []).append(layout)
+                elif isinstance(known, KnownProducer):
+                    shapes = QUICK_SHAPES if options.quick else PRODUCER_SHAPES
+                    made = audit_producer(
+                        known.fn, name=known.name, layout=layout, shapes=shapes, device=device, of=known.of
+                    )
+                    producers.append(AuditedProducer(known, layout, made))
+                else:
+                    shapes = QUICK_SHAPES if options.quick else CONSUMER_SHAPES
+                    read = audit_consumer(known.fn, name=known.name, layout=layout, shapes=shapes, device=device)
+                    consumers.append(AuditedConsumer(known, layout, read))
+        tell("combinations", done, steps)
+        if options.with_pool:
+            with ScalePool(device) as pool:
+                combinations = [combine_in_pool(*pair, pool) for pair in pairs(producers, consumers)]
+        else:
+            combinations = [combine(*pair) for pair in pairs(producers, consumers)]
+    return Result(
+        options,
+        _machine(device),
+        _versions(),
+        Side([finding for one in producers for finding in one.findings], _refusals(refused, KnownProducer)),
+        Side([finding for one in consumers for finding in one.findings], _refusals(refused, KnownConsumer)),
+        combinations,
+    )
+
+
+def show(result: Result, out: Console) -> None:
+    """Print a result."""
+    out.print(f"{_title(result)}\n")
+    report.table(out, "Producers", HEADINGS, result.producers.rows())
+    report.table(out, "Consumers", HEADINGS, result.consumers.rows())
+    if result.combinations:
+        rows = ((cells, combination.safe) for combination, cells in _combination_cells(result))
+        report.table(out, _combinations_title(result), _COMBINATION_HEADINGS, rows)
+    out.print(result.summary, style="bold")
+
+
+def markdown(result: Result) -> str:
+    """The tables for a bug report."""
+    lines = [f"`safealloc audit`: {_title(result)}", ""]
+    lines += _markdown_table("Producers", HEADINGS, (cells for cells, _ in result.producers.rows()))
+    lines += _markdown_table("Consumers", HEADINGS, (cells for cells, _ in result.consumers.rows()))
+    if result.combinations:
+        combinations = (cells for _, cells in _combination_cells(result))
+        lines += _markdown_table(_combinations_title(result), _COMBINATION_HEADINGS, combinations)
+    return "\n".join([*lines, result.summary, ""])
+
+
+def write_markdown(path: str, result: Result) -> None:
+    """Write the report for a file, or to standard output for ``"-"``.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path == "-":
+        print(markdown(result), end="")
+        return
+    try:
+        Path(path).write_text(markdown(result))
+    except OSError as error:
+        raise report.UsageError(f"--markdown {path}: {error.strerror or error}") from error
+
+
+_COMBINATION_HEADINGS = ("producer", "consumer", "layout", "vLLM", "safe", "why not")
+
+
+def _combinations_title(result: Result) -> str:
+    return f"Combinations, {'in a pool' if result.options.with_pool else 'without a pool'}"
+
+
+def _combination_cells(result: Result) -> list[tuple[Combination, tuple[str, ...]]]:
+    return [
+        (
+            found,
+            (
+                found.producer,
+                found.consumer,
+                short(found.layout),
+                "yes" if found.vllm else "-",
+                "yes" if found.safe else "NO",
+                found.why,
+            ),
+        )
+        for found in result.combinations
+    ]
+
+
+def _title(result: Result) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items() if name not in ("device", "name"))
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version is not None)
+    where = f"{result.machine['device']} ({result.machine['name']})"
+    return ", ".join(part for part in (where, machine, versions) if part)
+
+
+def _markdown_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"### {title}", "", _markdown_row(headings), _markdown_row(["---"] * len(headings))]
+    return [*lines, *map(_markdown_row, rows), ""]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _refusals(found: Mapping[tuple[str, str, str], list[SfLayout]], kind: type) -> list[Refusal]:
+    return [
+        Refusal(name, tuple(layouts), reason) for (of, name, reason), layouts in found.items() if of == kind.__name__
+    ]
+
+
+def _machine(device: torch.device) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"device": str(device), "name": report.device_name(device)}
+    if device.type == "cuda":
+        found["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        found["CUDA driver"] = doctor.driver().version
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    """Of all that was audited, also of what is installed and cannot be imported."""
+    found = {**report.versions(), "CUDA": torch.version.cuda}
+    for module in ("flashinfer", "vllm"):
+        found[module] = None
+        for distribution in doctor.PACKAGES[module]:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[module] = importlib.metadata.version(distribution)
+                break
+        else:
+            loaded = optional.load(module)
+            found[module] = None if isinstance(loaded, str) else str(getattr(loaded, "__version__", "unknown"))
+    return found
