@@ -19,6 +19,9 @@ from safealloc.layout import ScaleSpec
 ALIGNMENT = 512
 """Bytes; what CUDA's allocators give, and what TMA and the 128x4 tile ask for at most."""
 
+NAN_SCALE = 0x7F
+"""NaN as e4m3."""
+
 _use_count = torch._C._storage_Use_Count
 _references = sys.getrefcount
 
@@ -102,8 +105,8 @@ class Buffer:
                 reader.synchronize()
 
 
-def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
-    """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; the real bytes are whatever was there.
+def make_base(spec: ScaleSpec, device: torch.device, *, poison: bool = False) -> Tensor:
+    """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; real bytes are whatever was there, or with ``poison`` NaN.
 
     Of a buffer with a record all bytes are zero, and so is the record: no row is real yet.
     """
@@ -114,6 +117,8 @@ def make_base(spec: ScaleSpec, device: torch.device) -> Tensor:
         if spec.record:
             memory.zero_()
         else:
+            if poison:
+                memory.fill_(NAN_SCALE)
             spec.zero_padding(base)
     return base
 

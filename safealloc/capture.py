@@ -50,6 +50,7 @@ def capture(
     pool = default_pool() if pool is None else checked_pool(pool)
     if pool.device.type != "cuda":
         raise ValueError(f"CUDA graphs are captured on a CUDA device, the pool is on {pool.device}")
+    pool.safe_point()
     with torch.cuda.device(pool.device):
         if torch.cuda.is_current_stream_capturing():
             raise SafeAllocError("the current stream is capturing already: captures do not nest")
@@ -69,6 +70,7 @@ def capture(
             except BaseException:
                 end_recording(pool.device, handle)
                 raise
+    pool.safe_point()
 
 
 def _nodes(under_way: Capture) -> dict[str, int] | None:

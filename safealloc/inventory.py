@@ -22,13 +22,17 @@ class Inventory:
         device: where they live.
         max_bytes, cache_bytes: as in :class:`safealloc.ScalePool`.
         pool: the pool's number, for :func:`safealloc.buffers.spec_of`.
+        poison: whether real bytes of new buffers are NaN.
     """
 
-    def __init__(self, device: torch.device, max_bytes: int | None, cache_bytes: int, pool: int) -> None:
+    def __init__(
+        self, device: torch.device, max_bytes: int | None, cache_bytes: int, pool: int, *, poison: bool = False
+    ) -> None:
         self.device = device
         self.max_bytes = max_bytes
         self.cache_bytes = cache_bytes
         self.pool = pool
+        self.poison = poison
         # (rows, k, layout, padded_k, owner), as the hit path asks; of routed rows ("grouped", k, layout, experts, owner)
         self.by_key: dict[tuple[Any, ...], list[Buffer]] = {}
         self.by_address: dict[int, Buffer] = {}
@@ -91,7 +95,7 @@ class Inventory:
     def make_loose(self, spec: ScaleSpec) -> Tensor:
         """A buffer for one call, from the allocator that everybody uses; raises as :meth:`make`."""
         self.make_room(spec.nbytes)
-        tensor = make_base(spec, self.device)
+        tensor = make_base(spec, self.device, poison=self.poison)
         self.loose = [loose for loose in self.loose if loose.alive()]
         self.loose.append(LooseBuffer(spec, tensor))
         remember(tensor, spec, self.pool)
@@ -99,11 +103,11 @@ class Inventory:
 
     def _base_from_memory(self, spec: ScaleSpec) -> Tensor:
         if self.device.type != "cuda":
-            return make_base(spec, self.device)
+            return make_base(spec, self.device, poison=self.poison)
         if self._memory is None:
             self._memory = PrivateMemory(self.device)
         with self._memory.active():
-            return make_base(spec, self.device)
+            return make_base(spec, self.device, poison=self.poison)
 
     # --- giving up ----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
@@ -37,10 +37,11 @@ from safealloc.errors import (
     PoolPicklingError,
     SafeAllocError,
 )
+from safealloc.guard import Guard, GuardSettings
 from safealloc.inventory import Inventory
 from safealloc.layout import ScaleSpec, SfLayout
 from safealloc.reports import CaptureGrowthWarning, GraphReport, PoolStats
-from safealloc.verify import find_corruptions, zero_padding
+from safealloc.verify import Corruption, find_corruptions, heal
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,10 @@ class ScalePool:
         self._id = next(_pool_numbers)
         self._renew_lock()
         self._unusable: str | None = None
-        self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
+        settings = GuardSettings.of(os.environ)
+        self._repair = settings.repair
+        self._guard = Guard(self.device, settings.every) if settings.every else None
+        self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id, poison=settings.poison)
         self._buffers = self._inventory.by_key
         self._recent = self._inventory.recent
         self._captures: dict[int, _CaptureUse] = {}
@@ -119,8 +123,8 @@ class ScalePool:
         self._debug = debug
         if compact:
             self.acquire = self._refuse_acquire  # type: ignore[method-assign]
-        elif debug:
-            self.acquire = self._acquire_verified  # type: ignore[method-assign]
+        elif debug or self._guard is not None:
+            self.acquire = self._acquire_watched  # type: ignore[method-assign]
         _pools.add(self)
 
     # --- acquire: the hit path ----------------------------------------------------------------------------------------
@@ -188,10 +192,10 @@ class ScalePool:
         Raises:
             SafeAllocError: as :meth:`acquire`; with ``debug`` also as :meth:`verify`.
         """
-        if self._debug:
-            self.verify()
-        scales = ScalePool.acquire(self, layout.round_up(rows, 1)[0], k, layout)
-        return scales, self.record(scales)
+        with self._lock:
+            self._before_handout()
+            scales = self._handed_out(ScalePool.acquire(self, layout.round_up(rows, 1)[0], k, layout))
+            return scales, self.record(scales)
 
     def acquire_grouped(self, rows: int, k: int, experts: int, layout: SfLayout = SfLayout.layout_128x4) -> Tensor:
         """A scale buffer for ``[rows, k]`` whose rows are routed to experts, each of which starts at a tile of its own.
@@ -214,9 +218,8 @@ class ScalePool:
         """
         spec = ScaleSpec.grouped(rows, k, layout, experts)
         with self._lock:
-            if self._debug:
-                self.verify()
-            return self._acquire_slowly(spec)[: spec.padded_shape[0]]
+            self._before_handout()
+            return self._handed_out(self._acquire_slowly(spec))[: spec.padded_shape[0]]
 
     def record(self, tensor: Tensor) -> Tensor | None:
         """What tells which rows of a buffer are real now, int32 (:class:`ScaleSpec`), for those who keep it.
@@ -398,6 +401,8 @@ class ScalePool:
             if self._unusable is not None:
                 return
             self._refuse_in_capture("close")
+            if self._guard is not None:
+                self._guard.close()
             self._inventory.clear()
             self._captures.clear()
             self._unusable = "this pool was closed"
@@ -545,19 +550,54 @@ class ScalePool:
             buffers = [(buffer.spec, buffer.base) for buffer in self._inventory.by_address.values()]
             loose = [(loose.spec, loose.tensor()) for loose in self._inventory.loose]
             buffers += [(spec, tensor) for spec, tensor in loose if tensor is not None]
-            corruptions = find_corruptions(buffers)
-            if corruptions and not repair:
-                del buffers, loose  # else the traceback of the error would hold them
-                raise PaddingCorruptionError(corruptions)
-            dirty = {corruption.address for corruption in corruptions}
-            for spec, base in buffers:
-                if base.data_ptr() in dirty:
-                    zero_padding(spec, base)
-            for corruption in corruptions:
-                logger.warning("zeroed padding that somebody wrote: %s", corruption)
-            if corruptions and self._on_cuda:
+            del loose
+            count = len(buffers)
+            self._settle(buffers, repair)
+            return count
+
+    def safe_point(self) -> None:
+        """Raise what the checks of ``SAFEALLOC_VERIFY`` have found since the last call, or heal it.
+
+        Each acquire is one, and so are both ends of a :func:`safealloc.capture`. A program that only replays graphs calls it
+        once a step: it reads one word of the host's memory, and synchronises only where something was found. In a capture,
+        and without ``SAFEALLOC_VERIFY``, it does nothing.
+
+        Raises:
+            PaddingCorruptionError: padding is not zero, without ``SAFEALLOC_VERIFY_REPAIR=1``; says who was handed the
+                buffer last.
+            PoolClosedError: the pool was closed.
+        """
+        if self._guard is None or not self._guard.alarmed:
+            return
+        with self._lock:
+            self._check_usable()
+            if self._capture() is not None:
+                return
+            if self._on_cuda:
                 torch.cuda.synchronize(self.device)
-            return len(buffers)
+            alarmed = [(buffer.spec, buffer.base) for buffer in self._guard.alarms()]
+            if not self._settle(alarmed, self._repair):
+                logger.warning("a check found padding that was not zero, and that is zero now")
+
+    def _settle(self, buffers: list[tuple[ScaleSpec, Tensor]], repair: bool) -> bool:
+        """Raise what is dirty in buffers, or zero and log it; empties the list, which the error's traceback would hold."""
+        corruptions = [self._with_suspect(corruption) for corruption in find_corruptions(buffers)]
+        if corruptions and repair:
+            heal(buffers, corruptions)
+            if self._on_cuda:
+                torch.cuda.synchronize(self.device)
+        buffers.clear()
+        if corruptions and not repair:
+            raise PaddingCorruptionError(corruptions)
+        for corruption in corruptions:
+            logger.warning("zeroed padding that somebody wrote: %s", corruption)
+        return bool(corruptions)
+
+    def _with_suspect(self, corruption: Corruption) -> Corruption:
+        buffer = self._inventory.by_address.get(corruption.address)
+        if self._guard is None or buffer is None:
+            return corruption
+        return replace(corruption, handed_to=self._guard.suspect(buffer))
 
     def take_back(self) -> None:
         """Take back what only destroyed graphs used, which a capture cannot do; a no-op inside one.
@@ -602,9 +642,21 @@ class ScalePool:
                 capture_fallbacks=self._fallbacks,
             )
 
-    def _acquire_verified(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
-        self.verify()
-        return ScalePool.acquire(self, rows, k, layout, padded_k=padded_k)
+    def _acquire_watched(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
+        with self._lock:
+            self._before_handout()
+            return self._handed_out(ScalePool.acquire(self, rows, k, layout, padded_k=padded_k))
+
+    def _before_handout(self) -> None:
+        if self._debug:
+            self.verify()
+        self.safe_point()
+
+    def _handed_out(self, tensor: Tensor) -> Tensor:
+        buffer = self._inventory.by_address.get(tensor.data_ptr())
+        if self._guard is not None and buffer is not None:  # not what was made for one call
+            self._guard.handed_out(buffer, self._capture())
+        return tensor
 
     def _refuse_acquire(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> NoReturn:
         self._check_usable()
@@ -667,7 +719,8 @@ class ScalePool:
         self._renew_lock()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
-        self._left_behind = self._inventory
+        self._left_behind = self._inventory, self._guard
+        self._guard = None
         self._inventory = Inventory(self.device, self.max_bytes, self.cache_bytes, self._id)
         self._buffers, self._recent = self._inventory.by_key, self._inventory.recent
 

@@ -22,6 +22,7 @@ class Corruption:
         row, column: the first byte that is not zero, in scale rows and columns of the padded matrix.
         value: that byte.
         count: how many padding bytes are not zero.
+        handed_to: who was given the buffer last, where a guard (:mod:`safealloc.guard`) watches.
     """
 
     spec: ScaleSpec
@@ -30,11 +31,13 @@ class Corruption:
     column: int
     value: int
     count: int
+    handed_to: str | None = None
 
     def __str__(self) -> str:
+        last = "" if self.handed_to is None else f"; last handed to {self.handed_to}"
         return (
             f"buffer at 0x{self.address:x} ({self.spec}): {self.count} padding bytes are not zero, first 0x{self.value:02X} "
-            f"at scale row {self.row}, column {self.column}"
+            f"at scale row {self.row}, column {self.column}{last}"
         )
 
 
@@ -61,6 +64,14 @@ def zero_padding(spec: ScaleSpec, buffer: Tensor) -> None:
     if record is not None:
         unused = spec.layout.offsets(spec.stored_rows, spec.k, buffer.device)[~_real(spec, record)]
         buffer.view(-1)[unused] = 0
+
+
+def heal(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Sequence[Corruption]) -> None:
+    """Zero the padding of those buffers that are corrupt."""
+    dirty = {corruption.address for corruption in corruptions}
+    for spec, buffer in buffers:
+        if buffer.data_ptr() in dirty:
+            zero_padding(spec, buffer)
 
 
 def _real(spec: ScaleSpec, record: Tensor) -> Tensor:

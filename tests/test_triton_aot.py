@@ -18,7 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.errors import PTXASError  # noqa: E402
 
 from safealloc.bench import in_kernel  # noqa: E402
-from safealloc.kernels import triton_gemm, triton_padding, triton_quantize  # noqa: E402
+from safealloc.kernels import triton_gemm, triton_grouped, triton_guard, triton_padding, triton_quantize  # noqa: E402
 from safealloc.layout import SfLayout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -270,3 +270,42 @@ def test_zero_padding(architecture: int, layout: SfLayout) -> None:
     ptx = compiled(triton_padding._zero_padding, architecture, types, constants)
     if layout.tile.cols == 4:
         assert "st.global.b32" in ptx, "a padding row's words are not written as words"
+
+
+@architectures
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+@pytest.mark.parametrize("blocks", [1, 1 << 20])
+def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
+    tiling = triton_quantize.tiling_for(1, blocks, not silu and architecture < 100)
+    types = {"x": "*bf16", "global_scales": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
+    types |= dict.fromkeys(("record", "expert_offsets", "blockscale_offsets", "valid_rows", "row_tokens"), "*i32")
+    types |= dict.fromkeys(("rows", "capacity", "experts", "cols", "col_tiles", "scale_rows"), "i32")
+    constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "EXPERTS": 256}
+    constants |= {"TILE_COLS": 4, "BLOCKS": tiling.blocks, "WORDS": tiling.words, "SILU": silu}
+    constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90}
+    options = {"launch_pdl": True} if architecture >= 90 else {}
+    ptx = compiled(triton_grouped._quantize_grouped, architecture, types, constants, num_warps=4, **options)
+    check_waits(ptx, architecture)
+    assert "bar.sync" in ptx, "no barrier between reading the record and writing it"
+    assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
+
+
+@architectures
+def test_clean_grouped(architecture: int) -> None:
+    types = {"scales": "*u8", **dict.fromkeys(("record", "expert_offsets", "blockscale_offsets"), "*i32")}
+    types |= dict.fromkeys(("rows", "capacity", "experts", "col_tiles", "scale_rows"), "i32")
+    constants = {"LAYOUT": 0, "EXPERTS": 256, "TILE_COLS": 4, "ROWS": 1, "DEPENDENT": architecture >= 90}
+    check_waits(compiled(triton_grouped._clean_grouped, architecture, types, constants, num_warps=4), architecture)
+
+
+@architectures
+def test_guard(architecture: int) -> None:
+    numbers = ("kind", "length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot")
+    types = {"scales": "*u8", "record": "*i32", "flags": "*i32", **dict.fromkeys(numbers, "i32")}
+    constants = triton_guard._CONSTANTS
+    assert "st.global" in compiled(triton_guard._check, architecture, types, constants)
+    types = {"table": "*i64", "flags": "*i32", "counters": "*i32", "every": "i32"}
+    ptx = compiled(triton_guard._check_table, architecture, types, constants | {"WORDS": triton_guard.WORDS})
+    first, after = ptx.partition("st.global")[::2]
+    assert "ld.global" in first
+    assert "bra" in after, "all is read before it is known whether it is due"

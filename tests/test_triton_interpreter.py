@@ -15,7 +15,10 @@ import pytest
 
 FOLDER = Path(__file__).parent / "gpu"
 DENSE = ("TestLayout", "TestQuantize", "TestCompact", "TestZeroPadding", "TestInKernel", "TestMm")
-CLASSES = dict.fromkeys(DENSE, "test_kernels.py") | {"TestGrouped": "test_grouped_kernels.py"}
+CLASSES = dict.fromkeys(DENSE, "test_kernels.py") | {
+    "TestGrouped": "test_grouped_kernels.py",
+    "TestGuard": "test_guard_kernels.py",
+}
 
 
 @pytest.fixture(scope="module")

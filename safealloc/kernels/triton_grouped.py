@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """NVFP4 quantisation of rows routed to experts, bit for bit as :mod:`safealloc.kernels.reference_grouped`.
 
-A row has a program for each piece of its columns, and one more that cleans: it clears the scale row in which the row of the
-same number lay at the step before, if that holds no scale now, and notes the new one. So the buffer's record of a row belongs
-to one program, and cleaning takes as long as the other programs need anyway. If the step before had more rows, each cleaning
-program takes its share of them.
+A row has a program for each piece of its columns. Others, before them, clean some rows each: they clear the scale row in
+which the row of the same number lay at the step before, if that holds no scale now, and note the new one. So the buffer's
+record of a row belongs to one program, and cleaning takes as long as the other programs need anyway. If the step before had
+more rows, each cleaning program takes its share of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _FEW_BLOCKS = 4096
+_MANY_BLOCKS = 1 << 17
+_CLEANED_ALONE = 1  # rows a program, where no other program quantises
 _MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
 
@@ -51,9 +53,8 @@ def _narrow(x, BFLOAT16: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS: tl.constexpr):
-    """First row, row behind the last, and first scale row of each group, int32 [EXPERTS]; none beyond ``experts``."""
-    expert = tl.arange(0, EXPERTS)
+def _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts):
+    """First row, row behind the last, and first scale row of each expert's group, int32; none beyond ``experts``."""
     there = expert < experts
     first = tl.load(expert_offsets + expert, mask=there, other=0)
     end = tl.minimum(tl.load(expert_offsets + expert + 1, mask=there, other=0), rows)
@@ -72,37 +73,55 @@ def _place_of(row, first, end, base, scale_rows):
 def _clean(
     scales,
     record,
-    row,
+    leader,  # the first row of this program's
     rows,
     capacity,
-    first,
-    end,
-    base,
+    expert_offsets,
+    blockscale_offsets,
+    experts,
     col_tiles,
     scale_rows,
     LAYOUT: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TILE_COLS: tl.constexpr,
-    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    old = tl.load(record + row)
-    place = _place_of(row, first, end, base, scale_rows)
+    # Everything is [ROWS, EXPERTS], or 1 of either: other shapes move between warps, which wait for each other then.
+    expert = tl.arange(0, EXPERTS)[None, :]
+    row = leader + tl.arange(0, ROWS)[:, None]
+    first, end, base = _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts)
+    inside = row < rows
+    old = tl.load(record + row, mask=inside, other=0)
+    more = tl.load(record + leader)  # of a step's rows, none lies behind one that has no entry
+    if DEPENDENT:
+        gdc_launch_dependents()
+    place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 1, keep_dims=True)
+    place = tl.where((place > 0) & (place <= scale_rows), place, 0)
+    words = scales  # a word is what a tile holds of a row, zero padding columns included
+    if TILE_COLS == 4:
+        words = scales.to(tl.pointer_type(tl.int32))
+    WORDS: tl.constexpr = 128 if ROWS <= 2 else 32
     at = row
-    while old != 0:  # of this program's rows of the step before: its own, and beyond this step's every so many
-        real = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 0)
-        if (old > 0) & (old <= scale_rows) & (real == 0):
-            for start in range(0, col_tiles, WORDS):
-                word = (
-                    start + tl.arange(0, WORDS)[:, None]
-                )  # what a tile holds of a row; its padding columns are zero too
-                col = word * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
-                offset = scale_offset(old - 1, col, col_tiles, LAYOUT)
-                tl.store(scales + offset, tl.zeros_like(col).to(tl.uint8), mask=word < col_tiles)
+    rounds = 0
+    while more != 0:  # of the step before: these rows, and beyond this step's every so many
+        real = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 1, keep_dims=True)
+        clear = tl.where((old > 0) & (old <= scale_rows) & (real == 0), col_tiles, 0)
+        scale_row = tl.maximum(old, 1) - 1
+        for start in range(0, col_tiles, WORDS):
+            word = start + tl.arange(0, WORDS)[None, :]
+            offset = scale_offset(scale_row, word * TILE_COLS, col_tiles, LAYOUT) // TILE_COLS
+            tl.store(words + offset, 0, mask=word < clear)
         at += rows
-        old = tl.load(record + at, mask=at < capacity, other=0)
+        leader += rows
+        rounds += 1
+        old = tl.load(record + at, mask=inside & (at < capacity), other=0)
+        more = tl.load(record + leader, mask=leader < capacity, other=0)
     tl.debug_barrier()  # every warp has to have read before one of them writes
-    tl.store(record + row, tl.where(place > 0, place, -1))
-    for beyond in range(row + rows, at, rows):
-        tl.store(record + beyond, 0)
+    tl.store(record + row, tl.where(place > 0, place, -1), mask=inside)
+    for turn in range(1, rounds):
+        beyond = row + turn * rows
+        tl.store(record + beyond, 0, mask=inside & (beyond < capacity))
 
 
 # One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.
@@ -131,23 +150,41 @@ def _quantize_grouped(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
     SILU: tl.constexpr,
+    ROWS: tl.constexpr,  # that a cleaning program cleans
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
-    row = tl.program_id(0)
-    part = tl.program_id(1)
+    cleaning = False
     if record is None:
-        part += 1
+        row = tl.program_id(0)
+        part = tl.program_id(1)
+    else:
+        cleaners = tl.cdiv(rows, ROWS)
+        number = tl.program_id(0) - cleaners
+        cleaning = number < 0
+        row = number % rows
+        part = number // rows
     if DEPENDENT:
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
-    if record is not None and part == 0:
-        first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
-        if DEPENDENT:
-            gdc_launch_dependents()
+    if record is not None and cleaning:
         _clean(
-            scales, record, row, rows, capacity, first, end, base, col_tiles, scale_rows, LAYOUT, TILE_COLS, WORDS=128
+            scales,
+            record,
+            (number + cleaners) * ROWS,
+            rows,
+            capacity,
+            expert_offsets,
+            blockscale_offsets,
+            experts,
+            col_tiles,
+            scale_rows,
+            LAYOUT,
+            EXPERTS,
+            TILE_COLS,
+            ROWS,
+            DEPENDENT,
         )
     else:
-        col = (part - 1) * BLOCKS + tl.arange(0, BLOCKS)
+        col = part * BLOCKS + tl.arange(0, BLOCKS)
         inside = col < cols
         block = (row.to(tl.int64) * cols + col)[:, None]
         if SILU:
@@ -155,8 +192,8 @@ def _quantize_grouped(
             up, _ = load_blocks(x, block + (row + 1).to(tl.int64) * cols, inside, False)
         else:
             head, tail = load_blocks(x, block, inside, WORDS)
-        first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
         expert = tl.arange(0, EXPERTS)
+        first, end, base = _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts)
         g = tl.load(global_scales + expert, mask=expert < experts, other=0.0)
         valid = row >= 0
         if valid_rows is not None:
@@ -195,14 +232,28 @@ def _clean_grouped(
     LAYOUT: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILE_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    row = tl.program_id(0)
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
-    first, end, base = _load_groups(expert_offsets, blockscale_offsets, rows, experts, EXPERTS)
-    _clean(scales, record, row, rows, capacity, first, end, base, col_tiles, scale_rows, LAYOUT, TILE_COLS, WORDS=128)
+    _clean(
+        scales,
+        record,
+        tl.program_id(0) * ROWS,
+        rows,
+        capacity,
+        expert_offsets,
+        blockscale_offsets,
+        experts,
+        col_tiles,
+        scale_rows,
+        LAYOUT,
+        EXPERTS,
+        TILE_COLS,
+        ROWS,
+        DEPENDENT,
+    )
 
 
 def quantize(
@@ -239,9 +290,12 @@ def quantize(
     experts = global_scales.shape[0]
     words = not silu_and_mul and rows * cols > _FEW_BLOCKS and takes_words(x)
     tiling = tiling_for(rows, cols, words)
+    parts = -(-cols // tiling.blocks)
+    rows_cleaned = _rows_cleaned(rows * cols, silu_and_mul)
+    grid = (rows, parts) if record is None else (-(-rows // rows_cleaned) + rows * parts,)
     dependent = dependent_launch(x.device)
     with device_of(x):
-        _quantize_grouped[(rows, (record is not None) + -(-cols // tiling.blocks))](
+        _quantize_grouped[grid](
             x,
             global_scales,
             x_fp4,
@@ -265,11 +319,17 @@ def quantize(
             BLOCKS=tiling.blocks,
             WORDS=tiling.words,
             SILU=silu_and_mul,
+            ROWS=rows_cleaned,
             DEPENDENT=bool(dependent),
             num_warps=4,
             enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
             **dependent,
         )
+
+
+def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
+    """How many rows a cleaning program takes: as many as leave it no slower than its neighbours."""
+    return 8 if silu_and_mul or blocks > _MANY_BLOCKS else 2
 
 
 def clean(
@@ -294,7 +354,7 @@ def clean(
     experts = expert_offsets.shape[0] - 1
     dependent = dependent_launch(scales.device)
     with device_of(scales):
-        _clean_grouped[(rows,)](
+        _clean_grouped[(-(-rows // _CLEANED_ALONE),)](
             scales,
             record,
             expert_offsets,
@@ -307,6 +367,7 @@ def clean(
             LAYOUT=int(layout),
             EXPERTS=triton.next_power_of_2(experts),
             TILE_COLS=layout.tile.cols,
+            ROWS=_CLEANED_ALONE,
             DEPENDENT=bool(dependent),
             num_warps=4,
             enable_fp_fusion=False,

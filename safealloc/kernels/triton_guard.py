@@ -1,0 +1,255 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Looks for padding that is not zero, and tells the host by a word of its memory: nothing waits.
+
+A program looks at a piece of a buffer, 128 rows of 64 columns, in matrix order. What is padding follows from the shape, or
+from the buffer's record (:class:`safealloc.layout.ScaleSpec`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safealloc.buffers import record_of
+from safealloc.kernels.triton_layout import device_of, scale_offset
+from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec
+
+ROWS, COLS = 128, 64
+"""Of a piece."""
+
+WORDS = 12
+"""int64 of a piece in a table: the fields of :class:`Piece`, and a word that says where its flag is."""
+
+_STEP = 16  # columns that a program holds at once
+_COUNTS, _PLACES = 1, 2  # kinds of records: how many rows a column has; where each row was put
+
+
+class Piece(NamedTuple):
+    """A part of a buffer that has padding, all integers: two addresses, sizes in scales, and where the part begins."""
+
+    scales: int
+    record: int
+    kind: int
+    length: int
+    rows: int
+    cols: int
+    padded_rows: int
+    col_tiles: int
+    layout: int
+    first_row: int
+    first_col: int
+
+
+@triton.jit
+def _is_dirty(
+    scales,
+    record,
+    kind,
+    length,
+    rows,
+    cols,
+    padded_rows,
+    col_tiles,
+    layout,
+    first_row,
+    first_col,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """Whether a byte of a piece is padding and not zero."""
+    row = first_row + tl.arange(0, ROWS)
+    tile_cols = tl.where(layout == 2, 1, 4)
+    end = tl.minimum(first_col + COLS, col_tiles * tile_cols)
+    real_row = row < rows
+    if kind == 2:
+        here = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, length, ROWS):
+            at = start + tl.arange(0, ROWS)
+            place = tl.load(record + at, mask=at < length, other=0)
+            here += tl.sum((place[None, :] == row[:, None] + 1).to(tl.int32), 1)
+        real_row = here > 0
+    dirty = tl.zeros((ROWS, STEP), tl.int32)
+    for start in range(first_col, end, STEP):
+        col = start + tl.arange(0, STEP)
+        limit = tl.zeros((STEP,), tl.int32) + padded_rows
+        if kind == 1:
+            limit = tl.load(record + col // COUNTED, mask=col < cols, other=0)
+        real = real_row[:, None] & (col < cols)[None, :] & (row[:, None] < limit[None, :])
+        wide, tall = row[:, None], col[None, :]
+        offset = tl.where(
+            layout == 0,
+            scale_offset(wide, tall, col_tiles, 0),
+            tl.where(layout == 1, scale_offset(wide, tall, col_tiles, 1), scale_offset(wide, tall, col_tiles, 2)),
+        )
+        there = (wide < padded_rows) & (tall < end) & (real == 0)
+        byte = tl.load(scales + offset, mask=there, other=0)
+        dirty |= (byte != 0).to(tl.int32)
+    return tl.max(tl.max(dirty, 1), 0) != 0
+
+
+# One binary for all shapes: a new one must not compile, least of all during a graph capture.
+@triton.jit(do_not_specialize=["kind", "length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot"])
+def _check(
+    scales,  # uint8
+    record,  # int32; anything where kind is 0
+    flags,  # int32, of the host
+    kind,
+    length,
+    rows,
+    cols,
+    padded_rows,
+    col_tiles,
+    layout,
+    slot,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    if _is_dirty(
+        scales,
+        record,
+        kind,
+        length,
+        rows,
+        cols,
+        padded_rows,
+        col_tiles,
+        layout,
+        tl.program_id(0) * ROWS,
+        tl.program_id(1) * COLS,
+        ROWS,
+        COLS,
+        STEP,
+        COUNTED,
+    ):
+        tl.store(flags + slot, 1)
+        tl.store(flags, 1)
+
+
+@triton.jit(do_not_specialize=["every"])
+def _check_table(
+    table,  # int64 [1 + pieces, WORDS], of the host; the first word is how many pieces there are
+    flags,  # int32, of the host
+    counters,  # int32, one a program
+    every,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    seen = tl.load(counters + program) + 1
+    tl.store(counters + program, tl.where(seen >= every, 0, seen))
+    if seen >= every:
+        pieces = tl.load(table).to(tl.int32)
+        for piece in range(program, pieces, tl.num_programs(0)):
+            at = table + (piece + 1) * WORDS
+            if _is_dirty(
+                tl.load(at).to(tl.pointer_type(tl.uint8)),
+                tl.load(at + 1).to(tl.pointer_type(tl.int32)),
+                tl.load(at + 2).to(tl.int32),
+                tl.load(at + 3).to(tl.int32),
+                tl.load(at + 4).to(tl.int32),
+                tl.load(at + 5).to(tl.int32),
+                tl.load(at + 6).to(tl.int32),
+                tl.load(at + 7).to(tl.int32),
+                tl.load(at + 8).to(tl.int32),
+                tl.load(at + 9).to(tl.int32),
+                tl.load(at + 10).to(tl.int32),
+                ROWS,
+                COLS,
+                STEP,
+                COUNTED,
+            ):
+                tl.store(flags + tl.load(at + 11), 1)
+                tl.store(flags, 1)
+
+
+_CONSTANTS = {"ROWS": ROWS, "COLS": COLS, "STEP": _STEP, "COUNTED": COLS_A_COUNT}
+
+
+def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
+    """What of a buffer has to be looked at, for a table.
+
+    Args:
+        spec: of the buffer.
+        base: all its scales, uint8 ``[padded_rows, padded_cols]``.
+    """
+    whole = _whole(spec, base)
+    padded_rows, padded_cols = spec.padded_shape
+    found = []
+    for first_row in range(0, padded_rows, ROWS):
+        for first_col in range(0, padded_cols, COLS):
+            full = first_row + ROWS <= whole.rows and min(first_col + COLS, padded_cols) <= whole.cols
+            if whole.kind or not full:
+                found.append(whole._replace(first_row=first_row, first_col=first_col))
+    return found
+
+
+def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
+    """Look at one buffer: set ``flags[slot]`` and ``flags[0]`` where its padding is not zero. Nothing is waited for.
+
+    Args:
+        spec, base: as in :func:`pieces_of`.
+        flags: int32, in memory of the host that the device can write (pinned).
+        slot: its flag.
+    """
+    whole = _whole(spec, base)
+    padded_rows, padded_cols = spec.padded_shape
+    record = record_of(spec, base)
+    with device_of(base):
+        _check[(-(-padded_rows // ROWS), -(-padded_cols // COLS))](
+            base,
+            flags if record is None else record,
+            flags,
+            whole.kind,
+            whole.length,
+            whole.rows,
+            whole.cols,
+            whole.padded_rows,
+            whole.col_tiles,
+            whole.layout,
+            slot,
+            **_CONSTANTS,
+            enable_fp_fusion=False,
+        )
+
+
+def check_table(table: Tensor, flags: Tensor, counters: Tensor, every: int) -> None:
+    """One node of a graph: at every ``every``-th replay, look at all pieces that the table has then.
+
+    Args:
+        table: int64 ``[1 + pieces, WORDS]`` in pinned memory: how many pieces there are now, then each piece and its slot.
+        flags: as in :func:`check`.
+        counters: int32 on the device, zero at first; one for each program that is launched.
+        every: replays.
+    """
+    with device_of(counters):
+        _check_table[(counters.shape[0],)](
+            table, flags, counters, every, WORDS=WORDS, **_CONSTANTS, enable_fp_fusion=False
+        )
+
+
+def _whole(spec: ScaleSpec, base: Tensor) -> Piece:
+    record = record_of(spec, base)
+    padded_rows, padded_cols = spec.padded_shape
+    return Piece(
+        scales=base.data_ptr(),
+        record=base.data_ptr() if record is None else record.data_ptr(),
+        kind=0 if record is None else _COUNTS if spec.experts is None else _PLACES,
+        length=spec.record,
+        rows=spec.stored_rows,
+        cols=spec.k // BLOCK_SIZE,
+        padded_rows=padded_rows,
+        col_tiles=padded_cols // spec.layout.tile.cols,
+        layout=int(spec.layout),
+        first_row=0,
+        first_col=0,
+    )

@@ -1,0 +1,212 @@
+"""The guard on a GPU: checks by replays, that nobody waits for, of everything that graphs were given."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import pytest
+import torch
+from layers import Layer
+
+from safealloc import PaddingCorruptionError, SafeAllocError, ScalePool, SfLayout, capture, nvfp4_quantize
+
+pytest.importorskip("triton", reason="the guard's kernels need triton")
+
+pytestmark = pytest.mark.gpu
+
+L128, L8 = SfLayout.layout_128x4, SfLayout.layout_8x4
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    pools: list[ScalePool] = []
+
+    def make(every: int, repair: bool = False, **options) -> ScalePool:
+        monkeypatch.setenv("SAFEALLOC_VERIFY", str(every))
+        monkeypatch.setenv("SAFEALLOC_VERIFY_REPAIR", str(int(repair)))
+        pools.append(ScalePool("cuda", growth_in_capture="error", **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def captured(layer: Layer, **keywords) -> torch.cuda.CUDAGraph:
+    layer.run()  # compiles the kernels and leaves a buffer behind
+    with capture(pool=layer.pool, **keywords) as graph:
+        layer.run()
+    return graph
+
+
+def dirty_a_buffer(pool: ScalePool, rows: int, layout: SfLayout = L128) -> None:
+    """The last padding byte of the buffer that graphs were given for so many rows."""
+    (buffer,) = [one for one in pool._inventory.by_address.values() if one.spec.rows == rows and one.capture]
+    padding = layout.padding_mask(rows, buffer.spec.k, "cuda").nonzero().flatten()
+    buffer.base.view(-1)[padding[-1:]] = 0x7F
+    torch.cuda.synchronize()
+
+
+def raises_after(pool: ScalePool, graph: torch.cuda.CUDAGraph, replays: int) -> PaddingCorruptionError:
+    """Replay so often: only then is it found."""
+    for _ in range(replays - 1):
+        graph.replay()
+        torch.cuda.synchronize()
+        pool.safe_point()
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(PaddingCorruptionError) as raised:
+        pool.safe_point()
+    return raised.value
+
+
+@pytest.mark.parametrize("layout", [L128, L8])
+def test_every_nth_replay(guarded, layout):
+    pool = guarded(3)
+    layer = Layer(5, 1008, 64, layout, pool, seed=0)
+    graph = captured(layer)
+    for _ in range(7):
+        graph.replay()
+    torch.cuda.synchronize()
+    pool.safe_point()
+    dirty_a_buffer(pool, 5, layout)  # the count stands at 7: the ninth looks
+    error = raises_after(pool, graph, 2)
+    (found,) = error.corruptions
+    assert (found.spec.rows, found.value, found.count) == (5, 0x7F, 1)
+    assert found.handed_to is not None
+    assert "layers.py:" in found.handed_to
+    raises_after(pool, graph, 3)  # still there
+    assert pool.verify(repair=True)
+    for _ in range(9):
+        graph.replay()
+    torch.cuda.synchronize()
+    pool.safe_point()
+    layer.check()
+
+
+def test_repair(guarded, caplog):
+    pool = guarded(2, repair=True)
+    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    graph = captured(layer)
+    dirty_a_buffer(pool, 5)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    with caplog.at_level(logging.WARNING, "safealloc"):
+        pool.safe_point()
+    assert "zeroed padding that somebody wrote" in caplog.text
+    assert pool.verify() >= 1
+    graph.replay()
+    torch.cuda.synchronize()
+    layer.check()
+
+
+def test_a_graph_looks_at_what_was_handed_out_after_its_node_and_at_other_graphs_buffers(guarded):
+    pool = guarded(1)
+    layers = [Layer(rows, 1008, 64, L128, pool, seed=rows) for rows in (5, 9, 17)]
+    for layer in layers:
+        layer.run()
+    with capture(pool=pool) as first:
+        layers[0].run()
+        layers[1].run()
+    second = captured(layers[2])
+    for layer, graph in zip(layers, (first, first, first), strict=True):
+        dirty_a_buffer(pool, layer.rows)
+        raises_after(pool, graph, 1)
+        pool.verify(repair=True)
+    second.replay()
+    torch.cuda.synchronize()
+    pool.safe_point()
+
+
+def test_a_capture_that_somebody_else_began(guarded):
+    pool = guarded(1)
+    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    layer.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run()
+    dirty_a_buffer(pool, 5)
+    raises_after(pool, graph, 1)
+    pool.verify(repair=True)
+
+
+def test_one_node_a_graph(guarded):
+    pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
+    counts = []
+    for every in (0, 1):
+        pool = guarded(every)
+        layers = [Layer(rows, 1008, 64, L128, pool, seed=rows) for rows in (5, 9)]
+        for layer in layers:
+            layer.run()
+        with capture(pool=pool) as graph:
+            for layer in layers:
+                layer.run()
+        counts.append(sum(pool.graph_report(graph).nodes.values()))
+        del graph
+    assert counts[1] == counts[0] + 1
+
+
+def test_nothing_synchronises_while_all_is_well(guarded):
+    pool = guarded(1)
+    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    graph = captured(layer)
+    x = torch.randn(5, 1008, dtype=torch.bfloat16, device="cuda")
+    one = torch.ones(1, device="cuda")
+    nvfp4_quantize(x, one, pool=pool)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            nvfp4_quantize(x, one, pool=pool)
+            graph.replay()
+            pool.safe_point()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_eager_calls(guarded, compact):
+    pool = guarded(2, compact=compact)
+    x = torch.randn(5, 1008, dtype=torch.bfloat16, device="cuda")
+    one = torch.ones(1, device="cuda")
+    for _ in range(3):
+        nvfp4_quantize(x, one, pool=pool)
+    _, scales = nvfp4_quantize(x, one, pool=pool)  # the same buffer: nobody held it
+    scales.view(-1)[L128.offsets(128, 1008, "cuda")[100, 62]] = 0x38
+    del scales
+    for _ in range(2):
+        nvfp4_quantize(x, one, pool=pool)
+    torch.cuda.synchronize()
+    with pytest.raises(PaddingCorruptionError, match=r"row 100, column 62; last handed to nvfp4_quantize at "):
+        nvfp4_quantize(x, one, pool=pool)
+    pool.verify(repair=True)
+
+
+def test_graphs_outlive_the_pool(guarded):
+    pool = guarded(1)
+    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    graph = captured(layer)
+    pool.close()
+    gc.collect()
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((1 << 20,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    pinned = [torch.full((1 << 16,), 0x7F, dtype=torch.uint8, pin_memory=True) for _ in range(8)]
+    for _ in range(10):
+        graph.replay()
+    torch.cuda.synchronize()
+    layer.check()
+    del rubbish, pinned
+
+
+def test_a_pool_is_made_before_a_capture(guarded):
+    graph = torch.cuda.CUDAGraph()
+    x = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(graph):
+        x.add_(1)
+        with pytest.raises(SafeAllocError, match="before the capture"):
+            guarded(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert int(x) == 1

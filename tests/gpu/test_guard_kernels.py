@@ -1,0 +1,129 @@
+"""The guard's kernels against ``safealloc.verify``: one dirty byte anywhere, in buffers of every kind.
+
+Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, as test_kernels.py does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from safealloc.buffers import make_base, record_of
+from safealloc.kernels import triton_guard
+from safealloc.layout import ScaleSpec, SfLayout
+from safealloc.verify import find_corruptions, zero_padding
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device of compute capability 8.9 or more"),
+    ]
+)
+
+SLOT, SLOTS = 5, 8
+ROUNDS = 4 if INTERPRETED else 60
+
+
+def a_spec(kind: str, layout: SfLayout) -> ScaleSpec:
+    rows, k = random.randint(1, 140 if INTERPRETED else 700), 16 * random.randint(1, 70)
+    if kind == "grouped":
+        return ScaleSpec.grouped(min(rows, 30) if INTERPRETED else rows, k, layout, 4)
+    padded_k = k + 64 if kind == "padded" else None
+    return ScaleSpec.checked(rows, k, layout, padded_k, compact=kind == "compact")
+
+
+def a_buffer(spec: ScaleSpec) -> Tensor:
+    """Its real bytes are NaN, its padding is zero, and its record is one that could be."""
+    scales = make_base(spec, torch.device(DEVICE))
+    record = record_of(spec, scales)
+    if record is not None and spec.experts is not None:
+        places = torch.randperm(spec.stored_rows)[: spec.rows].int() + 1
+        places[::3] = -1
+        places[1::7] = 0
+        record.copy_(places)
+    elif record is not None:
+        record.copy_(torch.randint(spec.rows + 1, record.shape))
+    scales.fill_(0x7F)
+    zero_padding(spec, scales)
+    return scales
+
+
+def flags() -> Tensor:
+    return torch.zeros(SLOTS, dtype=torch.int32, pin_memory=not INTERPRETED)
+
+
+def found(flags: Tensor) -> bool:
+    if not INTERPRETED:
+        torch.cuda.synchronize()
+    assert flags.tolist() in ([0] * SLOTS, [1, 0, 0, 0, 0, 1, 0, 0])
+    return bool(flags[SLOT])
+
+
+def by_check(spec: ScaleSpec, scales: Tensor) -> bool:
+    into = flags()
+    triton_guard.check(spec, scales, into, SLOT)
+    return found(into)
+
+
+def by_table(spec: ScaleSpec, scales: Tensor, every: int = 3) -> bool:
+    pieces = triton_guard.pieces_of(spec, scales)
+    table = torch.zeros((1 + len(pieces), triton_guard.WORDS), dtype=torch.int64, pin_memory=not INTERPRETED)
+    table[0, 0] = len(pieces)
+    for row, piece in zip(table[1:], pieces, strict=True):
+        row.copy_(torch.tensor([*piece, SLOT]))
+    into, counters = flags(), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    for _ in range(every - 1):
+        triton_guard.check_table(table, into, counters, every)
+    assert not found(into), "it looked before it was due"
+    triton_guard.check_table(table, into, counters, every)
+    assert not counters.any()
+    return found(into)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "compact", "grouped"])
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+class TestGuard:
+    def test_one_dirty_byte(self, layout, kind):
+        random.seed(f"{layout.name} {kind}")
+        torch.manual_seed(0)
+        dirtied = 0
+        for _ in range(ROUNDS):
+            spec = a_spec(kind, layout)
+            scales = a_buffer(spec)
+            assert not find_corruptions([(spec, scales)])
+            assert not by_check(spec, scales), f"{spec}: what is clean"
+            assert not by_table(spec, scales), f"{spec}: what is clean"
+            clean = scales.view(-1).clone()
+            padding = (clean == 0).nonzero().flatten().tolist()
+            if padding:
+                at = random.choice(padding)
+                scales.view(-1)[at] = random.choice((0x01, 0x38, 0x7F, 0x80, 0xFF))
+                assert find_corruptions([(spec, scales)])
+                assert by_check(spec, scales), f"{spec}: byte {at}"
+                assert by_table(spec, scales), f"{spec}: byte {at}"
+                dirtied += 1
+        assert dirtied or (kind != "padded" and layout is SfLayout.layout_linear)
+
+    def test_the_first_and_the_last_padding_byte(self, layout, kind):
+        random.seed(f"ends {layout.name} {kind}")
+        spec = a_spec(kind, layout)
+        scales = a_buffer(spec)
+        padding = (scales.view(-1) == 0).nonzero().flatten().tolist()
+        for at in {padding[0], padding[-1]} if padding else ():
+            scales.view(-1)[at] = 1
+            assert by_check(spec, scales)
+            assert by_table(spec, scales, 1)
+            scales.view(-1)[at] = 0
+        assert not by_check(spec, scales)
