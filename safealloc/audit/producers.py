@@ -28,6 +28,7 @@ from safealloc.audit.findings import (
 from safealloc.checks import checked_device
 from safealloc.kernels import reference
 from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout, short
+from safealloc.memory import PrivateMemory
 
 Producer = Callable[..., Any]
 """``fn(x, global_scale, x_fp4, scales, layout)``; see :func:`audit_producer`."""
@@ -37,6 +38,7 @@ PRODUCER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 720), (128, 512), (130, 20
 
 _SENTINELS = (0xA5, 0x5B)
 _FILL = (0xFF, 0x7F)  # bytes that torch.empty holds under deterministic algorithms, by its dtype
+_MIB = 1 << 20
 _GUARD = 4096  # bytes on either side, which keep 512-byte alignment
 
 
@@ -103,9 +105,9 @@ def audit_producer(
 
     A producer is run twice over two different sentinel bytes, so that it cannot hide by writing one of them. Memory that it
     allocates by itself is brought into a known state by ``torch.use_deterministic_algorithms``, under which ``torch.empty``
-    holds 0xFF and 0x7F, and on CUDA a second time by filling and freeing blocks of the same sizes. What such a producer
-    writes outside its buffers is not seen, and where it gets none of those blocks, one that writes 0xFF or 0x7F counts as
-    leaving.
+    holds 0xFF and 0x7F, and on CUDA the second time by a memory pool that is filled with the sentinel. What such a producer
+    writes outside its buffers is not seen, and where it gets no memory of that pool, or there is none, one that writes 0xFF
+    or 0x7F counts as leaving.
     """
     layout, where = checked_layout(layout), checked_device(device)
     name = str(getattr(fn, "__name__", fn)) if name is None else name
@@ -192,23 +194,17 @@ def _one(
 
 def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int, *, first: bool) -> _Run:
     """One call over memory that is the sentinel; ``first`` or on a CPU with deterministic memory for what it allocates."""
-    rows, k = x.shape
-    known = contextlib.nullcontext if x.is_cuda and not first else _known_memory
-    try:
-        with known():
+    if first or not x.is_cuda:
+        with contextlib.suppress(Exception), _known_memory():  # some dtypes cannot be filled
             return _call(fn, x, global_scale, layout, sentinel)
-    except Exception:
-        if known is not _known_memory:
-            raise
-        _leave_behind((rows * k // 2, layout.nbytes(rows, k)), sentinel, x.device)
-        return _call(fn, x, global_scale, layout, sentinel)  # some dtypes cannot be filled
+    with _memory_of(sentinel, (2 * x.numel(), x.numel() // 2, layout.nbytes(*x.shape)), x.device):
+        return _call(fn, x, global_scale, layout, sentinel)
 
 
 def _call(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int) -> _Run:
     rows, k = x.shape
     data = _Guarded.make(rows * k // 2, sentinel, x.device)
     scales = _Guarded.make(layout.nbytes(rows, k), sentinel, x.device)
-    _leave_behind((data.nbytes, scales.nbytes), sentinel, x.device)
     result = fn(
         x.clone(),
         global_scale.clone(),
@@ -255,12 +251,26 @@ def _known_memory() -> Iterator[None]:
             deterministic.fill_uninitialized_memory = fill
 
 
-def _leave_behind(sizes: Sequence[int], byte: int, device: torch.device) -> None:
-    """Fill and free blocks of these sizes, which the next allocations get from PyTorch's caching allocator."""
-    if device.type == "cuda":
-        blocks = [torch.full((size,), byte, dtype=torch.uint8, device=device) for size in sizes for _ in range(4)]
-        torch.cuda.synchronize(device)
-        del blocks
+@contextlib.contextmanager
+def _memory_of(byte: int, sizes: Sequence[int], device: torch.device) -> Iterator[None]:
+    """On CUDA, allocations come from memory that holds this byte throughout: enough for a few blocks of these sizes.
+
+    PyTorch's caching allocator serves up to 1 MiB from segments of 2 MiB, and what is larger from segments of 20 MiB or of
+    its own size. Blocks that are whole segments, or halves, leave nothing in them that is anything else.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    memory = PrivateMemory(device)
+    blocks = [_MIB] * (2 + 4 * sum(sizes) // _MIB) + [max(20 * _MIB, size) for size in sizes if size > _MIB] * 4
+    try:
+        with memory.active():
+            filled = [torch.full((size,), byte, dtype=torch.uint8, device=device) for size in blocks]
+            torch.cuda.synchronize(device)
+            del filled
+            yield
+    finally:
+        memory.release()
 
 
 def _scale_steps(got: Tensor, wanted: Tensor) -> Tensor:
@@ -303,9 +313,8 @@ def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple
         left = ((first == _SENTINELS[0]) | (first == 0)) & ((second == _SENTINELS[1]) | (second == 0)) & ~zeroed
     else:
         left = (first == _FILL[0]) | (first == _FILL[1])
-        still = left & (second == _SENTINELS[1])
-        if bool(still.any()):  # it got one of the blocks that were left behind
-            left = still
+        if bool((left & (second == _SENTINELS[1])).any()):  # it got one of the blocks that were left behind
+            left &= second != first
     dirtied = ~(zeroed | left)
     cols = k // BLOCK_SIZE
     regions = {"rows": (slice(rows, None), slice(None)), "columns": (slice(0, rows), slice(cols, None))}
