@@ -115,7 +115,7 @@ class Guard:
         _never_freed.append(self._flags)
         # reading a tensor's element costs a hundred times as much
         self._words = (ctypes.c_int32 * _SLOTS).from_address(self._flags.data_ptr())
-        self._graphs = _Graphs.make(device, self._flags) if self._on_cuda else None
+        self._graphs = Graphs.make(device, self._flags) if self._on_cuda else None
 
     @property
     def alarmed(self) -> bool:
@@ -172,7 +172,7 @@ class Guard:
 
 
 @dataclass(slots=True)
-class _Graphs:
+class Graphs:
     """The node that each captured graph has, and what all of them look at.
 
     Attributes:

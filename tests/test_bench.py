@@ -203,7 +203,7 @@ class TestDecode:
     )
     def test_rounds_fill_the_time(self, decode, microseconds, seconds, rounds, replays):
         once = {str(number): [time] for number, time in enumerate(microseconds)}
-        assert decode._rounds(once, seconds) == (rounds, replays)
+        assert decode.rounds_of(once, seconds) == (rounds, replays)
 
     def test_a_graphs_memory_is_that_of_its_own_pool(self, decode):
         segments = [
@@ -220,7 +220,7 @@ class TestDecode:
 
         def weights(free):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-            return decode._weights(model, torch.device("cpu"))
+            return decode.weights_of(model, torch.device("cpu"))
 
         made = weights(1 << 30)
         assert [len(made[site]) for site in sites] == [4, 1]
@@ -250,7 +250,7 @@ class TestDecode:
             "small", 1, (Site("up", 80, 48, (0, 1)), Site("gate", 80, 32, (0, 1)), Site("down", 32, 80, (1,)))
         )
         device = torch.device("cpu")
-        weights = decode._weights(model, device)
+        weights = decode.weights_of(model, device)
         with ScalePool(device) as pool:
 
             def quantize(x, global_scale, layout):
@@ -260,7 +260,7 @@ class TestDecode:
                 return x_fp4, scales
 
             peer = decode.Peer("pool", "", quantize, layout)
-            step = decode._Step(model, weights, 3, device)
+            step = decode.Step(model, weights, 3, device)
             step.run(peer)
             assert pool.stats().buffers == 2  # for 80 and 32 columns, though two layers of 80 follow each other
             step.multiply(peer)
@@ -373,7 +373,21 @@ MOE = {
     "not_measured": {},
     "targets": TARGETS,
 }
-MADE_UP = {"quantize": QUANTIZE, "decode": DECODE, "host": HOST, "moe": MOE}
+GUARD = {
+    "steps": [
+        {"model": "Llama 3.1 8B", "tensor_parallel": 8, "batch": 16, "buffers": 3, "bytes": 4096, "off": {"us": 200.0}}
+        | {"counts": {"over_off": {"us": 0.75}}, "looks": {"over_off": {"us": -1.5}}}
+    ],
+    "nodes": [
+        {"model": "Llama 3.1 8B", "tensor_parallel": 8, "sizes": 51, "buffers": 153, "bytes": 2048}
+        | {"counts": {"us": 0.5}, "looks": {"us": 9.25}}
+    ],
+    "host": {"calls": {"pool.acquire, no SAFEALLOC_VERIFY": {"us": 0.75, "quartiles": [0.5, 1.0]}}},
+    "not_measured": {},
+    "targets": [],
+}
+
+MADE_UP = {"quantize": QUANTIZE, "decode": DECODE, "host": HOST, "moe": MOE, "guard": GUARD}
 
 
 def printed_lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -433,6 +447,14 @@ class TestCommand:
         assert ["first:", "times", "1.05", "1.0312", "yes"] in lines
         assert ["second:", "times", "2.2", "-", "NO"] in lines
         assert ["vLLM's", "emulation:", "not", "measured,", "vllm", "is", "not", "installed"] in lines
+
+    def test_guard_is_printed(self, measurable, capsys):
+        assert main(["bench", "guard"]) == 0
+        lines = printed_lines(capsys)
+        assert ["Llama", "3.1", "8B,", "TP", "8", "16", "3", "200.0", "+0.75", "-1.50"] in lines
+        assert ["Llama", "3.1", "8B,", "TP", "8", "153", "2", "0.50", "9.25"] in lines
+        assert ["pool.acquire,", "no", "SAFEALLOC_VERIFY", "0.75", "0.50", "to", "1.00"] in lines
+        assert ["Targets"] not in lines
 
     def test_moe_is_printed(self, measurable, capsys):
         assert main(["bench", "moe"]) == 0

@@ -65,7 +65,7 @@ def measure(
         measured = []
         for number, model in enumerate(models):
             progress(f"{model.title}: weights", number / len(models))
-            weights = _weights(model, device)
+            weights = weights_of(model, device)
             several = []
             for place, batch in enumerate(batches):
                 progress(f"{model.title}, batch {batch}", (number + place / len(batches)) / len(models))
@@ -95,7 +95,7 @@ class _Weight:
     scales: Tensor
 
 
-def _weights(model: Model, device: torch.device) -> dict[Site, list[_Weight]]:
+def weights_of(model: Model, device: torch.device) -> dict[Site, list[_Weight]]:
     """Random weights of each site: one a layer, or as many as fit."""
     free, _ = torch.cuda.mem_get_info(device)
     share = min(1.0, _SHARE * free / model.weight_nbytes)
@@ -114,7 +114,7 @@ def _weight(site: Site, generator: torch.Generator) -> _Weight:
     return _Weight(random(0, 256, (site.n, site.k // 2)), random(0x28, 0x40, shape))
 
 
-class _Step:
+class Step:
     """A decode step at one batch size, in static memory."""
 
     def __init__(
@@ -159,12 +159,12 @@ def _batch(
     model: Model, weights: Mapping[Site, Sequence[_Weight]], batch: int, device: torch.device, seconds: float
 ) -> dict[str, Any]:
     """Capture the step of each peer, replay them in turn, and forget them."""
-    step = _Step(model, weights, batch, device)
+    step = Step(model, weights, batch, device)
     with ScalePool(device, growth_in_capture="error") as pool:
         by_name = peers(pool)
         graphs = {name: timing.captured(functools.partial(step.run, peer), pool) for name, peer in by_name.items()}
         graphs[GEMM_ONLY] = timing.captured(functools.partial(step.multiply, by_name[ZEROS]), pool)
-        rounds, replays = _rounds(timing.interleaved(graphs, 1, 1), seconds)
+        rounds, replays = rounds_of(timing.interleaved(graphs, 1, 1), seconds)
         times = timing.interleaved(graphs, rounds, replays, seed=batch)
         segments = torch.cuda.memory_snapshot()
         reports = {name: pool.graph_report(graph) for name, graph in graphs.items()}
@@ -186,7 +186,7 @@ def _batch(
     }
 
 
-def _rounds(once: Mapping[str, Sequence[float]], seconds: float) -> tuple[int, int]:
+def rounds_of(once: Mapping[str, Sequence[float]], seconds: float) -> tuple[int, int]:
     """Rounds, and replays in a round, that take about so long.
 
     Args:

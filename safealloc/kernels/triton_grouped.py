@@ -19,7 +19,6 @@ from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load
 from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _FEW_BLOCKS = 4096
-_MANY_BLOCKS = 1 << 17
 _CLEANED_ALONE = 1  # rows a program, where no other program quantises
 _MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
@@ -94,6 +93,12 @@ def _clean(
     inside = row < rows
     old = tl.load(record + row, mask=inside, other=0)
     more = tl.load(record + leader)  # of a step's rows, none lies behind one that has no entry
+    leader += rows
+    EARLY: tl.constexpr = (
+        ROWS > 2
+    )  # nobody waits for the next entry alone; with few rows one more instruction costs more
+    if EARLY:
+        then_more = tl.load(record + leader, mask=leader < capacity, other=0)
     if DEPENDENT:
         gdc_launch_dependents()
     place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 1, keep_dims=True)
@@ -113,10 +118,15 @@ def _clean(
             offset = scale_offset(scale_row, word * TILE_COLS, col_tiles, LAYOUT) // TILE_COLS
             tl.store(words + offset, 0, mask=word < clear)
         at += rows
-        leader += rows
         rounds += 1
         old = tl.load(record + at, mask=inside & (at < capacity), other=0)
-        more = tl.load(record + leader, mask=leader < capacity, other=0)
+        if EARLY:
+            more = then_more
+            leader += rows
+            then_more = tl.load(record + leader, mask=leader < capacity, other=0)
+        else:
+            more = tl.load(record + leader, mask=leader < capacity, other=0)
+            leader += rows
     tl.debug_barrier()  # every warp has to have read before one of them writes
     tl.store(record + row, tl.where(place > 0, place, -1), mask=inside)
     for turn in range(1, rounds):
@@ -328,8 +338,15 @@ def quantize(
 
 
 def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
-    """How many rows a cleaning program takes: as many as leave it no slower than its neighbours."""
-    return 8 if silu_and_mul or blocks > _MANY_BLOCKS else 2
+    """How many rows a cleaning program takes; ``benchmarks/NOTES.md`` has the numbers.
+
+    As many as leave it no slower than its neighbours, and, around one wave of these, fit into that wave.
+    """
+    if not silu_and_mul:
+        return 2 if blocks <= 1 << 17 else 8
+    if blocks <= _FEW_BLOCKS:
+        return 4
+    return 16 if 1 << 14 < blocks <= 1 << 15 else 8
 
 
 def clean(
