@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,20 @@ _MOST_ROWS = 1 << 20  # in one batch
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells what is accepted)\n")
+        from safealloc.commands.report import one_line
+
+        super().exit(2, f"{self.prog}: {one_line(message)} ({self.prog} --help tells what is accepted)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After ``--help`` and ``--version``, which may lie in standard output's buffer still."""
+        from safealloc.commands import report
+
+        try:
+            with report.printing():
+                pass
+        except report.UsageError as error:
+            self.error(str(error))
+        super().exit(status, message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what its encoding lacks
     parser, commands = _parsers()
+    if any("\0" in argument for argument in arguments or ()):
+        parser.error("an argument has a NUL character in it")
     given = parser.parse_args(arguments)
     from safealloc.commands.report import UsageError
 
@@ -47,12 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _repro(given: argparse.Namespace) -> int:
     from safealloc.commands import report, repro
 
+    report.check_environment()
     report.check_writable(given.json)
     options = repro.checked_options(given.device, given.backend, given.seed, given.replays)
     with report.status("repro") as say:
         result = repro.run(options, say)
     report.write_json(given.json, result.as_dict())
-    repro.show(result, report.console())
+    with report.printing():
+        repro.show(result, report.console())
     return 0 if result.as_stated else 1
 
 
@@ -63,7 +83,8 @@ def _doctor(given: argparse.Namespace) -> int:
     with report.status("doctor") as say:
         result = doctor.run(say)
     report.write_json(given.json, result.as_dict())
-    doctor.show(result, report.console())
+    with report.printing():
+        doctor.show(result, report.console())
     return 0
 
 
@@ -71,42 +92,54 @@ def _plan(given: argparse.Namespace) -> int:
     from safealloc.commands import plan, report
 
     report.check_writable(given.json)
+    report.check_apart(given.json, plan.config_file(given.config), "--json", "CONFIG")
     sizes = given.sizes or plan.vllm_sizes(given.max_size)
     result = plan.run(given.config, given.tensor_parallel, sizes, given.layout, expert_parallel=given.expert_parallel)
     report.write_json(given.json, result.as_dict())
-    plan.show(result, report.console())
+    with report.printing():
+        plan.show(result, report.console())
     return 0
 
 
 def _bench(given: argparse.Namespace) -> int:
     from safealloc.commands import bench, report
 
+    report.check_environment()
     report.check_writable(given.json)
     bench.check_pictures(given.plot)
+    report.check_apart(given.json, given.plot, "--json", "--plot")
     options = bench.checked_options(given.part, given.quick)
     with bench.progress() as tell:
         result = bench.run(options, tell)
     report.write_json(given.json, result.as_dict())
-    out = report.console()
-    bench.show(result, out)
-    for path in bench.draw(result, given.plot):
-        out.print(f"wrote {path}")
+    with report.printing():
+        bench.show(result, report.console())
+    pictures = bench.draw(result, given.plot)
+    with report.printing():
+        for path in pictures:
+            report.console().print(f"wrote {path}")
     return 0
 
 
 def _audit(given: argparse.Namespace) -> int:
     from safealloc.commands import audit, report
 
+    report.check_environment()
     report.check_writable(given.json)
-    audit.check_markdown(given.markdown)
+    markdown = None if given.markdown in (None, "-") else Path(given.markdown)
+    report.check_writable(markdown, "--markdown")
+    report.check_apart(given.json, markdown, "--json", "--markdown")
     options = audit.checked_options(given.device, given.with_pool, given.quick)
     with audit.progress() as tell:
         result = audit.run(options, tell)
     report.write_json(given.json, result.as_dict())
-    if given.markdown is not None:
-        audit.write_markdown(given.markdown, result)
-    if given.markdown != "-":
-        audit.show(result, report.console())
+    if markdown is not None:
+        report.write(markdown, audit.markdown(result), "--markdown")
+    with report.printing():
+        if given.markdown == "-":
+            print(audit.markdown(result), end="")
+        else:
+            audit.show(result, report.console())
     return 0 if result.safe else 1
 
 
@@ -190,11 +223,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument(
         "part",
         nargs="?",
-        choices=("quantize", "decode", "host", "moe", "all"),
+        choices=("quantize", "decode", "host", "moe", "guard", "all"),
         default="all",
         metavar="PART",
         help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "
-        "all (%(default)s)",
+        "moe: rows routed to experts; guard: SAFEALLOC_VERIFY; all (%(default)s)",
     )
     bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     bench.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
@@ -221,14 +254,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**63 - 1, got {text!r}")
-    return int(text)
+    return _integer(text, 0)
 
 
 def _at_least_1(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return _integer(text, 1)
+
+
+def _integer(text: str, least: int) -> int:
+    """Of 63 bits at most, 19 digits: thousands of them ``int`` refuses with an error of its own."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and least <= int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"must be an integer from {least} to 2**63 - 1, got {text!r}")
     return int(text)
 
 

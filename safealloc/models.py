@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 _TOPK = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
 """Experts a token: the names that vLLM 0.32.0 knows (``ModelArchConfigConvertorBase.get_num_experts_per_token``)."""
 _MOST_LAYERS = 1 << 16
+_LARGEST = 2**31 - 1  # of any number; what is computed from such ones can be printed and divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +210,11 @@ def _expert_layers(fields: Mapping[str, Any], layers: int) -> frozenset[int]:
     step = max(1, _number(fields, ["decoder_sparse_step", "moe_layer_freq"], 1))
     first = _number(fields, ["first_k_dense_replace"], 0)
     dense = fields.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise ValueError(f"the configuration's mlp_only_layers must be a list, it is {dense!r}")
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(
+            f"the configuration's mlp_only_layers must be a list of whole numbers, it is {reprlib.repr(dense)}"
+        )
+    dense = frozenset(dense)
     return frozenset(
         layer for layer in range(first, layers) if layer not in dense and (layer + (first == 0)) % step == 0
     )
@@ -231,8 +236,10 @@ def _number(fields: Mapping[str, Any], names: Sequence[str], default: int | None
     for name in names:
         value = fields.get(name)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"the configuration's {name} must be a whole number, it is {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
+                raise ValueError(
+                    f"the configuration's {name} must be a whole number of at most {_LARGEST}, it is {reprlib.repr(value)}"
+                )
             return value
     if default is None:
         raise ValueError(f"the configuration has no {' or '.join(names)}")

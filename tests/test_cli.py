@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import safealloc
 from safealloc.cli import main
+from safealloc.commands import report
 
 ROOT = Path(safealloc.__file__).resolve().parents[1]
 
@@ -61,6 +63,22 @@ def test_version(capsys):
         (["audit", "--device", "cpu", "--json", "no/such/directory/result.json"], "no/such/directory"),
         (["audit", "--device", "cpu", "--markdown", "no/such/directory/result.md"], "no/such/directory"),
         (["audit", "--device", "cpu", "--markdown", "."], "directory"),
+        (
+            ["audit", "--device", "cpu", "--json", "such-a-file", "--markdown", "./such-a-file"],
+            "--markdown is the same",
+        ),
+        (["doctor", "--json", "a" * 300], "File name too long"),
+        (["audit", "--device", "cpu", "--markdown", "a" * 300], "File name too long"),
+        (["plan", "a" * 300], "File name too long"),
+        (["plan", "/dev/full"], "so it is no configuration"),  # zeros, for ever
+        (["plan", "new\nline"], r"new\nline"),
+        (["plan", "red\x1b[31m"], r"red\x1b[31m"),
+        (["plan", "\udcff"], r"\udcff"),  # a byte that is not UTF-8
+        (["plan", "config\0"], "NUL"),
+        (["doctor", "--json", "result\0"], "NUL"),
+        (["repro", "--device", "cpu", "--seed", "9" * 5000], "--seed"),
+        (["repro", "--device", "cpu", "--replays", "9" * 5000], "from 1 to 2**63 - 1"),
+        (["repro", "--device", "cpu", "--seed", "٣"], "--seed"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, says, capsys):
@@ -73,15 +91,33 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, says, capsys):
     assert says in printed.err
 
 
-def test_a_file_that_turns_out_unwritable_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    def refuse(self, *arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", refuse)
-    with pytest.raises(SystemExit) as exit_:
-        main(["doctor", "--json", str(tmp_path / "result.json")])
+def test_what_a_full_disk_leaves_of_a_result_is_removed(tmp_path, monkeypatch, capsys):
+    """Here after its first 1000 bytes."""
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main(["doctor", "--json", "result.json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert exit_.value.code == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "--json result.json: File too large" in capsys.readouterr().err
+    assert not Path("result.json").exists()
+
+
+def test_a_file_that_cannot_be_opened_is_left_alone(tmp_path, monkeypatch):
+    """As a program that runs, though it may be written by its rights."""
+    file = tmp_path / "result.json"
+    file.write_text("kept")
+
+    def refuse(self, *arguments, **options):
+        raise OSError(26, "Text file busy")
+
+    with monkeypatch.context() as patched, pytest.raises(report.UsageError, match="Text file busy"):
+        patched.setattr(Path, "open", refuse)
+        report.write_json(file, {})
+    assert file.read_text() == "kept"
 
 
 def test_piped_output_is_plain_and_whole():

@@ -365,7 +365,10 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**LLAMA_70B, "hidden_size": 8200}, 1, "not a multiple of 16"),
         ({**LLAMA_70B, "num_attention_heads": 0}, 1, "at least 1"),
         ({**LLAMA_70B, "num_hidden_layers": True}, 1, "num_hidden_layers"),
-        ({**LLAMA_70B, "num_hidden_layers": 10**30}, 1, "at most 65536"),
+        ({**LLAMA_70B, "num_hidden_layers": 10**5}, 1, "at most 65536"),
+        ({**LLAMA_70B, "hidden_size": 2**31}, 1, "hidden_size must be a whole number of at most 2147483647"),
+        ({**LLAMA_70B, "head_dim": 16 * 10**4000}, 1, "head_dim must be a whole number of at most"),
+        ({**LLAMA_70B, "hidden_size": float("nan")}, 1, "hidden_size must be a whole number"),
         (LLAMA_70B, 3, "64 heads, which 3 ranks cannot share evenly"),
         ({**LLAMA_70B, "num_key_value_heads": 6}, 4, "6 key and value heads, which 4 ranks cannot share evenly"),
         ({**LLAMA_70B, "num_key_value_heads": 6}, 8, "cannot be copied evenly to 8 ranks"),
@@ -375,6 +378,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**DEEPSEEK_R1, "qk_rope_head_dim": None}, 1, "no qk_rope_head_dim"),
         ({**QWEN3_235B, "decoder_sparse_step": [1]}, 1, "decoder_sparse_step"),
         ({**QWEN3_235B, "mlp_only_layers": 7}, 1, "mlp_only_layers must be a list"),
+        ({**QWEN3_235B, "mlp_only_layers": [[0]]}, 1, "mlp_only_layers must be a list of whole numbers"),
         ({**QWEN3_235B, "num_experts_per_tok": None}, 1, "no num_experts_per_tok or num_experts_per_token or"),
         ({**QWEN3_235B, "num_experts_per_tok": [8]}, 1, "num_experts_per_tok must be a whole number"),
         ({**QWEN3_235B, "num_experts_per_tok": 0}, 1, "routes a token to 0 of 128 experts"),
@@ -390,6 +394,43 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
 def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
     with pytest.raises(UsageError, match=says):
         planned(tmp_path, fields, ranks)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "model"),
+    [
+        (["LlamaForCausalLM", "Other"], "LlamaForCausalLM"),
+        ([], "llama"),
+        (None, "llama"),
+        ("LlamaForCausalLM", "llama"),  # no list
+        ({"a": 1}, "llama"),
+        (7, "llama"),
+        ([None], "unknown"),
+    ],
+)
+def test_a_model_whose_architecture_is_no_name(tmp_path, architectures, model):
+    assert planned(tmp_path, LLAMA_70B | {"architectures": architectures, "model_type": "llama"}).model == model
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"architectures": ["A\x1b]0;B\a\nC\ud800"]}))
+    assert main(["plan", str(tmp_path), "--sizes", "1"]) == 0
+    assert capsys.readouterr().out.startswith(r"A\x1b]0;B\x07\nC\ud800 on 1 ranks: sites")
+
+
+@pytest.mark.parametrize("name", ["config.json", "link.json", "hard.json", "folder/../config.json"])
+def test_the_configuration_is_not_written_over(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("config.json").write_text(json.dumps(LLAMA_70B))
+    Path("link.json").symlink_to("config.json")
+    Path("hard.json").hardlink_to("config.json")
+    for config in (".", "config.json"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["plan", config, "--json", name])
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.startswith(f"safealloc plan: --json {name}: CONFIG is the same")
+    assert json.loads(Path("config.json").read_text()) == LLAMA_70B
 
 
 def test_experts_that_ranks_cannot_share(tmp_path):
@@ -471,12 +512,16 @@ def test_the_command_for_experts(tmp_path, capsys):
         ["config.json", "--layout", "8x4"],
         ["config.json", "--expert-parallel"],
         ["bytes.bin"],
+        ["empty.json"],
+        ["deep.json"],
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("config.json").write_text(json.dumps(LLAMA_70B))
     Path("bytes.bin").write_bytes(bytes(range(256)))
+    Path("empty.json").touch()
+    Path("deep.json").write_text("[" * 100_000)
     with pytest.raises(SystemExit) as exit_:
         main(["plan", *arguments])
     assert exit_.value.code == 2

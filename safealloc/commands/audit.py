@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -152,23 +150,6 @@ def checked_options(device: str | None, with_pool: bool, quick: bool) -> Options
         raise report.UsageError(str(error)) from error
 
 
-def check_markdown(path: str | None) -> None:
-    """See before the work starts whether the report can be written; nothing is touched.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    if path is None or path == "-":
-        return
-    file = Path(path)
-    if file.is_dir():
-        raise report.UsageError(f"--markdown {path}: is a directory")
-    if not file.parent.is_dir():
-        raise report.UsageError(f"--markdown {path}: there is no directory {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise report.UsageError(f"--markdown {path}: not writable")
-
-
 @contextlib.contextmanager
 def progress() -> Iterator[Tell]:
     """A bar on standard error if that is a terminal; gone afterwards."""
@@ -249,21 +230,6 @@ def markdown(result: Result) -> str:
         combinations = (cells for _, cells in _combination_cells(result))
         lines += _markdown_table(_combinations_title(result), _COMBINATION_HEADINGS, combinations)
     return "\n".join([*lines, result.summary, ""])
-
-
-def write_markdown(path: str, result: Result) -> None:
-    """Write the report for a file, or to standard output for ``"-"``.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    if path == "-":
-        print(markdown(result), end="")
-        return
-    try:
-        Path(path).write_text(markdown(result))
-    except OSError as error:
-        raise report.UsageError(f"--markdown {path}: {error.strerror or error}") from error
 
 
 _COMBINATION_HEADINGS = ("producer", "consumer", "layout", "vLLM", "safe", "why not")

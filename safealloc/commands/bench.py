@@ -1,4 +1,4 @@
-"""``safealloc bench``: what a quantisation, a decode step and the host's part cost with each way to keep padding clean."""
+"""``safealloc bench``: what each way to keep padding clean costs a quantisation, a decode step and the host; guard modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safealloc.checks import checked_device
 from safealloc.commands import doctor, plan, report, repro_replay
 from safealloc.layout import ScaleSpec, SfLayout
 
-PARTS = ("quantize", "decode", "host", "moe")
+PARTS = ("quantize", "decode", "host", "moe", "guard")
 """Modules of ``safealloc.bench`` whose ``run`` measures one."""
 
 Tell = Callable[[str, str, float], None]
@@ -118,11 +118,14 @@ def check_pictures(folder: Path | None) -> None:
         return
     if reason := optional.missing("matplotlib"):
         raise report.UsageError(f"--plot: {reason} (pip install safealloc[plot])")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise report.UsageError(f"--plot {folder}: {there} is no directory")
-    if not os.access(there, os.W_OK):
-        raise report.UsageError(f"--plot {folder}: {there} is not writable")
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise report.UsageError(f"--plot {folder}: {there} is no directory")
+        if not os.access(there, os.W_OK):
+            raise report.UsageError(f"--plot {folder}: {there} is not writable")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise report.UsageError(f"--plot {folder}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -246,11 +249,7 @@ def _show_decode(found: Mapping[str, Any], out: Console) -> None:
 
 
 def _show_host(found: Mapping[str, Any], out: Console) -> None:
-    rows = [
-        (name, f"{call['us']:.2f}", " to ".join(f"{us:.2f}" for us in call["quartiles"]))
-        for name, call in found["calls"].items()
-    ]
-    _table(out, "Microseconds a call on the host", ("", "median", "quartiles"), rows)
+    _table(out, "Microseconds a call on the host", ("", "median", "quartiles"), _calls(found))
     _show_rest(found, out)
 
 
@@ -279,10 +278,47 @@ def _show_moe(found: Mapping[str, Any], out: Console) -> None:
     _show_rest(found, out)
 
 
+def _show_guard(found: Mapping[str, Any], out: Console) -> None:
+    rows = [
+        (
+            _title(row),
+            str(row["batch"]),
+            str(row["buffers"]),
+            f"{row['off']['us']:.1f}",
+            *(f"{row[what]['over_off']['us']:+.2f}" for what in ("counts", "looks")),
+        )
+        for row in found["steps"]
+    ]
+    headings = ("", "batch", "buffers", "off", "counts", "looks")
+    _table(out, "A decode step: microseconds, and over that with a node that counts or looks", headings, rows)
+    rows = [
+        (
+            _title(row),
+            str(row["buffers"]),
+            _kibibytes(row["bytes"]),
+            *(f"{row[what]['us']:.2f}" for what in ("counts", "looks")),
+        )
+        for row in found["nodes"]
+    ]
+    title = "The node alone, over buffers for all batch sizes that vLLM captures: microseconds"
+    _table(out, title, ("", "buffers", "KiB", "counts", "looks"), rows)
+    _table(out, "Microseconds a call on the host", ("", "median", "quartiles"), _calls(found["host"]))
+    _show_rest(found, out)
+
+
+def _calls(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (name, f"{call['us']:.2f}", " to ".join(f"{us:.2f}" for us in call["quartiles"]))
+        for name, call in found["calls"].items()
+    ]
+
+
 def _show_rest(found: Mapping[str, Any], out: Console) -> None:
     """What was not measured and why, and the targets."""
     for name, reason in found["not_measured"].items():
         out.print(f"{name}: not measured, {reason}\n")
+    if not found["targets"]:
+        return
     rows = [
         ((row["name"], str(row["target"]), _dash(row["reached"]), "yes" if row["met"] else "NO"), bool(row["met"]))
         for row in found["targets"]
@@ -327,4 +363,5 @@ _SHOW: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "decode": _show_decode,
     "host": _show_host,
     "moe": _show_moe,
+    "guard": _show_guard,
 }

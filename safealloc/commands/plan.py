@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_SIZES = (512, 1024)
 
 MAX_TOKENS = 163840
 """Rows of vLLM's expert scales, for each expert a token: its default VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE (vLLM 0.32.0)."""
+
+_MOST_CHARACTERS = 1 << 26  # of a configuration; a device can be read for ever
 
 
 def vllm_sizes(largest: int) -> tuple[int, ...]:
@@ -165,6 +168,11 @@ class Result:
         }
 
 
+def config_file(config: Path) -> Path:
+    """The configuration in a folder, else the path itself."""
+    return config / "config.json" if os.path.isdir(config) else config
+
+
 def run(
     config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: str, *, expert_parallel: bool = False
 ) -> Result:
@@ -196,10 +204,7 @@ def run(
             experts = Experts(expert_parallel, expert_sites, expert_buffers(expert_sites, ordered[-1]))
     except ValueError as error:
         raise report.UsageError(str(error)) from error
-    architectures = fields.get("architectures") or [fields.get("model_type", "unknown")]
-    return Result(
-        str(architectures[0]), tensor_parallel, ordered, layout_rule, sites, buffers, compact(buffers), experts
-    )
+    return Result(_model(fields), tensor_parallel, ordered, layout_rule, sites, buffers, compact(buffers), experts)
 
 
 def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[ScaleSpec]:
@@ -289,6 +294,13 @@ def _show_experts(experts: Experts, out: Console) -> None:
     )
 
 
+def _model(fields: Mapping[str, Any]) -> str:
+    """The architecture, else the type; "unknown" where neither is there as a name."""
+    architectures = fields.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else fields.get("model_type")
+    return first if isinstance(first, str) else "unknown"
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
@@ -298,14 +310,20 @@ def _layout(rows: int, rule: str) -> SfLayout:
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    path = config / "config.json" if config.is_dir() else config
+    path = config_file(config)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as opened:
+            text = opened.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise report.UsageError(f"{path}: has more than {_MOST_CHARACTERS} characters, so it is no configuration")
+        fields = json.loads(text)
     except OSError as error:
         raise report.UsageError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise report.UsageError(f"{path}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise report.UsageError(f"{path}: lists or objects are nested too deeply") from error
     if not isinstance(fields, dict):
         raise report.UsageError(f"{path}: a configuration is a JSON object")
-    text = fields.get("text_config")  # of a multimodal model
-    return {**fields, **text} if isinstance(text, dict) else fields
+    text_config = fields.get("text_config")  # of a multimodal model
+    return {**fields, **text_config} if isinstance(text_config, dict) else fields

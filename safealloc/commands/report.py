@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safealloc import __version__, optional
+from safealloc.guard import GuardSettings
 
 Say = Callable[[str], None]
 """Tells whoever waits what is being done."""
@@ -29,22 +31,64 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message is one line for the user."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave to :func:`printing` what rich would exit for, with a code that a command gives another meaning."""
+        raise
+
+
 def console() -> Console:
     """Standard output: rich on a terminal, else plain text with one line a row."""
     options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    found = Console(**options)
-    return found if found.is_terminal else Console(width=_UNBOUNDED, soft_wrap=True, **options)
+    found = _Console(**options)
+    return found if found.is_terminal else _Console(width=_UNBOUNDED, soft_wrap=True, **options)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """While a result is printed: whoever reads it may leave early.
+
+    Raises:
+        UsageError: standard output cannot be written.
+    """
+    out = sys.stdout
+    try:
+        yield
+        if out is not None:  # closed from the beginning
+            out.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the rest, else Python would fail to write it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise UsageError(f"standard output: {error.strerror or error}") from error
+
+
+def one_line(text: str) -> str:
+    """Text with everything escaped that is not printed as a character: ends of lines, terminals' control codes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def check_environment() -> None:
+    """See before the work starts that pools can be made.
+
+    Raises:
+        UsageError: an environment variable of theirs has a value that it cannot have.
+    """
+    try:
+        GuardSettings.of(os.environ)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def table(out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> None:
     """Print a table; a row comes with whether it is fine, and is marked where it is not."""
-    out.print(Text(title, style="bold"))
+    out.print(Text(one_line(title), style="bold"))
     looks: dict[str, Any] = {"padding": (0, 2, 0, 0), "box": None}
     if out.is_terminal:
         looks = {"padding": (0, 1, 0, 0), "box": box.SIMPLE_HEAD}
     drawn = Table(*headings, **looks)
     for cells, fine in rows:
-        drawn.add_row(*cells, style="" if fine else "bold red")
+        drawn.add_row(*map(one_line, cells), style="" if fine else "bold red")
     if out.is_terminal:
         out.print(drawn)
         return
@@ -64,7 +108,7 @@ def status(command: str) -> Iterator[Say]:
         yield lambda message: spinner.update(f"{command}: {message}")
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, flag: str = "--json") -> None:
     """See before the work starts whether its result can be written; nothing is touched.
 
     Raises:
@@ -72,26 +116,60 @@ def check_writable(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"--json {path}: is a directory")
-    if not path.parent.is_dir():
-        raise UsageError(f"--json {path}: there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--json {path}: not writable")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{flag} {path}: is a directory")
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no directory {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{flag} {path}: not writable")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+
+
+def check_apart(result: Path | None, other: Path | None, flag: str, others: str) -> None:
+    """See before the work starts that a result does not take the place of something else.
+
+    Raises:
+        UsageError: both names stand for one file.
+    """
+    if result is None or other is None:
+        return
+    try:
+        same = os.path.samefile(result, other) and result.is_file()
+    except OSError:  # one of them is not there yet
+        same = os.path.realpath(result) == os.path.realpath(other)
+    if same:
+        raise UsageError(f"{flag} {result}: {others} is the same")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result; a number that is none becomes null, since JSON has no NaN.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: as :func:`write`.
     """
-    if path is None:
-        return
+    if path is not None:
+        write(path, json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", "--json")
+
+
+def write(path: Path, text: str, flag: str) -> None:
+    """Write a file.
+
+    Raises:
+        UsageError: it cannot be written; what there is of it is removed.
+    """
     try:
-        path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+        file = path.open("w", encoding="utf-8", errors="backslashreplace")
+        try:
+            with file:
+                file.write(text)
+        except BaseException:
+            if path.is_file():  # and no device
+                path.resolve().unlink()
+            raise
     except OSError as error:
-        raise UsageError(f"--json {path}: {error.strerror or error}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
 
 
 def _finite(value: Any) -> Any:
