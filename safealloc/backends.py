@@ -27,7 +27,7 @@ class Call(NamedTuple):
         layout: of the activation's scales.
         out_dtype: of a GEMM's result, else ``None``.
         valid_rows: a quantisation with a device-side row count.
-        row_alpha: a GEMM with one alpha per row.
+        row_alpha: a GEMM with one alpha per row; ``None`` where its one alpha is that too, since there is one row.
         compact: a quantisation into a compact pool.
     """
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     layout: SfLayout
     out_dtype: torch.dtype | None = None
     valid_rows: bool = False
-    row_alpha: bool = False
+    row_alpha: bool | None = False
     compact: bool = False
 
 
@@ -68,7 +68,7 @@ def choose(
     layout: SfLayout,
     out_dtype: torch.dtype | None = None,
     valid_rows: bool = False,
-    row_alpha: bool = False,
+    row_alpha: bool | None = False,
     compact: bool = False,
 ) -> Backend:
     """The row that ``name`` asks for.
@@ -136,13 +136,20 @@ def _anywhere(call: Call) -> str | None:
     return None
 
 
-def _blackwell(call: Call, package: str) -> str | None:
+# Compute capabilities, 10 * major + minor. FlashInfer's CUDA quantiser is built for these, and vLLM's ops accept them.
+_BLACKWELL = (100, 103, 107, 110, 120, 121)
+
+
+def _blackwell(call: Call, package: str, runs_on: tuple[int, ...]) -> str | None:
     if reason := optional.missing(package):
         return reason
     if call.device.type != "cuda":
         return f"{package} needs a CUDA device, not {call.device}"
-    if capability(call.device) < (10, 0):
-        return f"{package} has NVFP4 kernels for compute capability 10.0 and up only, {_has(call.device)}"
+    major, minor = capability(call.device)
+    if 10 * major + minor not in runs_on:
+        listed = ", ".join(str(number / 10) for number in runs_on)
+        per_row = " with one alpha per row" if call.row_alpha else ""
+        return f"it runs{per_row} on compute capability {listed} only, {_has(call.device)}"
     return None
 
 
@@ -153,19 +160,25 @@ def _vendor_quantizer(call: Call, package: str) -> str | None:
         return f"{package} does not clear what a larger batch left, as a compact pool needs; ours do"
     if package == "vllm" and call.layout is SfLayout.layout_8x4:
         return "vLLM's own quantiser writes 128x4 and linear"
-    return _blackwell(call, package)
+    return _blackwell(call, package, _BLACKWELL)
 
 
 def _flashinfer_gemm(
-    call: Call, reads: tuple[SfLayout, ...], returns: tuple[torch.dtype, ...], row_alpha: bool
+    call: Call,
+    reads: tuple[SfLayout, ...],
+    returns: tuple[torch.dtype, ...],
+    runs_on: tuple[int, ...],
+    row_alpha: tuple[int, ...],
 ) -> str | None:
     if call.layout not in reads:
         return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
     if call.out_dtype not in returns:
         return f"it returns {' or '.join(map(str, returns))}, not {call.out_dtype}"
-    if call.row_alpha and not row_alpha:
-        return "it takes one alpha, not one per row"
-    return _blackwell(call, "flashinfer")
+    per_row = call.row_alpha or (call.row_alpha is None and not runs_on)
+    runs_on = row_alpha if per_row else runs_on
+    if not runs_on:
+        return "it takes one alpha, not one per row" if per_row else "it takes one alpha per row, not one"
+    return _blackwell(call, "flashinfer", runs_on)
 
 
 # Launchers are looked up at the first call: Triton may be missing, and its import takes a second.
@@ -210,30 +223,37 @@ CLEANERS = _table(
 
 def _flashinfer(
     name: str,
+    runs_on: tuple[int, ...],
     *,
     reads: tuple[SfLayout, ...] = (SfLayout.layout_128x4,),
     returns: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
-    row_alpha: bool = False,
+    row_alpha: tuple[int, ...] = (),
 ) -> Backend:
-    refusal = functools.partial(_flashinfer_gemm, reads=reads, returns=returns, row_alpha=row_alpha)
+    """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row."""
+    refusal = functools.partial(_flashinfer_gemm, reads=reads, returns=returns, runs_on=runs_on, row_alpha=row_alpha)
     asked = "auto" if name == "flashinfer" else name
     run = functools.partial(vendors.flashinfer_mm, backend=asked)
     return Backend(name, refusal, run, automatic=name == "flashinfer", flashinfer=True)
 
 
 GEMMS = _table(
-    _flashinfer("flashinfer", row_alpha=True),  # FlashInfer's own choice
+    _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103)),  # FlashInfer's own choice
     Backend("triton", triton_refusal, _triton("triton_gemm", "mm")),
     Backend("reference", _anywhere, reference.mm),
-    _flashinfer("cudnn"),
-    _flashinfer("trtllm", reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)),
-    _flashinfer("cutlass"),
-    _flashinfer("cute-dsl", row_alpha=True),
-    _flashinfer("cutedsl_low_latency"),
-    _flashinfer("b12x"),
-    _flashinfer("cake", row_alpha=True),
+    _flashinfer("cudnn", _BLACKWELL),
+    _flashinfer(
+        "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
+    ),
+    _flashinfer("cutlass", _BLACKWELL),
+    _flashinfer("cute-dsl", (100, 103, 107, 120, 121), row_alpha=(100, 103)),
+    _flashinfer("cutedsl_low_latency", (100, 103, 107)),
+    _flashinfer("b12x", (120, 121)),
+    _flashinfer("cake", (), row_alpha=(100, 103)),
 )
-"""GEMMs. What FlashInfer's read and return, and which take an alpha per row: its ``mm_fp4`` requirements (0.7.2)."""
+"""GEMMs. What FlashInfer's run on, read and return, and where with an alpha per row: its ``mm_fp4`` requirements (0.7.2).
+
+What depends on the shape, on CUDA's version or on another package, FlashInfer itself refuses.
+"""
 
 
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:

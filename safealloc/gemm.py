@@ -67,7 +67,8 @@ def mm_fp4(
         block_size: 16. 32 is MXFP4, which goes to FlashInfer untouched.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
         backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
-            choice where it can run, else ours.
+            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: 8x4 scales go
+            to it by its name only, and to "triton" by "auto".
         use_nvfp4, enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
     Returns:
@@ -104,7 +105,7 @@ def mm_fp4(
     m, n, k = _check_operands(a, b, b_descale)
     check_result(m, n, alpha, out_dtype, out, a.device)
     layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
-    row = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, a.device))
+    row = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, a.device, m))
     if foreign:
         _treat_foreign(a_descale, layout, m, k)
     return multiply(
@@ -201,9 +202,12 @@ def check_result(
             )
 
 
-def call_of(layout: SfLayout, alpha: Tensor | None, out_dtype: torch.dtype, device: torch.device) -> Call:
-    """What a GEMM backend's requirement looks at."""
-    return Call(device, layout, out_dtype, row_alpha=alpha is not None and alpha.numel() > 1)
+def call_of(
+    layout: SfLayout, alpha: Tensor | None, out_dtype: torch.dtype, device: torch.device, m: int | None = None
+) -> Call:
+    """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
+    row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
+    return Call(device, layout, out_dtype, row_alpha=row_alpha)
 
 
 def _layout_of(

@@ -451,7 +451,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> FakeFlashInfer:
     fake = FakeFlashInfer()
     real = optional.load
     monkeypatch.setattr(optional, "load", lambda name: fake if name == "flashinfer" else real(name))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package: optional.missing(package))
+    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: optional.missing(package))
     return fake
 
 
@@ -471,8 +471,9 @@ def test_flashinfer_gets_its_arguments(
     a, b = operands.a.view(dtypes[0]), operands.w.view(dtypes[0]).T
     a_descale, b_descale = operands.a_descale.view(dtypes[1]), operands.w_scales.view(dtypes[1]).T
     out = torch.empty(M, N, dtype=torch.bfloat16)
+    alpha = torch.ones(M) if name == "cake" else ONE
     result = mm_fp4(
-        a, b, a_descale, b_descale, ONE, torch.bfloat16, out, backend=name, enable_pdl=False, skip_check=True
+        a, b, a_descale, b_descale, alpha, torch.bfloat16, out, backend=name, enable_pdl=False, skip_check=True
     )
     assert result is out
     assert torch.equal(out, expected_product)
@@ -484,7 +485,7 @@ def test_flashinfer_gets_its_arguments(
             "b": b,
             "a_descale": a_descale,
             "b_descale": b_descale,
-            "alpha": ONE,
+            "alpha": alpha,
             "out_dtype": torch.bfloat16,
             "out": out,
             "block_size": 16,
@@ -495,9 +496,10 @@ def test_flashinfer_gets_its_arguments(
             "skip_check": True,
         },
     )
-    mm_fp4(a, b, a_descale, b_descale, None, torch.bfloat16, backend=name, use_8x4_sf_layout=False)
-    defaults = {name: flashinfer.calls[1][name] for name in ("alpha", "out", "enable_pdl", "skip_check")}
-    assert defaults == {"alpha": None, "out": None, "enable_pdl": True, "skip_check": False}
+    if name != "cake":
+        mm_fp4(a, b, a_descale, b_descale, None, torch.bfloat16, backend=name, use_8x4_sf_layout=False)
+        defaults = {name: flashinfer.calls[1][name] for name in ("alpha", "out", "enable_pdl", "skip_check")}
+        assert defaults == {"alpha": None, "out": None, "enable_pdl": True, "skip_check": False}
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *NAMES])
@@ -529,6 +531,32 @@ def test_one_alpha_per_row_where_the_backend_takes_it(pool: ScalePool, flashinfe
         message = "takes one alpha, not one per row"
         check_refused(pool, ValueError, message, *operands.arguments, alpha, backend=name)
         assert not flashinfer.calls
+
+
+@pytest.mark.parametrize("alpha", [None, ONE])
+def test_cake_takes_no_single_alpha(pool: ScalePool, flashinfer: FakeFlashInfer, alpha: Tensor | None) -> None:
+    message = "takes one alpha per row, not one"
+    check_refused(pool, ValueError, message, *Operands(pool).arguments, alpha, backend="cake")
+    assert not flashinfer.calls
+
+
+@pytest.mark.parametrize("name", ["flashinfer", *NAMES])
+def test_the_alpha_of_a_single_row_is_both(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
+    mm_fp4(*Operands(pool, m=1).arguments, ONE, backend=name)
+    assert flashinfer.calls[0]["alpha"] is ONE
+
+
+def test_a_backend_of_another_capability_launches_nothing(
+    pool: ScalePool, flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the zeroing of a foreign buffer."""
+    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: f"it runs on {runs_on} only")
+    operands = Operands(pool)
+    a, b, _, b_descale = operands.arguments
+    scales = operands.foreign_scales(NAN)
+    message = r"backend 'b12x' cannot run this: it runs on \(120, 121\) only"
+    check_refused(pool, ValueError, message, a, b, scales, b_descale, backend="b12x")
+    assert not flashinfer.calls
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *NAMES])

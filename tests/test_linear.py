@@ -147,7 +147,7 @@ def test_flashinfer_gets_the_weight_transposed(
 
     fake, real = SimpleNamespace(mm_fp4=mm), optional.load
     monkeypatch.setattr(optional, "load", lambda name: fake if name == "flashinfer" else real(name))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package: optional.missing(package))
+    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: optional.missing(package))
     nvfp4_linear(torch.randn(rows, K).bfloat16(), W_FP4, W_SCALES, G, ALPHA, backend=backend)
     ((arguments, keywords),) = calls
     a, b, a_descale, b_descale, alpha, out_dtype, out = arguments

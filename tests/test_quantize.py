@@ -285,7 +285,7 @@ def _provide(monkeypatch: pytest.MonkeyPatch, name: str, module: object) -> None
     """Let ``optional`` find ``module``, and pretend that the device can run it."""
     real = optional.load
     monkeypatch.setattr(optional, "load", lambda wanted: module if wanted.split(".")[0] == name else real(wanted))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package: optional.missing(package))
+    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: optional.missing(package))
 
 
 @layouts

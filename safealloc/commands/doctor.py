@@ -69,7 +69,7 @@ class DeviceFinding:
         device: as PyTorch names it.
         name: its model.
         capability: compute capability, or ``None`` for a CPU.
-        quantizers, gemms: the backends; GEMMs for a bfloat16 result.
+        quantizers, gemms: the backends; GEMMs for a bfloat16 result and one alpha.
         graph_lifetimes: why a pool cannot see there when a CUDA graph is gone, or ``None``.
     """
 

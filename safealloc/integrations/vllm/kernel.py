@@ -32,18 +32,19 @@ def refusal(capability: int | None) -> str | None:
             return "it needs a CUDA device"
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    if capability >= 100 and optional.missing("flashinfer") is None:
-        return None
     if reason := optional.missing("triton"):
-        return f"its Triton path needs Triton, and {reason}"
+        return f"what trtllm cannot take needs Triton, and {reason}"
     if capability < 89:
         return f"float8_e4m3 needs compute capability 8.9, this is {capability / 10}"
     return None
 
 
-def trtllm_refusal(device: torch.device) -> str | None:
-    """Why the kernel runs on the Triton GEMM on a device, or ``None`` where it runs on trtllm."""
-    return GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
+def trtllm_refusal(device: torch.device, rows: int = _TRTLLM_TILE) -> str | None:
+    """Why a weight of so many rows runs on the Triton GEMM on a device, or ``None`` where it runs on trtllm."""
+    reason = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
+    if reason is None and rows % _TRTLLM_TILE:
+        return f"it takes weights of a multiple of {_TRTLLM_TILE} rows, one has {rows}"
+    return reason
 
 
 def make(base: type) -> type:
@@ -52,8 +53,9 @@ def make(base: type) -> type:
     class SafeallocNvFp4LinearKernel(base):  # type: ignore[misc]
         """Quantise and multiply as one op, whose scales lie in pool buffers.
 
-        On compute capability 10.0 and up, with FlashInfer: its trtllm GEMM, 8x4 up to 32 rows. Elsewhere, from 8.9 on, our
-        Triton GEMM, which is there to validate NVFP4 on GPUs that have no FP4 arithmetic: correct, not fast.
+        With FlashInfer, where its trtllm GEMM runs (compute capability 10.x) and takes the weight: that, 8x4 up to 32 rows.
+        Elsewhere, from 8.9 on, our Triton GEMM, which is there to validate NVFP4 on GPUs that have no FP4 arithmetic:
+        correct, not fast.
         """
 
         @classmethod
@@ -66,8 +68,7 @@ def make(base: type) -> type:
             return True, None
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            device = layer.weight.device
-            self.backend = _backend(device)
+            self.backend = _backend(layer.weight.device, layer.weight.shape[0])
             scales = SfLayout.layout_128x4.swizzle(layer.weight_scale.data.view(torch.uint8))
             weight = layer.weight.data.contiguous()
             if self.backend == "trtllm":
@@ -94,16 +95,21 @@ def make(base: type) -> type:
     return SafeallocNvFp4LinearKernel
 
 
-@functools.cache
-def _backend(device: torch.device) -> str:
-    """What the layers on a device run on; says so once where that is not what one would serve with."""
+def _backend(device: torch.device, rows: int) -> str:
+    """What a layer whose weight has so many rows runs on; says so where that is not what one would serve with."""
     if device.type != "cuda":
         return "reference"
-    trtllm = trtllm_refusal(device)
-    if trtllm is None:
+    reason = trtllm_refusal(device, rows)
+    if reason is None:
         return "trtllm"
-    logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation: trtllm cannot run, %s", trtllm)
+    _say_triton(reason)
     return "triton"
+
+
+@functools.cache
+def _say_triton(reason: str) -> None:
+    """Once a reason."""
+    logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation: trtllm cannot run, %s", reason)
 
 
 def add(patches: Patches, module: ModuleType) -> None:
