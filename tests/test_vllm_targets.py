@@ -86,6 +86,9 @@ WORKER = """
         def determine_available_memory(self): ...
 
         def compile_or_warm_up_model(self): ...
+
+        @torch.inference_mode()
+        def execute_model(self, scheduler_output: "SchedulerOutput") -> "ModelRunnerOutput | None": ...
 """
 
 
@@ -218,6 +221,8 @@ def test_a_method_is_looked_for_in_its_class_only():
     assert changed(targets.PROFILE, "def determine_available_memory(self):", "def profile(self):").status == "missing"
     found = changed(targets.WARM_UP, "def compile_or_warm_up_model(self)", "def compile_or_warm_up_model(self, sizes)")
     assert found.detail == "its parameters are (self, sizes)"
+    found = changed(targets.STEP, "scheduler_output:", "scheduler_output, wait:")
+    assert (found.status, found.detail) == ("changed", "its parameters are (self, scheduler_output, wait)")
 
 
 def test_a_function_is_not_taken_for_a_method_or_a_local_of_that_name():

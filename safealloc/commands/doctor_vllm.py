@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from rich.console import Console
 
 from safealloc import optional
 from safealloc.commands import report
+from safealloc.guard import POISON, REPAIR, VERIFY, GuardSettings
 from safealloc.integrations.vllm import allocator, kernel, plugin, targets
 
+_GUARD = (VERIFY, REPAIR, POISON)
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
 
@@ -27,9 +29,9 @@ class HookFinding:
 
     Attributes:
         name: what the log calls it too.
-        status: "hooked" where it would be registered; "changed" or "missing" where vLLM's own path is left as it is;
+        status: "hooked" where it fits; "changed" or "missing" where vLLM's own path is left as it is;
             "not yet there" where vLLM is older than what it hooks.
-        reason: why it would not be registered, or finds nothing to replace, or ``None``.
+        reason: why it would not be registered even where it fits, or finds nothing to replace, or ``None``.
     """
 
     name: str
@@ -61,7 +63,7 @@ class PluginFinding:
         strict: ``SAFEALLOC_STRICT``.
         linear_first: ``SAFEALLOC_LINEAR``.
         max_rows: ``SAFEALLOC_MAX_ROWS``, or ``None`` for vLLM's configuration.
-        environment: these variables as they are set.
+        environment: these variables, and those of the pool's guard, as they are set.
         registered: the hooks that are registered in this process, or ``None``.
     """
 
@@ -141,6 +143,8 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target.module == targets.MM.module:
         lacking = optional.missing("flashinfer")
         reason = None if lacking is None else f"there to be replaced with FlashInfer only: {lacking}"
+    if found.status == "hooked" and found.target is targets.STEP and not allocator.watched():
+        reason = f"registered with {VERIFY} only, which is not set"
     return HookFinding(found.target.name, found.status, reason)
 
 
@@ -158,7 +162,7 @@ def _note(version: str) -> str | None:
 
 def _plugin() -> PluginFinding:
     allowed = os.environ.get("VLLM_PLUGINS")
-    names = ("SAFEALLOC", "SAFEALLOC_STRICT", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "VLLM_PLUGINS")
+    names = ("SAFEALLOC", "SAFEALLOC_STRICT", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", *_GUARD, "VLLM_PLUGINS")
     return PluginFinding(
         entry_point=_entry_point(),
         allowed=allowed is None or _NAME in allowed.split(","),
@@ -212,7 +216,8 @@ def show(found: VllmFinding, out: Console) -> None:
 
 
 def _registers(hook: HookFinding) -> str:
-    return {"hooked": "yes", "not yet there": "-"}.get(hook.status, f"no: {hook.status}")
+    fits = "yes" if hook.reason is None else "-"
+    return {"hooked": fits, "not yet there": "-"}.get(hook.status, f"no: {hook.status}")
 
 
 def _fine(hook: HookFinding) -> bool:
@@ -236,6 +241,9 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
         ("SAFEALLOC_MAX_ROWS", _max_rows(state.max_rows, set_to.get("SAFEALLOC_MAX_ROWS"))),
     ):
         yield (name, set_to.get(name, "not set"), says), True
+    for name in _GUARD:
+        says, fine = _guard(name, set_to)
+        yield (name, set_to.get(name, "not set"), says), fine
     for linear in found.linear:
         yield (f"linear kernel on {linear.device}", linear.path or "-", linear.reason or ""), True
 
@@ -249,6 +257,21 @@ def _padding(padding: PaddingFinding) -> tuple[str, str]:
     if padding.kernel_zeroes:
         zeroed = "its quantisation kernel zeroes it, its sources say; fused producers may not"
     return f"torch.{padding.allocation}", zeroed
+
+
+def _guard(name: str, set_to: Mapping[str, str]) -> tuple[str, bool]:
+    """What one variable of the pool's guard means, and whether pools take it."""
+    try:
+        settings = GuardSettings.of({name: set_to[name]} if name in set_to else {})
+    except ValueError as error:
+        return f"no pool can be made: {error}", False
+    often = f"once in {settings.every} calls or replays" if settings.every > 1 else "at each call and replay"
+    means = {
+        VERIFY: f"padding is checked {often}" if settings.every else "padding is not checked",
+        REPAIR: f"what {VERIFY} finds is {'zeroed and logged' if settings.repair else 'raised'}",
+        POISON: f"the real bytes of new buffers are {'NaN' if settings.poison else 'undefined'}",
+    }
+    return means[name], True
 
 
 def _max_rows(rows: int | None, text: str | None) -> str:

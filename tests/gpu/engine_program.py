@@ -35,6 +35,7 @@ DEFAULTS = {
     "simple": False,  # stand-ins that need no safealloc
     "adversary": False,
     "corrupt": False,
+    "guard": False,  # dirty what graphs hold, under SAFEALLOC_VERIFY_REPAIR=1 and then as without it
     "sleep": [],
     "layers": 4,
     "hidden": 1024,
@@ -175,6 +176,15 @@ class Engine:
         return [*model.parameters(), *model.buffers()]
 
 
+def dirty_padding(buffers: list) -> None:
+    """Write NaN into all padding."""
+    for buffer in buffers:
+        spec = buffer.spec
+        mask = spec.layout.padding_mask(spec.rows, spec.k, "cuda", padded_k=spec.padded_k)
+        buffer.base.view(-1)[mask] = 0x7F
+    torch.cuda.synchronize()
+
+
 def generated_code() -> dict[str, int]:
     """What Inductor made of the scale buffers: quantisations, those that write a pool buffer, and buffers used for more."""
     found = {"quantisations": 0, "into a pool buffer": 0, "reused": 0}
@@ -262,9 +272,7 @@ def run(request: dict) -> dict:
         result[f"same addresses after sleep level {level}"] = result["addresses"] == sorted(pool._inventory.by_address)
         result[f"bytes allocated in sleep level {level}"] = asleep
     if request["corrupt"]:
-        for spec, base in [(buffer.spec, buffer.base) for buffer in pool._inventory.by_address.values()]:
-            mask = spec.layout.padding_mask(spec.rows, spec.k, "cuda", padded_k=spec.padded_k)
-            base.view(-1)[mask] = 0x7F
+        dirty_padding(list(pool._inventory.by_address.values()))
         result["tokens with NaN in the padding"] = digest(engine.generate())
         try:
             pool.verify()
@@ -273,6 +281,21 @@ def run(request: dict) -> dict:
             result["verify names it"] = True
         pool.verify(repair=True)
         result["tokens after repair"] = digest(engine.generate())
+    if request["guard"]:
+        logging.getLogger("safealloc.pool").addHandler(Collect())
+        captured = [buffer for buffer in pool._inventory.by_address.values() if buffer.capture]
+        result["dirtied"] = len(captured)
+        dirty_padding(captured)
+        result["tokens with NaN in the padding"] = digest(engine.generate())
+        result["verified after healing"] = pool.verify()
+        result["tokens after healing"] = digest(engine.generate())
+        pool._repair = False
+        dirty_padding(captured)
+        try:
+            engine.generate()
+            result["raised"] = None
+        except PaddingCorruptionError as error:
+            result["raised"] = str(error)
     result["stats at the end"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     return result
 

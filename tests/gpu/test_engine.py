@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "PIECEWISE, vLLM's own": (PIECEWISE | MIXED, OFF),
     "PIECEWISE, pool": (PIECEWISE | MIXED | {"adversary": True, "corrupt": True}, {}),
     "both, sleep": (MIXED | {"sleep": [1, 2], "engine": {"enable_sleep_mode": True} | SHARED_GPU["engine"]}, {}),
+    "FULL, guarded": (FULL | MIXED | {"guard": True}, {"SAFEALLOC_VERIFY": "1", "SAFEALLOC_VERIFY_REPAIR": "1"}),
     "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
     "our kernel, eager": (EAGER | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
 }
@@ -158,6 +159,20 @@ def test_corruption_is_seen_named_and_healed(results, mode):
     assert run["tokens with NaN in the padding"] != run["tokens"]
     assert run["verify names it"]
     assert run["tokens after repair"] == run["tokens"]
+
+
+def test_a_guard_heals_between_steps_and_raises(results):
+    """Nobody asks for a buffer in a step of replays: its safe point is the worker's."""
+    run = results["FULL, guarded"]
+    assert run["tokens"] == results["FULL, vLLM's own"]["tokens"]
+    assert run["tokens with NaN in the padding"] != run["tokens"]  # of the step that found it
+    assert run["verified after healing"] >= run["dirtied"]
+    assert run["tokens after healing"] == run["tokens"]
+    healed = [
+        line for line in run["said"] if line.startswith("WARNING zeroed padding that somebody wrote: buffer at 0x")
+    ]
+    assert len(healed) == run["dirtied"] > 0
+    assert re.search(r"buffer at 0x\w+ \(.*\): \d+ padding bytes are not zero, first 0x7F at scale row ", run["raised"])
 
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])

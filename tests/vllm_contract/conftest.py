@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from safealloc import ScalePool, use_pool
+from safealloc.guard import POISON, REPAIR, VERIFY
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import patches
 
-VARIABLES = ("SAFEALLOC", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "SAFEALLOC_STRICT", "VLLM_PLUGINS")
+VARIABLES = (
+    *("SAFEALLOC", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "SAFEALLOC_STRICT", "VLLM_PLUGINS"),
+    *(VERIFY, REPAIR, POISON),
+)
 
 
 class _Modules(dict[str, ModuleType]):

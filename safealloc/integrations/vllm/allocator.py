@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.default_pool import default_pool
-from safealloc.errors import SafeAllocError
+from safealloc.errors import PaddingCorruptionError, SafeAllocError
 from safealloc.grouped import clean_grouped_scales
+from safealloc.guard import VERIFY
 from safealloc.layout import BLOCK_SIZE, SfLayout
 from safealloc.linear import MAX_ROWS_8X4
 from safealloc.pool import ScalePool
@@ -82,7 +83,7 @@ class Steps:
 def max_rows_wanted() -> int | None:
     """``SAFEALLOC_MAX_ROWS``, if it is a number."""
     text = os.environ.get("SAFEALLOC_MAX_ROWS", "")
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 @dataclass
@@ -269,6 +270,18 @@ class Allocator:
             start_up.count(bypassed)
         return tensor
 
+    def safe_point(self) -> None:
+        """Raise, or heal, what the checks of ``SAFEALLOC_VERIFY`` have found; a step of replays alone asks for no buffer.
+
+        Raises:
+            PaddingCorruptionError: as :meth:`ScalePool.safe_point`.
+        """
+        if self.pool is not None:
+            try:
+                self.pool.safe_point()
+            except Exception as error:
+                self._fail(error)
+
     def _bypassed(self, m: int) -> str | None:
         """Why a call is left to vLLM, or ``None``."""
         if not self.enabled:
@@ -282,7 +295,7 @@ class Allocator:
         return None
 
     def _fail(self, error: Exception) -> str:
-        if strict():
+        if is_raised(error):
             raise error
         if not self._failed:
             self._failed = True
@@ -401,6 +414,16 @@ def refuse_compact(pool: ScalePool) -> None:
 def strict() -> bool:
     """Whether a pool error is raised instead of logged."""
     return os.environ.get("SAFEALLOC_STRICT", "0") == "1"
+
+
+def is_raised(error: Exception) -> bool:
+    """Whether a pool error is raised instead of logged: padding that was found dirty always is, since tokens may be wrong."""
+    return strict() or isinstance(error, PaddingCorruptionError)
+
+
+def watched() -> bool:
+    """Whether ``SAFEALLOC_VERIFY`` is set; a value that is no number the pool refuses itself."""
+    return os.environ.get(VERIFY, "") not in ("", "0")
 
 
 def _weak(context: Any) -> Callable[[], Any]:

@@ -14,7 +14,7 @@ from safealloc.buffers import spec_of
 from safealloc.errors import LayoutMismatchError
 from safealloc.gemm import check_agrees
 from safealloc.integrations.vllm import kernel, targets
-from safealloc.integrations.vllm.allocator import allocator, logger, strict
+from safealloc.integrations.vllm.allocator import allocator, is_raised, logger
 from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
@@ -242,6 +242,19 @@ def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
     patches.set(worker, method, compile_or_warm_up_model)
 
 
+def _step(patches: Patches, module: ModuleType, name: str) -> None:
+    """A safe point before each step, not after it, when its replay may still run."""
+    worker, method = _method(module, name)
+    original = getattr(worker, method)
+
+    @functools.wraps(original)
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        allocator.safe_point()
+        return original(self, scheduler_output)
+
+    patches.set(worker, method, execute_model)
+
+
 def _say_ready(worker: Any) -> None:
     sites = allocator.ready()
     bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
@@ -294,7 +307,7 @@ def _guarded(function: Callable[..., None], *given: Any) -> None:
     try:
         function(*given)
     except Exception as error:
-        if strict():
+        if is_raised(error):
             raise
         logger.error("safealloc: %s: %s", type(error).__name__, error)
 
@@ -312,6 +325,7 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.MLA_FUSION: _attention_fusion,
     targets.PROFILE: _profile,
     targets.WARM_UP: _warm_up,
+    targets.STEP: _step,
     targets.LOAD: _load,
     targets.LINEAR: _linear,
 }

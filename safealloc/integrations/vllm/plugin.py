@@ -11,7 +11,7 @@ from types import ModuleType
 from safealloc import __version__
 from safealloc.default_pool import chosen_pool
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.allocator import allocator, logger, refuse_compact
+from safealloc.integrations.vllm.allocator import allocator, logger, refuse_compact, watched
 from safealloc.integrations.vllm.hooks import HOOKS
 from safealloc.integrations.vllm.kernel import wanted
 from safealloc.integrations.vllm.patches import Patches
@@ -92,7 +92,7 @@ def _register(patches: Patches) -> tuple[str, ...]:
         raise ImportError("vLLM is not installed")
     version, source = found
     importlib.import_module(_LOGGER)  # sets up the handlers that the lines below are printed by
-    findings = targets.check(version, source)
+    findings = [one for one in targets.check(version, source) if one.target is not targets.STEP or watched()]
     hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
     _add_cache_key(patches, hooked)
     for finding in findings:
@@ -126,7 +126,8 @@ class _Application:
 
 def _add_cache_key(patches: Patches, hooked: tuple[str, ...]) -> None:
     """Compiled code of a hooked vLLM and of a plain one must not be loaded by the other."""
-    state = f"{','.join([str(HOOKS_VERSION), *hooked])}{',first' if wanted() else ''}"
+    traced = [name for name in hooked if name != targets.STEP.name]  # which is around a step, and in no compiled code
+    state = f"{','.join([str(HOOKS_VERSION), *traced])}{',first' if wanted() else ''}"
     variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
     variables[CACHE_KEY] = lambda: state
     patches.undo_by(lambda: variables.pop(CACHE_KEY, None))

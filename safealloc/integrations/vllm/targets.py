@@ -98,6 +98,8 @@ ATTENTION_FUSION = Target(
 MLA_FUSION = Target("MLA fusion", f"{_FUSION}.mla_attn_quant_fusion", ("MLAAttnQuantFusionPass",), since="0.20.0")
 PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memory",), (("self",),))
 WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
+STEP = Target("safe point at each step", _WORKER, ("Worker.execute_model",), (("self", "scheduler_output"),))
+"""Hooked with ``SAFEALLOC_VERIFY`` only."""
 LOAD = Target(
     "weights at load time",
     "vllm.model_executor.model_loader.utils",
@@ -120,6 +122,7 @@ TARGETS = (
     MLA_FUSION,
     PROFILE,
     WARM_UP,
+    STEP,
     LOAD,
     CACHE_KEY,
     LINEAR,
