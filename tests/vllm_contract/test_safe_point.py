@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 import vllm.envs
 import vllm.v1.worker.gpu_worker
-from stand_ins import L128, activation, vllm_quantize
 from test_register import LOADED, run
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -75,9 +75,9 @@ def replays(pool: ScalePool) -> None:
 
 def dirtied(pool: ScalePool) -> None:
     """A quantisation of vLLM's, after which somebody writes the last padding byte."""
-    _, scales = vllm_quantize(activation(5, K))
+    _, scales = stand_ins.vllm_quantize(stand_ins.activation(5, K))
     assert pool.spec(scales) is not None
-    scales.view(torch.uint8).view(-1)[L128.offsets(128, 128)[127, 7]] = 0x38
+    scales.view(torch.uint8).view(-1)[stand_ins.L128.offsets(128, 128)[127, 7]] = 0x38
     del scales
     replays(pool)
 
@@ -147,7 +147,7 @@ def test_one_safe_point_a_step(guarded: Callable[..., ScalePool], monkeypatch: p
     monkeypatch.setattr(pool, "safe_point", lambda: calls.append(len(worker.ran)))
     Worker.execute_model(worker, NOTHING)
     assert calls == []  # nobody has asked for a buffer yet
-    vllm_quantize(activation(5, K))
+    stand_ins.vllm_quantize(stand_ins.activation(5, K))
     calls.clear()  # of that acquire
     assert Worker.execute_model(worker, NOTHING) is None
     assert Worker.execute_model(worker, scheduler_output=NOTHING) is None
@@ -173,7 +173,7 @@ def test_it_is_healed_at_the_next_step(
     guarded: Callable[..., ScalePool], caplog: pytest.LogCaptureFixture, log: list[logging.LogRecord]
 ) -> None:
     pool = guarded(repair=True)
-    expected = vllm_quantize(activation(5, K))[1].clone()
+    expected = stand_ins.vllm_quantize(stand_ins.activation(5, K))[1].clone()
     log.clear()
     Worker.execute_model(Steps(lambda: dirtied(pool)), NOTHING)
     worker = Steps()
@@ -183,7 +183,7 @@ def test_it_is_healed_at_the_next_step(
     assert "zeroed padding that somebody wrote" in record.getMessage()
     assert "scale row 127, column 7" in record.getMessage()
     assert pool.verify() == pool.stats().buffers
-    again = vllm_quantize(activation(5, K))[1]
+    again = stand_ins.vllm_quantize(stand_ins.activation(5, K))[1]
     assert torch.equal(again.view(torch.uint8), expected.view(torch.uint8))
     assert log == []
 
@@ -194,7 +194,7 @@ def test_a_call_raises_it_too(guarded: Callable[..., ScalePool], log: list[loggi
     log.clear()
     dirtied(pool)
     with pytest.raises(PaddingCorruptionError):
-        vllm_quantize(activation(5, K))
+        stand_ins.vllm_quantize(stand_ins.activation(5, K))
     assert log == []
     assert allocator.pool is pool
     pool.verify(repair=True)
