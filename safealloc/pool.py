@@ -392,7 +392,8 @@ class ScalePool:
     def close(self) -> None:
         """Give up every buffer; each later use of the pool is an error.
 
-        Tensors that somebody holds stay valid, and so does what living graphs use, until they are gone.
+        Tensors that somebody holds stay valid, and so does what living graphs use, until they are gone; the memory that only
+        those graphs used is free when a pool, any pool, is called next.
 
         Raises:
             SafeAllocError: in a capture.

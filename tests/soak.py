@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 import warnings
@@ -57,20 +56,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", "--actions", type=int, dest="steps", help="so many at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds of actions, with commas in between")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--verbose", action="store_true", help="name each action on standard error, before it is tried")
     given = parser.parse_args()
+    try:
+        report.check_writable(given.json)
+    except report.UsageError as error:
+        parser.error(str(error))
     device = torch.device(given.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
     soak = Soak(device, given.seed, actions(device), filter(None, given.only.split(",")))
     say = functools.partial(print, file=sys.stderr, flush=True) if given.verbose else None
     result = run(soak, seconds=given.seconds, steps=given.steps, say=say)
-    if given.json is not None:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    report.write_json(given.json, result)
     rows = [((name, *map(str, tally.values())), not tally["lost"]) for name, tally in result["actions"].items()]
     report.table(report.console(), "Soak", ("action", "tried", "done", "refused", "lost"), rows)
     for name, count in result["counts"].items():

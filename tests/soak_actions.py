@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from soak_state import (
     NAN,
     POOLS,
     ROWS,
+    Captured,
     Dense,
     LossError,
     NotNowError,
@@ -34,12 +36,16 @@ from safealloc import (
     PoolClosedError,
     PoolExhaustedError,
     SafeAllocError,
+    ScalePool,
+    ScaleSpec,
     capture,
     mm_fp4,
     nvfp4_linear,
     nvfp4_quantize,
+    set_foreign_scales,
     use_pool,
 )
+from safealloc.kernels import reference
 
 Action = Callable[[Soak], None]
 _ACTIONS: dict[str, Action] = {}
@@ -72,7 +78,7 @@ def eager(soak: Soak) -> None:
 
 @action()
 def hold(soak: Soak) -> None:
-    """Several tensors of one shape at once share no memory, however they are held."""
+    """Several tensors of one shape at once share no memory, however they are held, and the cache does not give them up."""
     pool = soak.pool("plain", "strict", "healing")
     rows, k = soak.numbers.choice(ROWS), soak.numbers.choice(KS)
     held = [pool.acquire(rows, k, L8) for _ in range(5)]
@@ -81,7 +87,91 @@ def hold(soak: Soak) -> None:
         tensor.view(-1)[:1] = number
     del tensor, held
     pool.acquire(rows, k, L8).view(-1)[:1] = 99
+    if soak.numbers.random() < 0.5:
+        pool.trim()
+    for other in range(512, 512 + 64 * soak.numbers.choice((0, 16)), 64):  # more than a small cache has room for
+        pool.acquire(other, 512, L128)
+    there = {buffer.address for buffer in buffers_of(pool)}
+    check({view.data_ptr() for view in views} <= there, "the pool gave up a buffer that somebody holds")
     check([int(view[0, 0]) for view in views] == list(range(5)), "two tensors that are alive share memory")
+
+
+@action()
+def reserve(soak: Soak) -> None:
+    """What is reserved is there, unused, clean, poisoned where that was asked for, and no trim takes it."""
+    name = soak.numbers.choice(tuple(POOLS))
+    pool = soak.pools[name]
+    rows, k, copies = soak.numbers.choice(ROWS), soak.numbers.choice(KS), soak.numbers.randint(1, 3)
+    more: dict[str, int] = {} if pool.compact else soak.numbers.choice(({}, {"padded_k": k + 48}, {"experts": 4}))
+    layout = L128 if "experts" in more else soak.numbers.choice((L128, L8))
+    if "experts" in more:
+        spec = ScaleSpec.grouped(rows, k, layout, more["experts"])
+    else:
+        spec = ScaleSpec.checked(rows, k, layout, more.get("padded_k"), compact=pool.compact)
+    if pool.stats().bytes > POOLS[name].get("max_bytes", 1 << 62) // 2:
+        raise NotNowError("what is reserved stays: graphs need the rest")
+    before = {buffer.address for buffer in buffers_of(pool)}
+    pool.reserve(rows, k, layout, copies, **more)
+    pool.trim()
+    found = [one for one in buffers_of(pool) if one.spec == spec and one.owner == "stock" and not one.held()]
+    check(len(found) >= copies, f"{copies} buffers of {spec} were reserved, {len(found)} are there")
+    for buffer in found:
+        if buffer.address not in before and buffer.record is None and name in soak.poisoned:
+            wrong = int((buffer.base.view(-1)[real(buffer)] != NAN).sum())
+            check(wrong == 0, f"{wrong} scales of a new buffer are not poisoned: {spec}")
+
+
+@action()
+def padded_columns(soak: Soak) -> None:
+    """A GEMM whose k is more than what was quantised: columns beyond are padding too."""
+    pool = soak.pool("plain", "strict", "raising", "healing")
+    at = soak.numbers.randrange(len(KS) - 1)
+    rows, k, padded_k, layout = soak.numbers.choice(ROWS), KS[at], KS[at + 1], soak.numbers.choice((L128, L8))
+    tiles, padded_tiles = -(-k // 64), -(-padded_k // 64)
+    data, scales = nvfp4_quantize(soak.random(rows, k), soak.global_scale, layout=layout, pool=pool)
+    linear = scales.view(-1)[offsets(rows, k // 16, tiles, layout, soak.device)]
+    padded = torch.zeros(rows, padded_k // 2, dtype=torch.uint8, device=soak.device)
+    padded[:, : k // 2] = data
+    wide = pool.acquire(rows, k, layout, padded_k=padded_k)
+    clean = torch.zeros_like(wide)
+    for one in (wide, clean):
+        one.view(-1)[offsets(rows, k // 16, padded_tiles, layout, soak.device)] = linear
+    check(torch.equal(wide, clean), f"padding of [{rows}, {k}] in {layout.name}, padded to {padded_k}, is not zero")
+    weight, weight_scale = soak.weights[padded_k]
+    expected = torch.empty(rows, weight.shape[0], dtype=torch.bfloat16, device=soak.device)
+    reference.mm(padded, weight, clean, weight_scale, soak.alpha, expected, layout)
+    y = mm_fp4(padded, weight.T, wide, weight_scale.T, soak.alpha)
+    close = torch.allclose(y, expected, rtol=2**-7, atol=1e-3 * float(expected.abs().max()))
+    check(close, f"the GEMM of [{rows}, {k}] in {layout.name}, padded to {padded_k}")
+
+
+@action()
+def beyond_the_cache(soak: Soak) -> None:
+    """Buffers for one call: clean, within ``max_bytes``, seen by ``verify``, and gone when nobody holds them."""
+    pool, rows, k = soak.pools["strict"], 4 * 1024 + 5, 1008
+    limit, nbytes = POOLS["strict"]["max_bytes"], L128.nbytes(rows, k)
+    held: list[Tensor] = []
+    with contextlib.suppress(PoolExhaustedError):
+        while len(held) * nbytes <= limit:
+            held.append(pool.acquire(rows, k, L128))
+    check(len(held) * nbytes <= limit, f"{len(held)} buffers of {nbytes} bytes for one call, the limit is {limit}")
+    if not held:
+        raise NotNowError("the pool is full")
+    padding = torch.ones(nbytes, dtype=torch.bool, device=soak.device)
+    padding[offsets(rows, k // 16, -(-k // 64), L128, soak.device)] = False
+    one = soak.numbers.choice(held)
+    for tensor in held:
+        stale = int(tensor.view(-1)[padding].count_nonzero())
+        check(stale == 0, f"{stale} bytes of padding are not zero in a buffer for one call")
+    one.view(-1)[padding.nonzero()[-1]] = NAN
+    try:
+        pool.verify()
+    except PaddingCorruptionError as error:
+        check([found.address for found in error.corruptions] == [one.data_ptr()], f"named {error}")
+    else:
+        raise LossError("verify did not see a buffer for one call")
+    pool.verify(repair=True)
+    check(not bool(one.view(-1)[padding].any()), "a buffer for one call was not healed")
 
 
 @action()
@@ -152,6 +242,7 @@ def wrong_calls(soak: Soak) -> None:
     x_fp4, scales = nvfp4_quantize(work.x, soak.global_scale, layout=work.layout, pool=pool)
     weight, weight_scale = soak.weights[work.k]
     before = scales.clone()
+    one_row_more = torch.cat([x_fp4, x_fp4[:1]])
     with soak.untouched(pool):
         for error, call in (
             (
@@ -160,6 +251,7 @@ def wrong_calls(soak: Soak) -> None:
                     x_fp4, weight.T, scales, weight_scale.T, soak.alpha, use_8x4_sf_layout=work.layout is not L8
                 ),
             ),
+            (LayoutMismatchError, lambda: mm_fp4(one_row_more, weight.T, scales, weight_scale.T, soak.alpha)),
             (ValueError, lambda: pool.acquire(0, 64, L128)),
             (ValueError, lambda: pool.reserve(4, 63)),
             (TypeError, lambda: nvfp4_quantize([1.0], soak.global_scale, pool=pool)),
@@ -174,7 +266,7 @@ def wrong_calls(soak: Soak) -> None:
 
 @action()
 def foreign(soak: Soak) -> None:
-    """Scales that no pool made, with NaN in their padding: the result is that of clean ones."""
+    """Scales that no pool made, with NaN in their padding: refused, or healed in place, with the result of clean ones."""
     work = Dense(soak, soak.pool())
     work.run()
     if work.layout.nbytes(work.rows, work.k) == work.rows * work.k // 16:
@@ -184,16 +276,23 @@ def foreign(soak: Soak) -> None:
     poisoned.view(-1)[places] = work.scales.view(-1)[places]
     weight, weight_scale = soak.weights[work.k]
     work.y.fill_(NAN)
-    mm_fp4(
-        work.data,
-        weight.T,
-        poisoned,
-        weight_scale.T,
-        soak.alpha,
-        out=work.y,
-        use_8x4_sf_layout=work.layout is L8,
-    )
+
+    def multiply() -> None:
+        given = (work.data, weight.T, poisoned, weight_scale.T, soak.alpha)
+        mm_fp4(*given, out=work.y, use_8x4_sf_layout=work.layout is L8)
+
+    mode, before = set_foreign_scales("error"), poisoned.clone()
+    try:
+        multiply()
+    except SafeAllocError:
+        check(torch.equal(poisoned, before), "refused foreign scales were written")
+    else:
+        raise LossError("foreign scales were taken where they are an error")
+    finally:
+        set_foreign_scales(mode)
+    multiply()
     soak.look_at([work])
+    check(torch.equal(poisoned, work.scales), "padding of foreign scales was not zeroed in place")
 
 
 @action()
@@ -201,6 +300,7 @@ def dirtied(soak: Soak) -> None:
     """Somebody writes padding: ``verify`` names it, and heals it."""
     pool = soak.pool("plain", "compact", "strict")
     buffer = soak.padded_buffer(pool)
+    before = buffer.base.clone()
     row, column = soak.dirty(buffer)
     try:
         pool.verify()
@@ -212,6 +312,7 @@ def dirtied(soak: Soak) -> None:
         raise LossError(f"verify did not see row {row}, column {column} of {buffer.spec}")
     pool.verify(repair=True)
     pool.verify()
+    check(torch.equal(buffer.base, before), "a repair changed more than the padding")
     soak.counts["planted and named"] += 1
 
 
@@ -235,6 +336,7 @@ def guarded(soak: Soak) -> None:
             pool.safe_point()
         except PaddingCorruptionError as error:
             check([one.address for one in error.corruptions] == [address], f"named {error}")
+            check(__file__.rpartition("_")[0] in (error.corruptions[0].handed_to or ""), f"blamed {error}")
             raised = True
             break
     check(raised == (name == "raising"), f"the pool {name!r} {'raised' if raised else 'did not raise'}")
@@ -248,17 +350,22 @@ def reopen(soak: Soak) -> None:
     """Close a pool; what it was asked for then is refused, and its graphs go on."""
     name = soak.numbers.choice(tuple(POOLS))
     old = soak.pools[name]
-    held = None if old.compact else old.acquire(5, 80, L128)
+    held = None if old.compact else old.acquire(5, 96, L128)
+    storages = soak.storages(old)
     old.close()
-    try:
-        old.reserve(5, 80)
-    except PoolClosedError:
-        pass
-    else:
+    refused: tuple[Callable[[], object], ...] = (lambda: old.reserve(5, 80), old.verify, old.trim, old.take_back)
+    if not old.compact:
+        refused += (lambda: old.acquire(5, 80, L128),)
+    for call in refused:
+        try:
+            call()
+        except PoolClosedError:
+            continue
         raise LossError("a closed pool went on")
     if held is not None:
         held.fill_(1)
         check(int(held.sum()) == held.numel(), "a held tensor of a closed pool is gone")
+    soak.check_gone(storages)
     soak.make_pool(name)
     for one in soak.graphs:
         if one.pool is old:
@@ -297,6 +404,30 @@ def capture_graph(soak: Soak) -> None:
 
 
 @action(cuda=True)
+def grown_in_a_capture(soak: Soak) -> None:
+    """A capture of a pool that has nothing: zeros are recorded in the graph, and the graph outlives the pool."""
+    works = [soak.work(soak.pools["plain"]) for _ in range(soak.numbers.randint(1, 3))]
+    for work in works:
+        work.run()  # compiles
+    soak.make_room_for_a_graph()
+    with ScalePool(soak.device) as cold:
+        for work in works:
+            work.pool = cold
+        with capture(pool=cold) as graph:
+            for work in works:
+                work.run()
+        stats = cold.stats()
+        check(
+            (stats.buffers, stats.capture_fallbacks) == (0, len(works)), f"{len(works)} works in a cold pool: {stats}"
+        )
+        one = Captured(graph, works, cold, {})
+        soak.graphs.append(one)
+        soak.replay(one)
+    adversary(soak)
+    soak.replay(one, 3)
+
+
+@action(cuda=True)
 def replay(soak: Soak) -> None:
     """Some graphs many times, with eager calls of the same pools in between."""
     if not soak.graphs:
@@ -324,7 +455,9 @@ def compiled(soak: Soak) -> None:
     with use_pool(pool):
         y = soak.compiled(work.x, weight, weight_scale, soak.global_scale, soak.alpha)
     soak.look_at([work])
-    check(torch.allclose(y, work.y, rtol=2**-6, atol=2e-3 * float(work.y.abs().max())), "a compiled call's result")
+    valid = work.rows if work.valid is None else int(work.valid)
+    near = torch.allclose(y[:valid], work.y[:valid], rtol=2**-6, atol=2e-3 * float(work.y.abs().max()))
+    check(near, "a compiled call's result")
 
 
 @action(cuda=True)
@@ -332,6 +465,7 @@ def two_streams(soak: Soak) -> None:
     """Calls on two streams at once, of one pool and of the same shapes; one reads what the other was given."""
     pool = soak.pool("plain", "compact", "strict")
     pairs = [(soak.work(pool), soak.numbers.choice(soak.streams)) for _ in range(8)]
+    written = offsets(5, 208 // 16, 4, L128, soak.device).flatten()
     for stream in soak.streams:
         stream.wait_stream(soak.main_stream())
     read = []
@@ -345,9 +479,10 @@ def two_streams(soak: Soak) -> None:
                 other.wait_stream(stream)
                 pool.record_stream(scales, other)
                 with torch.cuda.stream(other):
-                    torch.cuda._sleep(20_000)
+                    torch.cuda._sleep(1_000_000)  # cycles: what comes next is launched long before the read
                     read.append(scales.count_nonzero())
                 del scales
+                pool.acquire(5, 208, L128).view(-1).index_fill_(0, written, NAN)
     for stream in soak.streams:
         soak.main_stream().wait_stream(stream)
     soak.look_at([work for work, _ in pairs])

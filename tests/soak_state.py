@@ -6,14 +6,16 @@ import contextlib
 import gc
 import os
 import random
+import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc import (
     SafeAllocError,
@@ -97,17 +99,24 @@ class Dense:
         self.data = torch.empty(self.rows, self.k // 2, dtype=torch.uint8, device=soak.device)
         self.scales = torch.empty(self.layout.padded_shape(self.rows, self.k), dtype=torch.uint8, device=soak.device)
         self.y = torch.empty(self.rows, N, dtype=torch.bfloat16, device=soak.device)
+        self.valid = torch.empty(1, dtype=torch.int32, device=soak.device) if numbers.random() < 0.3 else None
         self.renew()
 
     def renew(self) -> None:
-        """Another input, in the same place."""
+        """Another input, in the same place; of a padded batch other rows are valid, and NaN is in the others."""
         self.x.copy_(self.soak.random(self.rows, self.k))
+        if self.valid is not None:
+            valid = self.soak.numbers.randint(0, self.rows)
+            self.valid.fill_(valid)
+            self.x[valid:] = float("nan")
         for seen in (self.data, self.scales, self.y):
             seen.fill_(NAN)
 
     def run(self) -> None:
         soak = self.soak
-        x_fp4, scales = nvfp4_quantize(self.x, soak.global_scale, layout=self.layout, pool=self.pool)
+        x_fp4, scales = nvfp4_quantize(
+            self.x, soak.global_scale, layout=self.layout, pool=self.pool, valid_rows=self.valid
+        )
         self.data.copy_(x_fp4)
         self.scales.copy_(scales)
         weight, weight_scale = soak.weights[self.k]
@@ -117,7 +126,8 @@ class Dense:
         """What of the last run is not the reference's, padding that the GEMM saw included."""
         soak = self.soak
         data, scales, y = torch.empty_like(self.data), torch.zeros_like(self.scales), torch.empty_like(self.y)
-        reference.quantize(self.x, soak.global_scale, data, scales, self.layout)
+        x = self.x if self.valid is None else self.x.nan_to_num(0.0)  # rows of zeros have zero scales
+        reference.quantize(x, soak.global_scale, data, scales, self.layout)
         weight, weight_scale = soak.weights[self.k]
         reference.mm(data, weight, scales, weight_scale, soak.alpha, y, self.layout)
         if not torch.equal(self.data, data):
@@ -191,7 +201,11 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     works: list[Work]
     pool: ScalePool
-    addresses: set[int]
+    owners: dict[int, Hashable]  # of its handle's buffers, by address
+
+    @property
+    def addresses(self) -> set[int]:
+        return set(self.owners)
 
 
 @dataclass
@@ -246,6 +260,7 @@ class Soak:
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if self.on_cuda else []
         self.baseline = self.allocated()
         self.pools: dict[str, ScalePool] = {}
+        self.poisoned: set[str] = set()  # names of pools whose new buffers are NaN where scales will be
         for name in POOLS:
             self.make_pool(name)
 
@@ -258,6 +273,7 @@ class Soak:
         options = dict(POOLS[name])
         wanted = {"SAFEALLOC_VERIFY": options.pop("verify", 0), "SAFEALLOC_VERIFY_REPAIR": options.pop("repair", False)}
         wanted["SAFEALLOC_POISON"] = self.numbers.random() < 0.5
+        (self.poisoned.add if wanted["SAFEALLOC_POISON"] else self.poisoned.discard)(name)
         before = {variable: os.environ.get(variable) for variable in wanted}
         os.environ.update({variable: str(int(value)) for variable, value in wanted.items()})
         try:
@@ -273,13 +289,12 @@ class Soak:
         return self.pools[self.numbers.choice(names or tuple(POOLS))]
 
     def work(self, pool: ScalePool) -> Work:
-        grouped = not pool.compact and self.numbers.random() < 0.3
+        grouped = self.numbers.random() < 0.3
         return Grouped(self, pool) if grouped else Dense(self, pool)
 
     def captured(self, pool: ScalePool, works: list[Work], share: bool = False) -> Captured:
         """A graph of these works, which ran once before."""
-        if len(self.graphs) >= MOST_GRAPHS:
-            del self.graphs[self.numbers.randrange(len(self.graphs))]
+        self.make_room_for_a_graph()
         for work in works:
             work.run()
         theirs = [one for one in self.graphs if one.pool is pool]
@@ -287,12 +302,16 @@ class Soak:
         with capture(pool=pool, graph_pool=handle) as graph:
             for work in works:
                 work.run()
-        addresses = {buffer.address for buffer in buffers_of(pool) if buffer.owner == graph.pool()}
+        owners = {buffer.address: buffer.owner for buffer in buffers_of(pool) if buffer.owner == graph.pool()}
         used = len(pool.graph_report(graph).buffers)
-        check(used <= len(addresses), f"a graph uses {used} buffers, of which the pool holds {len(addresses)}")
-        one = Captured(graph, works, pool, addresses)
+        check(used <= len(owners), f"a graph uses {used} buffers, of which the pool holds {len(owners)}")
+        one = Captured(graph, works, pool, owners)
         self.graphs.append(one)
         return one
+
+    def make_room_for_a_graph(self) -> None:
+        if len(self.graphs) >= MOST_GRAPHS:
+            del self.graphs[self.numbers.randrange(len(self.graphs))]
 
     def main_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -409,33 +428,68 @@ class Soak:
             buffers = buffers_of(pool)
             self.counts["buffers looked at"] += len(buffers)
             self.counts["bytes looked at"] += sum(buffer.nbytes for buffer in buffers)
+            check(not any(buffer.address % 512 for buffer in buffers), f"a buffer of the pool {name!r} is not aligned")
             stale = [(buffer.base.view(-1) * self.padding(buffer)).count_nonzero() for buffer in buffers]
             for buffer, count in zip(buffers, torch.stack(stale).tolist() if stale else (), strict=True):
                 check(count == 0, f"{count} bytes of padding are not zero in {buffer.spec} of the pool {name!r}")
-            held = sum(buffer.nbytes for buffer in buffers)
-            loose = sum(one.spec.nbytes for one in pool._inventory.loose if one.tensor() is not None)
-            check(pool.stats().bytes == held + loose, f"pool {name!r} says {pool.stats().bytes} bytes and has {held}")
+            self.look_at_counters(name, pool, buffers)
             self.peaks["buffers of a pool"] = max(self.peaks["buffers of a pool"], len(buffers))
         for one in self.graphs:
             if one.pool in self.pools.values():
-                there = {buffer.address for buffer in buffers_of(one.pool)}
-                check(one.addresses <= there, "a buffer that a graph uses is gone")
+                there = {buffer.address: buffer.owner for buffer in buffers_of(one.pool)}
+                check(one.addresses <= there.keys(), "a buffer that a graph uses is gone")
+                check(one.owners.items() <= there.items(), "a buffer that a graph uses was given to somebody else")
         self.peaks["graphs"] = max(self.peaks["graphs"], len(self.graphs))
         if every:
             self.replay_all()
 
+    def look_at_counters(self, name: str, pool: ScalePool, buffers: list[Buffer]) -> None:
+        """Between actions nobody holds a buffer."""
+        stats = pool.stats()
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        check(stats.bytes == nbytes, f"pool {name!r} says {stats.bytes} bytes and has {nbytes}")
+        check(stats.buffers == len(buffers), f"pool {name!r} says {stats.buffers} buffers and has {len(buffers)}")
+        check(stats.live == 0, f"pool {name!r} says that somebody holds {stats.live} of its buffers")
+        check(nbytes <= POOLS[name].get("max_bytes", nbytes), f"pool {name!r} holds {nbytes} bytes, beyond its limit")
+        cached = sum(buffer.nbytes for buffer in buffers if not buffer.kept)
+        limit = POOLS[name].get("cache_bytes", 64 * MIB)
+        check(cached <= limit, f"the cache of the pool {name!r} has {cached} bytes, its limit is {limit}")
+        graphs = {address for one in self.graphs if one.pool is pool for address in one.addresses}
+        check(stats.captured >= len(graphs), f"pool {name!r} says {stats.captured} captured, graphs have {len(graphs)}")
+        misnamed = [buffer.spec for buffer in buffers if pool.spec(buffer.base) != buffer.spec]
+        check(not misnamed, f"pool {name!r} does not know {misnamed}")
+
+    def storages(self, pool: ScalePool) -> list[StorageWeakRef]:
+        """Memory that has to be gone once the pool is closed: of what nobody holds and no graph uses."""
+        unused = [buffer for buffer in buffers_of(pool) if buffer.capture is None and not buffer.held()]
+        return [StorageWeakRef(buffer.storage) for buffer in unused]
+
+    def check_gone(self, storages: list[StorageWeakRef]) -> None:
+        if not all(storage.expired() for storage in storages):
+            gc.collect()
+        left = sum(not storage.expired() for storage in storages)
+        check(left == 0, f"{left} of {len(storages)} buffers outlive their pool, and nobody holds them")
+
     def finish(self) -> None:
         """Close everything; nothing may be left."""
         self.replay_all()
-        for name in self.pools:
+        for name in self.pools:  # no variable here holds one
+            storages = self.storages(self.pools[name])
             self.pools[name].close()
+            self.check_gone(storages)
         self.replay_all()  # graphs outlive their pool
         self.graphs.clear()
         self.pools.clear()
         self.paddings.clear()
-        self.synchronize()
-        with ScalePool(self.device) as any_pool:  # lets go of what only graphs used that are gone
-            any_pool.trim()
+        # What only destroyed graphs used is let go of when a pool, any pool, is called next; the driver tells of
+        # destroyed graphs from a thread of its own.
+        self.counts["bytes left to the next call of a pool"] = max(0, self.allocated() - self.baseline)
+        until = time.monotonic() + 5
+        with ScalePool(self.device) as last:
+            last.take_back()
+            while self.allocated() > self.baseline and time.monotonic() < until:
+                time.sleep(0.1)
+                last.take_back()
         left = self.allocated() - self.baseline
         check(left <= 0, f"{left} bytes were not given back")
 

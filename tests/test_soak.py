@@ -15,11 +15,20 @@ from soak import run
 from soak_actions import actions
 from soak_state import Soak
 
-from safealloc import buffers, gemm, guard, nvfp4_quantize, pool, set_foreign_scales, verify
+from safealloc import ScalePool, buffers, gemm, guard, inventory, nvfp4_quantize, pool, set_foreign_scales, verify
 from safealloc.inventory import Inventory
 from safealloc.layout import ScaleSpec
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_nothing_is_lost():
@@ -34,7 +43,7 @@ def test_nothing_is_lost():
     json.dumps(result)
 
 
-def losses(*only: str, steps: int = 30) -> list[str]:
+def losses(*only: str, steps: int = 12) -> list[str]:
     """What a walk of these actions finds."""
     result = run(Soak(CPU, 0, actions(CPU), only), steps=steps)
     assert result["lost"] == len(result["losses"])
@@ -119,6 +128,63 @@ def test_a_quantiser_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr(soak_state, "nvfp4_quantize", one_more)
     assert any("1 of " in loss and "scale bytes" in loss for loss in losses("eager"))
+
+
+def rounded_up(acquire):
+    return lambda self, rows, k, layout, **named: acquire(self, layout.round_up(rows, 1)[0], k, layout, **named)
+
+
+def without_padded_k(self, buffer):
+    k = self.k if self.padded_k is None else self.padded_k
+    return self.layout.padding_views(buffer, self.stored_rows, k, padded_k=self.padded_k)
+
+
+def give_up(inventory):
+    for buffer in list(inventory.recent):
+        inventory.forget(buffer)
+
+
+def all_zero(given, corruptions):
+    dirty = {corruption.address for corruption in corruptions}
+    for _, buffer in given:
+        if buffer.data_ptr() in dirty:
+            buffer.zero_()
+
+
+def keeping(clear):
+    kept = []
+
+    def clear_and_keep(self):
+        kept.append([buffer.base for buffer in self.by_address.values()])
+        clear(self)
+
+    return clear_and_keep
+
+
+def columns_only(scales, layout, rows, k):
+    scales.view(-1)[layout.padding_mask(rows, k) & layout.padding_mask(layout.round_up(rows, 1)[0], k)] = 0
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "fault", "only", "said"),
+    [
+        (ScalePool, "acquire", rounded_up(ScalePool.acquire), "eager", "LayoutMismatchError"),
+        (ScaleSpec, "padding_views", without_padded_k, "padded_columns", "padding"),
+        (ScalePool, "spec", lambda self, tensor: None, "eager", "does not know"),
+        (Inventory, "_forget_idle", give_up, "hold", "gave up a buffer that somebody holds"),
+        (Inventory, "clear", keeping(Inventory.clear), "eager,reopen", "outlive their pool"),
+        (Inventory, "make_room_in_cache", lambda self, nbytes: True, "beyond_the_cache", "the cache of the pool"),
+        (inventory, "make_base", lambda *given, poison: buffers.make_base(*given), "reserve", "not poisoned"),
+        (pool, "heal", all_zero, "eager,dirtied", "a repair changed more than the padding"),
+        (gemm, "zero_padding", columns_only, "foreign", "padding of foreign scales was not zeroed in place"),
+        (ScaleSpec, "holds_rows", lambda self, rows: True, "wrong_calls", "LayoutMismatchError went through"),
+        (guard, "_caller", lambda: "somebody", "guarded", "blamed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fault(monkeypatch, where, what, fault, only, said):
+    monkeypatch.setattr(where, what, fault)
+    assert any(said in loss for loss in losses(*only.split(",")))
 
 
 def test_the_command(tmp_path):
