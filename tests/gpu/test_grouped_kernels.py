@@ -5,31 +5,20 @@ Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, 
 
 from __future__ import annotations
 
-import os
 import zlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from where import DEVICE, INTERPRETED, MARKS
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from safealloc.kernels import reference_grouped, triton_grouped
 from safealloc.layout import SfLayout
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-pytestmark = (
-    []
-    if INTERPRETED
-    else [
-        pytest.mark.gpu,
-        pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device of compute capability 8.9 or more"),
-    ]
-)
+pytestmark = MARKS
 
 GUARD = 64
 """Bytes behind each output that nobody may touch."""

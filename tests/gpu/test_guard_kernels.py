@@ -5,12 +5,12 @@ Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, 
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 from torch import Tensor
+from where import DEVICE, INTERPRETED, MARKS
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -19,18 +19,7 @@ from safealloc.kernels import triton_guard
 from safealloc.layout import ScaleSpec, SfLayout
 from safealloc.verify import find_corruptions, zero_padding
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-pytestmark = (
-    []
-    if INTERPRETED
-    else [
-        pytest.mark.gpu,
-        pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device of compute capability 8.9 or more"),
-    ]
-)
+pytestmark = MARKS
 
 SLOT, SLOTS = 5, 8
 ROUNDS = 4 if INTERPRETED else 60

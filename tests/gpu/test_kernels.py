@@ -7,13 +7,13 @@ that in a process of its own), over fewer and smaller shapes.
 from __future__ import annotations
 
 import itertools
-import os
 import zlib
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from where import DEVICE, INTERPRETED, MARKS
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
@@ -24,18 +24,7 @@ from safealloc.kernels import reference, triton_gemm, triton_padding, triton_qua
 from safealloc.kernels.triton_layout import scale_offset  # noqa: E402
 from safealloc.layout import ScaleSpec, SfLayout  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-pytestmark = (
-    []
-    if INTERPRETED
-    else [
-        pytest.mark.gpu,
-        pytest.mark.skipif(not CAPABLE, reason="needs a CUDA device of compute capability 8.9 or more"),
-    ]
-)
+pytestmark = MARKS
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or has no meaning there")
 
 ROWS = (1, 7, 8, 9, 33, 128, 130) if INTERPRETED else (1, 2, 7, 8, 9, 31, 32, 33, 64, 127, 128, 129, 256, 513)
