@@ -279,7 +279,9 @@ def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
     tiling = triton_quantize.tiling_for(1, blocks, not silu and architecture < 100)
     types = {"x": "*bf16", "global_scales": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
     types |= dict.fromkeys(("record", "expert_offsets", "blockscale_offsets", "valid_rows", "row_tokens"), "*i32")
-    types |= dict.fromkeys(("rows", "capacity", "experts", "cols", "col_tiles", "scale_rows"), "i32")
+    types |= dict.fromkeys(
+        ("rows", "capacity", "experts", "cols", "col_tiles", "scale_rows", "parts", "parts_reciprocal"), "i32"
+    )
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "EXPERTS": 256}
     constants |= {"TILE_COLS": 4, "BLOCKS": tiling.blocks, "WORDS": tiling.words, "SILU": silu}
     constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90}

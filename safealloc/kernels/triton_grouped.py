@@ -69,6 +69,17 @@ def _place_of(row, first, end, base, scale_rows):
 
 
 @triton.jit
+def _divide(number, divisor, reciprocal):
+    """Quotient and remainder, int32, sooner than by a division, which matters where the kernel takes a microsecond.
+
+    ``reciprocal`` is ``(2**31 - 1) // divisor``. The quotient that it gives is at most one too small.
+    """
+    quotient = tl.umulhi((2 * number).to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
+    rest = number - quotient * divisor
+    return tl.where(rest < divisor, quotient, quotient + 1), tl.where(rest < divisor, rest, rest - divisor)
+
+
+@triton.jit
 def _clean(
     scales,
     record,
@@ -92,13 +103,9 @@ def _clean(
     first, end, base = _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts)
     inside = row < rows
     old = tl.load(record + row, mask=inside, other=0)
-    more = tl.load(record + leader)  # of a step's rows, none lies behind one that has no entry
     leader += rows
-    EARLY: tl.constexpr = (
-        ROWS > 2
-    )  # nobody waits for the next entry alone; with few rows one more instruction costs more
-    if EARLY:
-        then_more = tl.load(record + leader, mask=leader < capacity, other=0)
+    # Of the step before's rows none lies behind one that has no entry, so that this one tells whether there are more.
+    more = tl.load(record + leader, mask=leader < capacity, other=0)
     if DEPENDENT:
         gdc_launch_dependents()
     place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 1, keep_dims=True)
@@ -109,7 +116,8 @@ def _clean(
     WORDS: tl.constexpr = 128 if ROWS <= 2 else 32
     at = row
     rounds = 0
-    while more != 0:  # of the step before: these rows, and beyond this step's every so many
+    going = rows  # not 0: the first round does not wait for an answer
+    while going != 0:  # of the step before: these rows, and beyond this step's every so many
         real = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 1, keep_dims=True)
         clear = tl.where((old > 0) & (old <= scale_rows) & (real == 0), col_tiles, 0)
         scale_row = tl.maximum(old, 1) - 1
@@ -117,16 +125,13 @@ def _clean(
             word = start + tl.arange(0, WORDS)[None, :]
             offset = scale_offset(scale_row, word * TILE_COLS, col_tiles, LAYOUT) // TILE_COLS
             tl.store(words + offset, 0, mask=word < clear)
+        going = more
         at += rows
         rounds += 1
-        old = tl.load(record + at, mask=inside & (at < capacity), other=0)
-        if EARLY:
-            more = then_more
-            leader += rows
-            then_more = tl.load(record + leader, mask=leader < capacity, other=0)
-        else:
-            more = tl.load(record + leader, mask=leader < capacity, other=0)
-            leader += rows
+        leader += rows
+        readable = tl.where(going != 0, capacity, 0)
+        old = tl.load(record + at, mask=inside & (at < readable), other=0)
+        more = tl.load(record + leader, mask=leader < readable, other=0)
     tl.debug_barrier()  # every warp has to have read before one of them writes
     tl.store(record + row, tl.where(place > 0, place, -1), mask=inside)
     for turn in range(1, rounds):
@@ -135,7 +140,9 @@ def _clean(
 
 
 # One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.
-@triton.jit(do_not_specialize=["rows", "capacity", "experts", "cols", "col_tiles", "scale_rows"])
+@triton.jit(
+    do_not_specialize=["rows", "capacity", "experts", "cols", "col_tiles", "scale_rows", "parts", "parts_reciprocal"]
+)
 def _quantize_grouped(
     x,  # bfloat16 or float16 [rows, 16 * cols], SILU: [rows, 32 * cols]
     global_scales,  # float32 [experts]
@@ -152,6 +159,8 @@ def _quantize_grouped(
     cols,
     col_tiles,
     scale_rows,
+    parts,  # of a row, each with a program
+    parts_reciprocal,
     LAYOUT: tl.constexpr,
     HARDWARE_E2M1: tl.constexpr,
     HARDWARE_E4M3: tl.constexpr,
@@ -171,8 +180,7 @@ def _quantize_grouped(
         cleaners = tl.cdiv(rows, ROWS)
         number = tl.program_id(0) - cleaners
         cleaning = number < 0
-        row = number % rows
-        part = number // rows
+        row, part = _divide(number, parts, parts_reciprocal)
     if DEPENDENT:
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
     if record is not None and cleaning:
@@ -321,6 +329,8 @@ def quantize(
             cols,
             scales.shape[1] // layout.tile.cols,
             scales.shape[0],
+            parts,
+            ((1 << 31) - 1) // parts,
             LAYOUT=int(layout),
             HARDWARE_E2M1=x.is_cuda and converts_e2m1(x.device.index),
             HARDWARE_E4M3=x.is_cuda,
@@ -340,13 +350,11 @@ def quantize(
 def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
     """How many rows a cleaning program takes; ``benchmarks/NOTES.md`` has the numbers.
 
-    As many as leave it no slower than its neighbours, and, around one wave of these, fit into that wave.
+    As many as leave it no slower than its neighbours; around one wave of these, so many that all fit into it.
     """
     if not silu_and_mul:
-        return 2 if blocks <= 1 << 17 else 8
-    if blocks <= _FEW_BLOCKS:
-        return 4
-    return 16 if 1 << 14 < blocks <= 1 << 15 else 8
+        return 4 if blocks <= 1 << 17 else 8
+    return 4 if blocks <= _FEW_BLOCKS else 16
 
 
 def clean(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from where import DEVICE, INTERPRETED, MARKS
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
+triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+import triton.language as tl  # noqa: E402
 
-from safealloc.kernels import reference_grouped, triton_grouped
-from safealloc.layout import SfLayout
+from safealloc.kernels import reference_grouped, triton_grouped  # noqa: E402
+from safealloc.layout import SfLayout  # noqa: E402
 
 pytestmark = MARKS
 
@@ -207,3 +208,24 @@ class TestGrouped:
         steps = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-10
         normal = exact.abs()[finite] > torch.finfo(dtype).tiny
         assert float(error[normal].max()) < steps
+
+
+@triton.jit(do_not_specialize=["divisor", "reciprocal"])
+def _divided(numbers, quotients, rests, divisor, reciprocal, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    quotient, rest = triton_grouped._divide(tl.load(numbers + at), divisor, reciprocal)
+    tl.store(quotients + at, quotient)
+    tl.store(rests + at, rest)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 14, 28, 64, 1023, 65537, 2**30 + 1, 2**31 - 1])
+def test_the_division_without_a_division_is_exact(divisor: int) -> None:
+    most = 2**31 - 1
+    near = [multiple + by for multiple in (0, divisor, most // divisor * divisor, most) for by in (-1, 0, 1)]
+    numbers = [number for number in near if 0 <= number <= most]
+    numbers += torch.randint(most, (64 - len(numbers),), generator=torch.Generator().manual_seed(divisor)).tolist()
+    given = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    quotients, rests = torch.empty_like(given), torch.empty_like(given)
+    _divided[(1,)](given, quotients, rests, divisor, most // divisor, COUNT=64)
+    assert quotients.tolist() == [number // divisor for number in numbers]
+    assert rests.tolist() == [number % divisor for number in numbers]
