@@ -352,9 +352,7 @@ def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
 
     As many as leave it no slower than its neighbours; around one wave of these, so many that all fit into it.
     """
-    if not silu_and_mul:
-        return 4 if blocks <= 1 << 17 else 8
-    return 4 if blocks <= _FEW_BLOCKS else 16
+    return 16 if silu_and_mul and blocks > _FEW_BLOCKS else 4
 
 
 def clean(
