@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
 
     Returns:
-        0; 1 where ``repro`` does not come out as stated, or ``audit`` finds something unsafe that vLLM would choose.
+        0; 1 where ``repro`` does not come out as stated, or ``audit`` finds something unsafe that vLLM would choose, or was
+        stopped by a kernel that made the device unusable.
 
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
@@ -129,7 +130,7 @@ def _audit(given: argparse.Namespace) -> int:
     markdown = None if given.markdown in (None, "-") else Path(given.markdown)
     report.check_writable(markdown, "--markdown")
     report.check_apart(given.json, markdown, "--json", "--markdown")
-    options = audit.checked_options(given.device, given.with_pool, given.quick)
+    options = audit.checked_options(given.device, given.with_pool, given.quick, given.skip)
     with audit.progress() as tell:
         result = audit.run(options, tell)
     report.write_json(given.json, result.as_dict())
@@ -242,6 +243,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
     )
     audit.add_argument("--quick", action="store_true", help="two shapes only")
+    audit.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
+    )
     audit.add_argument(
         "--markdown",
         metavar="FILE",

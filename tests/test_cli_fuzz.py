@@ -256,7 +256,7 @@ COMMANDS = {
     "doctor": [],
     "plan": ["--tensor-parallel", "--tp", "--expert-parallel", "--max-size", "--sizes", "--layout"],
     "bench": ["--quick", "--plot"],
-    "audit": ["--device", "--with-pool", "--quick", "--markdown"],
+    "audit": ["--device", "--with-pool", "--quick", "--skip", "--markdown"],
 }
 EVERY_FLAG = sorted({flag for flags in COMMANDS.values() for flag in flags} | {"--js", "-h", "--no-such", "--"})
 DEVICES = ["cpu", "cuda", "cuda:0", "cuda:07", "cuda:٣", "cpu:1", "meta"]

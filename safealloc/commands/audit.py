@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from safealloc.audit.combinations import AuditedConsumer, AuditedProducer, Combi
 from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
 from safealloc.audit.findings import CANNOT_RUN, Finding, groups
 from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
-from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer
+from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer, synchronize
 from safealloc.checks import checked_device
 from safealloc.commands import doctor, report
 from safealloc.layout import SfLayout, short
@@ -44,11 +46,13 @@ class Options:
         device: where.
         with_pool: judge combinations in pool buffers, and run them there.
         quick: two shapes only.
+        skip: names of producers and consumers that are left out.
     """
 
     device: torch.device
     with_pool: bool
     quick: bool
+    skip: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,19 @@ class Refusal:
 
     def cells(self) -> tuple[str, str, str, str, str]:
         return self.name, ", ".join(map(short, self.layouts)), "-", CANNOT_RUN, self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something made the device unusable, for this process: after an illegal memory access every later call fails as well.
+
+    Attributes:
+        name: of the producer or consumer.
+        what: where that was, and the error.
+    """
+
+    name: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +109,12 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found."""
+    """What was found.
+
+    Attributes:
+        not_judged: what vLLM uses on this machine, but was left out or failed at each shape, in words.
+        loss: what ended the audit early.
+    """
 
     options: Options
     machine: Mapping[str, str | None]
@@ -100,6 +122,8 @@ class Result:
     producers: Side
     consumers: Side
     combinations: Sequence[Combination]
+    not_judged: Sequence[str] = ()
+    loss: Loss | None = None
 
     @property
     def chosen(self) -> list[Combination]:
@@ -108,11 +132,19 @@ class Result:
 
     @property
     def safe(self) -> bool:
-        """Whether all that vLLM would choose here is; so it is where nothing of that can run."""
-        return all(combination.safe for combination in self.chosen)
+        """Whether all that vLLM would choose here is; so it is where nothing of that can run. An early end is not."""
+        return self.loss is None and all(combination.safe for combination in self.chosen)
 
     @property
     def summary(self) -> str:
+        if self.loss is not None:
+            return f"STOPPED: {self.loss.what}. --skip {shlex.quote(self.loss.name)} audits the rest."
+        if self.not_judged:
+            return f"{self._verdict} Not judged: {'; '.join(self.not_judged)}."
+        return self._verdict
+
+    @property
+    def _verdict(self) -> str:
         where = "in a pool" if self.options.with_pool else "without a pool"
         if not self.chosen:
             return "No producer and consumer that vLLM would choose for NVFP4 can run here: nothing to judge."
@@ -130,22 +162,28 @@ class Result:
             "quick": self.options.quick,
             "safe": self.safe,
             "summary": self.summary,
+            "not_judged": list(self.not_judged),
+            "stopped": None if self.loss is None else asdict(self.loss),
             "producers": self.producers.as_dicts(),
             "consumers": self.consumers.as_dicts(),
             "combinations": [combination.as_dict() for combination in self.combinations],
         }
 
 
-def checked_options(device: str | None, with_pool: bool, quick: bool) -> Options:
+def checked_options(device: str | None, with_pool: bool, quick: bool, skip: Iterable[str] = ()) -> Options:
     """What the user asked for.
 
     Raises:
-        UsageError: no such device.
+        UsageError: no such device, or nothing of a name to skip.
     """
+    left_out = frozenset(skip)
+    names = {one.name for one in PRODUCERS} | {one.name for one in CONSUMERS}
+    if unknown := left_out - names:
+        raise report.UsageError(f"--skip must be one of {', '.join(sorted(names))}, got {min(unknown)!r}")
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):  # of an index PyTorch keeps 8 bits
         raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     try:
-        return Options(checked_device(device), with_pool, quick)
+        return Options(checked_device(device), with_pool, quick, left_out)
     except ValueError as error:
         raise report.UsageError(str(error)) from error
 
@@ -167,47 +205,105 @@ def progress() -> Iterator[Tell]:
 
 
 def run(options: Options, tell: Tell) -> Result:
-    """Audit all that is known; whatever a package prints goes to standard error."""
+    """Audit all that is known, until something makes the device unusable; what a package prints goes to standard error."""
     device = options.device
+    machine, versions = _machine(device), _versions()
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
-    steps = sum(len(known.layouts) for known in everything) + 1
-    done = 0
+    rows = [(known, layout) for known in everything for layout in known.layouts]
+    steps = len(rows) + 1
+    producers: list[AuditedProducer] = []
+    consumers: list[AuditedConsumer] = []
+    refused: dict[tuple[str, str, str], list[SfLayout]] = {}
+    not_judged: list[str] = []
+    loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
-        producers: list[AuditedProducer] = []
-        consumers: list[AuditedConsumer] = []
-        refused: dict[tuple[str, str, str], list[SfLayout]] = {}
-        for known in everything:
-            for layout in known.layouts:
-                tell(f"{known.name}, {short(layout)}", done, steps)
-                done += 1
-                reason = known.refusal(device, layout)
-                if reason is not None:
-                    refused.setdefault((type(known).__name__, known.name, reason), []).append(layout)
-                elif isinstance(known, KnownProducer):
-                    shapes = QUICK_SHAPES if options.quick else PRODUCER_SHAPES
-                    made = audit_producer(
-                        known.fn, name=known.name, layout=layout, shapes=shapes, device=device, of=known.of
-                    )
-                    producers.append(AuditedProducer(known, layout, made))
-                else:
-                    shapes = QUICK_SHAPES if options.quick else CONSUMER_SHAPES
-                    read = audit_consumer(known.fn, name=known.name, layout=layout, shapes=shapes, device=device)
-                    consumers.append(AuditedConsumer(known, layout, read))
-        tell("combinations", done, steps)
-        if options.with_pool:
-            with ScalePool(device) as pool:
-                combinations = [combine_in_pool(*pair, pool) for pair in pairs(producers, consumers)]
-        else:
+        for done, (known, layout) in enumerate(rows):
+            row = f"{known.name}, {short(layout)}"
+            tell(row, done, steps)
+            reason = known.refusal(device, layout)
+            uses = layout in known.vllm and reason is None
+            if reason is None and known.name in options.skip:
+                reason = "left out by --skip"
+            if reason is None and loss is not None:
+                reason = f"not tried: {device} is unusable since {loss.name}"
+            if reason is not None:
+                refused.setdefault((type(known).__name__, known.name, reason), []).append(layout)
+            else:
+                found = _audited(known, layout, options, producers, consumers)
+                loss = _loss(device, known.name, found)
+                if all(finding.verdict == CANNOT_RUN for finding in found):
+                    reason = "it failed"
+            if uses and reason is not None:
+                not_judged.append(f"{row} ({reason})")
+        tell("combinations", steps - 1, steps)
+        combinations: list[Combination] = []
+        if not options.with_pool:
             combinations = [combine(*pair) for pair in pairs(producers, consumers)]
+        elif loss is None:
+            combinations, loss = _in_a_pool(device, pairs(producers, consumers))
     return Result(
         options,
-        _machine(device),
-        _versions(),
+        machine,
+        versions,
         Side([finding for one in producers for finding in one.findings], _refusals(refused, KnownProducer)),
         Side([finding for one in consumers for finding in one.findings], _refusals(refused, KnownConsumer)),
         combinations,
+        not_judged,
+        loss,
     )
+
+
+def _audited(
+    known: KnownProducer | KnownConsumer,
+    layout: SfLayout,
+    options: Options,
+    producers: list[AuditedProducer],
+    consumers: list[AuditedConsumer],
+) -> Sequence[Finding]:
+    """Audit one in one layout; what was found goes to its side, too."""
+    name, device = known.name, options.device
+    if isinstance(known, KnownProducer):
+        shapes = QUICK_SHAPES if options.quick else PRODUCER_SHAPES
+        made = audit_producer(known.fn, name=name, layout=layout, shapes=shapes, device=device, of=known.of)
+        producers.append(AuditedProducer(known, layout, made))
+        return made
+    shapes = QUICK_SHAPES if options.quick else CONSUMER_SHAPES
+    read = audit_consumer(known.fn, name=name, layout=layout, shapes=shapes, device=device)
+    consumers.append(AuditedConsumer(known, layout, read))
+    return read
+
+
+def _in_a_pool(
+    device: torch.device, chosen: Iterable[tuple[AuditedProducer, AuditedConsumer]]
+) -> tuple[list[Combination], Loss | None]:
+    """Run pairs through a pool, until one makes the device unusable."""
+    combinations = []
+    pool = ScalePool(device)
+    for producer, consumer in chosen:
+        combination = combine_in_pool(producer, consumer, pool)
+        combinations.append(combination)
+        if not combination.safe and not _usable(device):  # the pool goes with the process: closing it would fail
+            pair = f"{combination.producer} with {combination.consumer}, {short(combination.layout)}"
+            return combinations, Loss(combination.consumer, f"{device} is unusable since {pair}: {combination.why}")
+    pool.close()
+    return combinations, None
+
+
+def _loss(device: torch.device, name: str, found: Sequence[Finding]) -> Loss | None:
+    """If the device is unusable: the shape since which nothing ran."""
+    last = list(itertools.takewhile(lambda finding: finding.verdict == CANNOT_RUN, reversed(found)))
+    if not last or _usable(device):
+        return None
+    return Loss(name, f"{device} is unusable since {last[-1]}")
+
+
+def _usable(device: torch.device) -> bool:
+    try:
+        synchronize(device)
+    except Exception:
+        return False
+    return True
 
 
 def show(result: Result, out: Console) -> None:
