@@ -312,6 +312,17 @@ def test_vllm_loads_it(pool: ScalePool, monkeypatch: pytest.MonkeyPatch, setting
     assert (pool.spec(scales) is not None) is expected
 
 
+def test_ray_workers_get_the_variables_by_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says; without it vLLM copies none of them."""
+    ray_env = pytest.importorskip("vllm.ray.ray_env", reason="this vLLM keeps it elsewhere")
+    ours = {"SAFEALLOC", "SAFEALLOC_VERIFY"}
+    for name in ours:
+        monkeypatch.setenv(name, "1")
+    assert not ours & ray_env.get_env_vars_to_copy()
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "SAFEALLOC")
+    assert ours <= ray_env.get_env_vars_to_copy()
+
+
 def test_the_compile_cache_key(pool: ScalePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code of a hooked vLLM, of a plain one and of one with our kernel first are kept apart."""
 
