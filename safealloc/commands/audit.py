@@ -275,12 +275,12 @@ def _audited(
 
 
 def _in_a_pool(
-    device: torch.device, chosen: Iterable[tuple[AuditedProducer, AuditedConsumer]]
+    device: torch.device, every: Iterable[tuple[AuditedProducer, AuditedConsumer]]
 ) -> tuple[list[Combination], Loss | None]:
     """Run pairs through a pool, until one makes the device unusable."""
     combinations = []
     pool = ScalePool(device)
-    for producer, consumer in chosen:
+    for producer, consumer in every:
         combination = combine_in_pool(producer, consumer, pool)
         combinations.append(combination)
         if not combination.safe and not _usable(device):  # the pool goes with the process: closing it would fail
