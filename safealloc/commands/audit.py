@@ -211,32 +211,29 @@ def run(options: Options, tell: Tell) -> Result:
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
     rows = [(known, layout) for known in everything for layout in known.layouts]
-    steps = len(rows) + 1
-    producers: list[AuditedProducer] = []
-    consumers: list[AuditedConsumer] = []
+    audited: list[AuditedProducer | AuditedConsumer] = []
     refused: dict[tuple[str, str, str], list[SfLayout]] = {}
     not_judged: list[str] = []
     loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
-            tell(row, done, steps)
-            reason = known.refusal(device, layout)
-            uses = layout in known.vllm and reason is None
-            if reason is None and known.name in options.skip:
-                reason = "left out by --skip"
-            if reason is None and loss is not None:
-                reason = f"not tried: {device} is unusable since {loss.name}"
+            tell(row, done, len(rows) + 1)
+            refusal = known.refusal(device, layout)
+            reason = refusal or _left_out(known.name, options, loss)
             if reason is not None:
                 refused.setdefault((type(known).__name__, known.name, reason), []).append(layout)
             else:
-                found = _audited(known, layout, options, producers, consumers)
-                loss = _loss(device, known.name, found)
-                if all(finding.verdict == CANNOT_RUN for finding in found):
+                one = _audited(known, layout, options)
+                audited.append(one)
+                loss = _loss(device, one)
+                if all(finding.verdict == CANNOT_RUN for finding in one.findings):
                     reason = "it failed"
-            if uses and reason is not None:
+            if layout in known.vllm and refusal is None and reason is not None:
                 not_judged.append(f"{row} ({reason})")
-        tell("combinations", steps - 1, steps)
+        tell("combinations", len(rows), len(rows) + 1)
+        producers = [one for one in audited if isinstance(one, AuditedProducer)]
+        consumers = [one for one in audited if isinstance(one, AuditedConsumer)]
         combinations: list[Combination] = []
         if not options.with_pool:
             combinations = [combine(*pair) for pair in pairs(producers, consumers)]
@@ -246,32 +243,32 @@ def run(options: Options, tell: Tell) -> Result:
         options,
         machine,
         versions,
-        Side([finding for one in producers for finding in one.findings], _refusals(refused, KnownProducer)),
-        Side([finding for one in consumers for finding in one.findings], _refusals(refused, KnownConsumer)),
+        Side([finding for producer in producers for finding in producer.findings], _refusals(refused, KnownProducer)),
+        Side([finding for consumer in consumers for finding in consumer.findings], _refusals(refused, KnownConsumer)),
         combinations,
         not_judged,
         loss,
     )
 
 
+def _left_out(name: str, options: Options, loss: Loss | None) -> str | None:
+    """Why something that could run here is not tried."""
+    if name in options.skip:
+        return "left out by --skip"
+    return None if loss is None else f"not tried: {options.device} is unusable since {loss.name}"
+
+
 def _audited(
-    known: KnownProducer | KnownConsumer,
-    layout: SfLayout,
-    options: Options,
-    producers: list[AuditedProducer],
-    consumers: list[AuditedConsumer],
-) -> Sequence[Finding]:
-    """Audit one in one layout; what was found goes to its side, too."""
+    known: KnownProducer | KnownConsumer, layout: SfLayout, options: Options
+) -> AuditedProducer | AuditedConsumer:
     name, device = known.name, options.device
     if isinstance(known, KnownProducer):
         shapes = QUICK_SHAPES if options.quick else PRODUCER_SHAPES
         made = audit_producer(known.fn, name=name, layout=layout, shapes=shapes, device=device, of=known.of)
-        producers.append(AuditedProducer(known, layout, made))
-        return made
+        return AuditedProducer(known, layout, made)
     shapes = QUICK_SHAPES if options.quick else CONSUMER_SHAPES
     read = audit_consumer(known.fn, name=name, layout=layout, shapes=shapes, device=device)
-    consumers.append(AuditedConsumer(known, layout, read))
-    return read
+    return AuditedConsumer(known, layout, read)
 
 
 def _in_a_pool(
@@ -290,12 +287,13 @@ def _in_a_pool(
     return combinations, None
 
 
-def _loss(device: torch.device, name: str, found: Sequence[Finding]) -> Loss | None:
+def _loss(device: torch.device, one: AuditedProducer | AuditedConsumer) -> Loss | None:
     """If the device is unusable: the shape since which nothing ran."""
-    last = list(itertools.takewhile(lambda finding: finding.verdict == CANNOT_RUN, reversed(found)))
+    findings: Sequence[Finding] = one.findings
+    last = list(itertools.takewhile(lambda finding: finding.verdict == CANNOT_RUN, reversed(findings)))
     if not last or _usable(device):
         return None
-    return Loss(name, f"{device} is unusable since {last[-1]}")
+    return Loss(one.known.name, f"{device} is unusable since {last[-1]}")
 
 
 def _usable(device: torch.device) -> bool:
