@@ -149,3 +149,13 @@ def test_a_name_to_leave_out_is_one_of_the_tables(known, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["audit", "--device", "cpu", "--skip", "nobody"])
     assert "--skip must be one of fine, gemm, got 'nobody'" in capsys.readouterr().err
+
+
+def test_what_a_package_prints_when_it_is_loaded_is_not_in_the_output(known, monkeypatch, capsys):
+    known(fine_producer(), gemm())
+    versions = command._versions
+    monkeypatch.setattr(command, "_versions", lambda: (print("a package's banner"), versions())[1])
+    assert main(["audit", "--device", "cpu", "--quick", "--markdown", "-"]) == 0
+    printed = capsys.readouterr()
+    assert "banner" not in printed.out
+    assert "banner" in printed.err

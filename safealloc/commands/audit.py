@@ -207,7 +207,6 @@ def progress() -> Iterator[Tell]:
 def run(options: Options, tell: Tell) -> Result:
     """Audit all that is known, until something makes the device unusable; what a package prints goes to standard error."""
     device = options.device
-    machine, versions = _machine(device), _versions()
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
     rows = [(known, layout) for known in everything for layout in known.layouts]
@@ -216,6 +215,7 @@ def run(options: Options, tell: Tell) -> Result:
     not_judged: list[str] = []
     loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
+        machine, versions = _machine(device), _versions()  # first: of an unusable device nothing can be told
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
             tell(row, done, len(rows) + 1)
