@@ -316,14 +316,31 @@ def test_a_contradiction_is_refused_at_the_call(pool: ScalePool, plugin: None) -
     assert mm_calls == []
 
 
-def test_compiled_before_it_was_unregistered(pool: ScalePool) -> None:
-    """The compiled code stays right: the op then answers as vLLM does where padding is written by nobody."""
+def test_compiled_before_it_was_unregistered(pool: ScalePool, stale: None) -> None:
+    """Code without guards, as vLLM compiles it, stays right: its op then answers with zeros, and nobody writes padding."""
     integration.register()
-    compiled = torch.compile(quantize_and_multiply, fullgraph=True, dynamic=True)
+    counter = CompileCounterWithBackend("inductor")
+    no_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled = torch.compile(quantize_and_multiply, backend=counter, fullgraph=True, dynamic=True, options=no_guards)
     with torch.inference_mode():
         expected = compiled(activation(5, K))
         integration.unregister()
         assert torch.equal(compiled(activation(5, K)), expected)
+    assert counter.frame_count == 1
+    assert mm_calls[-1].spec is None
+
+
+def test_guards_notice_that_it_was_unregistered(pool: ScalePool, stale: None) -> None:
+    """Code with guards is compiled anew, with vLLM's own memory, whose padding vLLM's own kernel writes."""
+    integration.register()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(quantize_and_multiply, backend=counter, fullgraph=True, dynamic=True)
+    with torch.inference_mode(), padding_is_written():
+        expected = compiled(activation(5, K))
+        assert mm_calls[-1].spec is not None
+        integration.unregister()
+        assert torch.equal(compiled(activation(5, K)), expected)
+    assert counter.frame_count == 2
     assert mm_calls[-1].spec is None
 
 
