@@ -1,13 +1,302 @@
-"""Latency of quantising rows routed to experts, with each way to keep padding clean: ``safealloc bench moe``.
+"""``safealloc bench moe``: latency of quantizing rows routed to experts, as a node of a CUDA graph, and bytes held for it.
 
-python benchmarks/moe.py [--quick] [--json FILE] [--plot FOLDER]
+DeepSeek-R1's expert layers: 256 experts, 8 a token. The calls of a graph take turns between two routings, so that there is
+always something to clear. Before a shape is timed, what the pool's buffer holds is compared with the plain-torch reference.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from safealloc.cli import main
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-if __name__ == "__main__":
-    sys.exit(main(["bench", "moe", *sys.argv[1:]]))
+from benchmarks import timing
+from benchmarks.summary import at_least, at_most, summary
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
+from safealloc.kernels import reference_grouped, triton_grouped
+from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
+from safealloc.pool.pool import ScalePool
+
+Progress = Callable[[str, float], None]
+"""Told what is measured next, and which share of all is done."""
+
+ALONE, POOL = "quantization alone", "pool"
+VLLM, RIGHT_SIZED = "vLLM's size, zeroed", "right-sized, zeroed"
+CLEANED = "pool, cleaned by a kernel of its own"
+ROUTINGS = ("uniform", "skewed")
+VLLM_ROWS = 163840
+"""Rows that vLLM allocates for each expert a token: its default VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE."""
+
+LAYOUT = SfLayout.layout_128x4
+_FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What is measured.
+
+    Attributes:
+        batches: tokens.
+        experts, topk: of the model, and of a token.
+        ks: columns that are quantized, and whether that is after ``silu_and_mul`` of twice as many.
+        calls: in a graph.
+        rounds: samples; odd, so that the median is one of them.
+        replays: of each graph in a round.
+    """
+
+    batches: tuple[int, ...]
+    experts: int
+    topk: int
+    ks: tuple[tuple[int, bool], ...]
+    calls: int
+    rounds: int
+    replays: int = 5
+
+    @property
+    def most(self) -> int:
+        """Rows of the largest batch."""
+        return max(self.batches) * self.topk
+
+
+FULL = Extent((1, 2, 4, 8, 16, 32, 64, 128, 256), 256, 8, ((7168, False), (2048, True)), calls=20, rounds=11)
+QUICK = Extent((1, 16, 64, 256), 256, 8, ((7168, False), (2048, True)), calls=20, rounds=5)
+
+
+def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+        device: a CUDA device of compute capability 8.9 or more.
+        quick: fewer batches and rounds.
+        progress: told before each shape.
+
+    Returns:
+        What was measured, as the JSON has it: ``calls``, ``rows``, ``memory``, ``not_measured`` and ``targets``.
+    """
+    return measure(device, QUICK if quick else FULL, progress)
+
+
+def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[str, Any]:
+    """As :func:`run`, of this extent."""
+    result: dict[str, Any] = {
+        "experts": extent.experts,
+        "topk": extent.topk,
+        "calls": extent.calls,
+        "rounds": extent.rounds,
+        "replays": extent.replays,
+        "rows": [],
+        "memory": [memory(extent, k) for k, _ in extent.ks],
+        "not_measured": {},
+    }
+    jobs = [(k, silu, batch, routing) for k, silu in extent.ks for batch in extent.batches for routing in ROUTINGS]
+    with torch.cuda.device(device), ScalePool(device, growth_in_capture="error") as pool:
+        for done, (k, silu, batch, routing) in enumerate(jobs):
+            progress(f"{batch} tokens, k {k}, {routing}", done / len(jobs))
+            result["rows"].append(_shape(pool, extent, k, silu, batch, routing))
+        progress("done", 1.0)
+    result["targets"] = targets(result)
+    return result
+
+
+def memory(extent: Extent, k: int) -> dict[str, Any]:
+    """Bytes of scales that are held for all batches, by peer: computed, as the shapes say it all.
+
+    Args:
+        extent: whose largest batch counts.
+        k: columns.
+    """
+    spec = ScaleSpec.grouped(extent.most, k, LAYOUT, extent.experts)
+    padded_cols = spec.padded_shape[1]
+    return {
+        "k": k,
+        "batch": max(extent.batches),
+        VLLM: VLLM_ROWS * extent.topk * padded_cols,
+        RIGHT_SIZED: right_sized_rows(extent.most, extent.experts) * padded_cols,
+        POOL: spec.scale_bytes,
+        "pool's record": spec.nbytes - spec.scale_bytes,
+    }
+
+
+def right_sized_rows(rows: int, experts: int) -> int:
+    """Scale rows of ``rows + 127 * experts``, in whole tiles: the bound of vLLM's PR 37626."""
+    return LAYOUT.round_up(rows + (LAYOUT.tile.rows - 1) * experts, 1)[0]
+
+
+def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the numbers have to reach, each at its worst shape.
+
+    Args:
+        result: with ``rows`` and ``memory``.
+    """
+    few = [row for row in result["rows"] if row["batch"] <= _FEW_TOKENS]
+    held = result["memory"]
+    return [
+        at_most(
+            f"pool against the quantization alone, at most {_FEW_TOKENS} tokens: times",
+            1.1,
+            [row["peers"][POOL]["ratio_to_alone"] for row in few],
+        ),
+        at_least("memory that vLLM allocates against the pool's: times", 10, [row[VLLM] / row[POOL] for row in held]),
+        at_most(
+            "the pool's scales against the right-sized bound: times",
+            1.0,
+            [row[POOL] / row[RIGHT_SIZED] for row in held],
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call's operands.
+
+    Attributes:
+        x: ``[rows, k]``, or ``[rows, 2 * k]`` of gate and up.
+        global_scales: float32 ``[experts]``.
+        offsets: ``expert_offsets`` and ``blockscale_offsets``.
+        k: columns that are quantized.
+        silu: whether after ``silu_and_mul``.
+    """
+
+    x: Tensor
+    global_scales: Tensor
+    offsets: tuple[Tensor, Tensor]
+    k: int
+    silu: bool
+
+    def quantize(self, scales: Tensor) -> Tensor:
+        """Without cleaning, into scales of any number of rows; returns the FP4 data."""
+        data = torch.empty((self.x.shape[0], self.k // 2), dtype=torch.uint8, device=self.x.device)
+        triton_grouped.quantize(
+            self.x,
+            self.global_scales,
+            data,
+            scales,
+            LAYOUT,
+            None,
+            *self.offsets,
+            silu_and_mul=self.silu,
+        )
+        return data
+
+
+def routed(tokens: int, experts: int, topk: int, routing: str, generator: torch.Generator) -> Tensor:
+    """Rows of each expert, int64 ``[experts]`` on the CPU, where each token chooses ``topk`` different ones.
+
+    Args:
+        tokens, experts, topk: how many.
+        routing: "uniform", or "skewed": the expert of rank ``r`` is as likely as ``1 / r``.
+        generator: of the CPU.
+    """
+    likely = torch.ones(experts)
+    if routing == "skewed":
+        likely = 1 / (1 + torch.randperm(experts, generator=generator).float())
+    chosen = torch.multinomial(likely.expand(tokens, -1), topk, generator=generator)
+    return torch.bincount(chosen.view(-1), minlength=experts)
+
+
+def offsets(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``expert_offsets`` and ``blockscale_offsets`` of groups of so many rows, int32 ``[experts + 1]``."""
+    tile = LAYOUT.tile.rows
+    several = counts, (counts + tile - 1) // tile * tile
+    expert, scale = (F.pad(one.cumsum(0), (1, 0)).to(torch.int32).to(device) for one in several)
+    return expert, scale
+
+
+def steps(extent: Extent, k: int, silu: bool, batch: int, routing: str, device: torch.device) -> list[Step]:
+    """Two, which differ in routing and in x."""
+    generator = torch.Generator().manual_seed(batch)
+    rows = batch * extent.topk
+    return [
+        Step(
+            torch.randn(rows, 2 * k if silu else k, generator=generator).to(torch.bfloat16).to(device),
+            (1 + 100 * torch.rand(extent.experts, generator=generator)).to(device),
+            offsets(routed(batch, extent.experts, extent.topk, routing, generator), device),
+            k,
+            silu,
+        )
+        for _ in range(2)
+    ]
+
+
+Call = Callable[[Step], tuple[Tensor, Tensor]]
+"""Data and scales of a step."""
+
+
+def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
+    """By name, one call of each."""
+    padded_cols = LAYOUT.round_up(1, k // BLOCK_SIZE)[1]
+    experts = extent.experts
+    scratch = torch.empty(
+        (right_sized_rows(rows, experts), padded_cols), dtype=torch.uint8, device=pool.device
+    )  # whatever it holds: the floor
+
+    def zeroed(step: Step, scale_rows: int) -> tuple[Tensor, Tensor]:
+        scales = torch.zeros((scale_rows, padded_cols), dtype=torch.uint8, device=pool.device)
+        return step.quantize(scales), scales
+
+    def from_pool(step: Step) -> tuple[Tensor, Tensor]:
+        quantize = silu_and_mul_nvfp4_quantize_grouped if step.silu else nvfp4_quantize_grouped
+        return quantize(step.x, step.global_scales, *step.offsets, layout=LAYOUT, pool=pool)
+
+    def cleaned(step: Step) -> tuple[Tensor, Tensor]:
+        scales = pool.acquire_grouped(rows, k, experts, LAYOUT)
+        clean_grouped_scales(scales, *step.offsets, rows)
+        return step.quantize(scales), scales
+
+    return {
+        ALONE: lambda step: (step.quantize(scratch), scratch),
+        VLLM: functools.partial(zeroed, scale_rows=VLLM_ROWS * extent.topk),
+        RIGHT_SIZED: functools.partial(zeroed, scale_rows=right_sized_rows(rows, experts)),
+        POOL: from_pool,
+        CLEANED: cleaned,
+    }
+
+
+def check(call: Call, pool: ScalePool, step: Step) -> None:
+    """Call a peer that takes the pool's buffer, and compare data and every byte of the buffer with the reference's.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    data, scales = call(step)
+    spec = pool.spec(scales)
+    assert spec is not None
+    padded_rows, padded_cols = spec.padded_shape
+    whole = scales.as_strided((padded_rows, padded_cols), (padded_cols, 1))
+    expected_data, expected = torch.empty_like(data), torch.zeros_like(whole)
+    reference_grouped.quantize(
+        step.x, step.global_scales, expected_data, expected, LAYOUT, None, *step.offsets, silu_and_mul=step.silu
+    )
+    if not (torch.equal(data, expected_data) and torch.equal(whole, expected)):
+        raise RuntimeError(f"{len(data)} rows of {step.k} are not what the reference makes of them")
+
+
+def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str) -> dict[str, Any]:
+    rows = batch * extent.topk
+    pool.reserve(extent.most, k, LAYOUT, copies=2, experts=extent.experts)  # two graphs take buffers of it
+    both = steps(extent, k, silu, batch, routing, pool.device)
+    every = peers(pool, extent, rows, k)
+    for name in (POOL, CLEANED):
+        for step in both:
+            check(every[name], pool, step)
+
+    def calls(call: Call) -> None:
+        for number in range(extent.calls):
+            call(both[number % 2])
+
+    graphs = {name: timing.captured(functools.partial(calls, call), pool) for name, call in every.items()}
+    times = timing.interleaved(graphs, extent.rounds, extent.replays, seed=batch)
+    found = {
+        name: summary([time / extent.calls for time in several])
+        | {"ratio_to_alone": round(timing.ratio(several, times[ALONE]), 4)}
+        for name, several in times.items()
+    }
+    graphs.clear()
+    return {"batch": batch, "rows": rows, "k": k, "silu_and_mul": silu, "routing": routing, "peers": found}

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from safealloc.bench.figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
+from benchmarks.figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,7 +2,7 @@
 
 python benchmarks/plot_tile.py [docs/tile.png]
 
-Every colour and every number in the picture is read from ``safealloc.layout``, and the file says in its text chunk
+Every color and every number in the picture is read from ``safealloc.formats.layout``, and the file says in its text chunk
 ``Description`` what was read (:func:`description`), so that a picture of another layout can be told.
 """
 
@@ -18,13 +18,14 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from safealloc.bench.figure import GREEN, GREY, INK, ORANGE, PANEL, RED, style
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from benchmarks.figure import GREEN, GREY, INK, ORANGE, PANEL, RED, style
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT, ROWS, K = SfLayout.layout_128x4, 5, 80
 REAL, PADDING_ROW, PADDING_COLUMN = 0, 1, 2
-COLOURS = (GREEN, "#c3c9d1", ORANGE)
+COLORS = (GREEN, "#c3c9d1", ORANGE)
 TEXT = ("white", INK, INK)
 TILE_BYTES = LAYOUT.tile.rows * LAYOUT.tile.cols
 LINE = LAYOUT.tile.outer_rows * LAYOUT.tile.cols  # bytes of a tile between two inner rows
@@ -88,7 +89,7 @@ def draw() -> plt.Figure:
     )
     order = (REAL, PADDING_COLUMN, PADDING_ROW)
     figure.legend(
-        handles=[Patch(color=COLOURS[kind], label=names[kind]) for kind in order],
+        handles=[Patch(color=COLORS[kind], label=names[kind]) for kind in order],
         loc="upper center",
         ncols=3,
         frameon=False,
@@ -156,9 +157,9 @@ def _strip(axes: plt.Axes) -> None:
     top, bottom = 3.7, 4.7
     axes.imshow(
         what[None, :],
-        cmap=ListedColormap(COLOURS),
+        cmap=ListedColormap(COLORS),
         vmin=0,
-        vmax=len(COLOURS) - 1,
+        vmax=len(COLORS) - 1,
         aspect="auto",
         interpolation="nearest",
         extent=(0, total, bottom, top),
@@ -169,7 +170,7 @@ def _strip(axes: plt.Axes) -> None:
         axes.text(offset, bottom + 0.22, f"byte {offset}", ha=side, va="top", fontsize=10)
     real = int((what == REAL).sum())
     title = (
-        f"(c) the whole buffer: a quantiser that skips padding writes {real} of {total} bytes. What do the others hold?"
+        f"(c) the whole buffer: a quantizer that skips padding writes {real} of {total} bytes. What do the others hold?"
     )
     axes.text(0, -0.15, title, va="top", fontsize=12, fontweight="bold")
     between = (total - 3 * BOX_WIDTH) / 2
@@ -186,7 +187,7 @@ def _strip(axes: plt.Axes) -> None:
             axes.text(left - between / 2, 3.1, "stale bytes", ha="center", va="center", color=RED, fontsize=11)
     real, columns = (int(np.median(np.flatnonzero(what == kind))) for kind in (REAL, PADDING_COLUMN))
     readers = (
-        (real, GREEN, "real scales", "the quantiser writes them at each step,\nthe GEMM reads them"),
+        (real, GREEN, "real scales", "the quantizer writes them at each step,\nthe GEMM reads them"),
         (
             columns,
             ORANGE,
@@ -200,26 +201,26 @@ def _strip(axes: plt.Axes) -> None:
             "GEMMs may read them, and so does\none that reads another layout",
         ),
     )
-    for left, (byte, colour, name, text) in zip(lefts, readers, strict=True):
-        _box(axes, left, 6.1, name, text, colour)
+    for left, (byte, color, name, text) in zip(lefts, readers, strict=True):
+        _box(axes, left, 6.1, name, text, color)
         _arrow(axes, byte, bottom + 0.05, 6.1, INK)
     axes.set_xlim(-2, total + 2)
     axes.set_ylim(7.75, -0.25)
     axes.axis("off")
 
 
-def _box(axes: plt.Axes, left: float, top: float, name: str, text: str, colour: str) -> None:
-    axes.add_patch(Rectangle((left, top), BOX_WIDTH, BOX, facecolor="white", edgecolor=colour, lw=2))
+def _box(axes: plt.Axes, left: float, top: float, name: str, text: str, color: str) -> None:
+    axes.add_patch(Rectangle((left, top), BOX_WIDTH, BOX, facecolor="white", edgecolor=color, lw=2))
     axes.text(left + BOX_WIDTH / 2, top + 0.16, name, ha="center", va="top", fontsize=11, fontweight="bold")
     axes.text(left + BOX_WIDTH / 2, top + 0.58, text, ha="center", va="top", fontsize=10.5, linespacing=1.2)
 
 
-def _arrow(axes: plt.Axes, x: float, start: float, end: float, colour: str) -> None:
-    axes.annotate("", (x, end), (x, start), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2})
+def _arrow(axes: plt.Axes, x: float, start: float, end: float, color: str) -> None:
+    axes.annotate("", (x, end), (x, start), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
 
 
 def _cell(axes: plt.Axes, x: float, y: float, kind: int, text: str, size: float) -> None:
-    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=COLOURS[kind], edgecolor="white", lw=1))
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=COLORS[kind], edgecolor="white", lw=1))
     if text:
         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size, color=TEXT[kind])
 

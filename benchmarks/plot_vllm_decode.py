@@ -10,11 +10,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from safealloc.bench.figure import GREEN, GREY, GRID, INK, RED, style, write
+from benchmarks.figure import GREEN, GREY, GRID, INK, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COLOURS = {
+COLORS = {
     "vLLM's own": RED,
     "torch.empty": GREY,
     "pool": GREEN,
@@ -25,7 +25,7 @@ LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty 
 def draw(result: dict[str, Any]) -> plt.Figure:
     """GPU time a step that the allocator adds to torch.empty, and time per output token relative to vLLM's own."""
     style()
-    allocators = {name: found for name, found in result["allocators"].items() if name in COLOURS}
+    allocators = {name: found for name, found in result["allocators"].items() if name in COLORS}
     batches = [row["batch"] for row in allocators["pool"]["batches"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     shown = [name for name in allocators if name != "torch.empty"]
@@ -46,7 +46,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         ha="left",
         fontsize=11,
     )
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in allocators]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in allocators]
     figure.legend(handles, [LABELS.get(name, name) for name in allocators], ncol=3, loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
     return figure
@@ -60,7 +60,7 @@ def bars(axes: plt.Axes, batches: list[int], series: dict[str, list[float]]) -> 
     width = 0.8 / len(series)
     for number, (name, heights) in enumerate(series.items()):
         at = [x + (number - (len(series) - 1) / 2) * width for x in range(len(batches))]
-        axes.bar(at, heights, width * 0.92, color=COLOURS[name])
+        axes.bar(at, heights, width * 0.92, color=COLORS[name])
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlabel("batch size")
     axes.axhline(0, color=INK, linewidth=0.8)

@@ -1,13 +1,275 @@
-"""Latency of the quantiser and the GEMM with each way to keep padding clean: ``safealloc bench quantize``.
+"""``safealloc bench``: latency of the kernels, each as a node of a CUDA graph.
 
-python benchmarks/quantize.py [--quick] [--json FILE] [--plot FOLDER]
+Few rows, as at decode: one graph a peer, 200 calls on one x, which the L2 cache holds as it does behind the layer before.
+Many rows, and the GEMM's weights: as many operands as no cache holds, against a copy. All graphs of a shape are captured
+first, then replayed in turn, so that drift meets all of them; a ratio is the median of ratios within a round.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from safealloc.cli import main
+import torch
+from torch import Tensor
 
-if __name__ == "__main__":
-    sys.exit(main(["bench", "quantize", *sys.argv[1:]]))
+from benchmarks import gemm, nodes, timing
+from benchmarks.peers import COMPACT, IN_KERNEL, LINEAR, POOL, Peer, peers
+from benchmarks.summary import at_least, at_most, summary
+from safealloc.formats.layout import SfLayout, short
+from safealloc.kernels.triton_layout import dependent_launch
+from safealloc.pool.pool import ScalePool
+
+Progress = Callable[[str, float], None]
+"""Told what is measured next, and which share of all is done."""
+
+CALLS = 200
+"""Calls in one graph."""
+
+EMPTY_NODE, DEPENDENT_NODE, STORE_NODE = (
+    "empty kernel",
+    "empty kernel, dependent launch",
+    "one store from 132 programs",
+)
+
+_BEYOND_L2 = 512 << 20  # bytes of x in one graph: ten times the L2 cache of an H200
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What is measured.
+
+    Attributes:
+        rows, ks: every pair, in both tiled layouts.
+        large: pairs of rows and k whose x no L2 cache holds.
+        gemm_rows: the m of a GEMM,
+        gemm_weights: and its n and k.
+        rounds: samples; odd, so that the median is one of them.
+        replays: of each graph in a round.
+    """
+
+    rows: tuple[int, ...]
+    ks: tuple[int, ...]
+    large: tuple[tuple[int, int], ...]
+    gemm_rows: tuple[int, ...]
+    gemm_weights: tuple[tuple[int, int], ...]
+    rounds: int
+    replays: int = 5
+
+
+FULL = Extent(
+    rows=(1, 2, 4, 8, 16, 32),
+    ks=(2048, 4096, 8192, 14336, 28672),
+    large=((4096, 8192), (16384, 4096), (2048, 28672), (65536, 8192)),
+    gemm_rows=(1, 2, 4, 8, 16, 32, 64),
+    # Llama 3.3 70B's k, 8B's, its gate and up projection, its down projection, its qkv on 8 ranks.
+    gemm_weights=((8192, 8192), (4096, 4096), (57344, 8192), (8192, 28672), (1280, 8192)),
+    rounds=15,
+)
+QUICK = Extent(
+    rows=(1, 8, 32),
+    ks=(4096, 8192, 28672),
+    large=((4096, 8192), (2048, 28672)),
+    gemm_rows=(1, 16),
+    gemm_weights=((8192, 8192), (4096, 4096)),
+    rounds=5,
+)
+
+
+def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+        device: a CUDA device of compute capability 8.9 or more.
+        quick: fewer shapes and rounds.
+        progress: told before each shape.
+
+    Returns:
+        What was measured, as the JSON has it: ``few_rows``, ``many_rows``, ``gemm``, ``not_measured`` and ``targets``.
+    """
+    return measure(device, QUICK if quick else FULL, progress)
+
+
+def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[str, Any]:
+    """As :func:`run`, of this extent."""
+    result: dict[str, Any] = {
+        "calls": CALLS,
+        "rounds": extent.rounds,
+        "replays": extent.replays,
+        "few_rows": [],
+        "many_rows": [],
+        "gemm": [],
+        "not_measured": {},
+    }
+    with (
+        torch.cuda.device(device),
+        ScalePool(device, growth_in_capture="error") as pool,
+        ScalePool(device, growth_in_capture="error", compact=True) as compact,
+    ):
+        progress("launch floor", 0.0)
+        floor = {name: timing.captured(_repeat(call, CALLS), pool) for name, call in _floor(device).items()}
+        copy = timing.fastest_copy(pool)
+        result["copy_bytes"] = copy.nbytes
+        tried = gemm.emulation(device, pool)
+        if isinstance(tried, str):
+            result["not_measured"][gemm.EMULATION] = tried
+        emulation = None if isinstance(tried, str) else tried
+        jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
+        for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4):
+            for k in extent.ks:
+                for rows in extent.rows:
+                    about = f"quantize {rows} x {k}, {short(layout)}"
+                    jobs.append(
+                        ("few_rows", about, functools.partial(_few_rows, pool, compact, floor, extent, rows, k, layout))
+                    )
+        for rows, k in extent.large:
+            about = f"quantize {rows} x {k}"
+            jobs.append(("many_rows", about, functools.partial(_many_rows, pool, copy, extent, rows, k)))
+        for n, k in extent.gemm_weights:
+            for m in extent.gemm_rows:
+                measure = functools.partial(gemm.measure, pool, copy, emulation, m, n, k, extent.rounds, extent.replays)
+                jobs.append(("gemm", f"GEMM {m} x {n} x {k}", measure))
+        for done, (part, about, job) in enumerate(jobs):
+            progress(about, done / len(jobs))
+            result[part].append(job())
+        progress("done", 1.0)
+    result["targets"] = targets(result)
+    return result
+
+
+def nbytes(rows: int, k: int) -> int:
+    """What a quantization has to read and write: 2 + 1/2 + 1/16 bytes an element."""
+    return rows * k * 41 // 16
+
+
+def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the numbers have to reach, each at its worst shape.
+
+    Args:
+        result: with the rows of ``few_rows``, ``many_rows`` and ``gemm``.
+    """
+    few, many, products = result["few_rows"], result["many_rows"], result["gemm"]
+
+    def pool_to(peer: str, chosen: Callable[[dict[str, Any]], bool], part: str = "peers") -> list[float]:
+        """The pool's time relative to that of ``peer``, for the rows where it was measured."""
+        return [1 / row[part][peer]["ratio_to_pool"] for row in few if chosen(row) and peer in row[part]]
+
+    return [
+        at_most(
+            "pool against linear, rows <= 32, k >= 4096, 128x4 and 8x4: times",
+            1.05,
+            pool_to(LINEAR, lambda row: row["rows"] <= 32 and row["k"] >= 4096),
+        ),
+        at_most(
+            "pool against an empty kernel's node, 1 row, k = 4096: times",
+            2.2,
+            pool_to(EMPTY_NODE, lambda row: row["rows"] == 1 and row["k"] == 4096, "floor"),
+        ),
+        at_most(
+            "pool against padding in the kernel, rows <= 8, k >= 8192, 128x4: times",
+            0.70,
+            pool_to(IN_KERNEL, lambda row: row["rows"] <= 8 and row["k"] >= 8192 and row["layout"] == "128x4"),
+        ),
+        at_least(
+            "pool with rows * k >= 2**25: share of the bandwidth of a copy",
+            0.70,
+            [row["share_of_copy"] for row in many if row["rows"] * row["k"] >= 2**25],
+        ),
+        at_least(
+            "GEMM, n = k = 8192, m <= 16: share of the bandwidth of a copy",
+            0.50,
+            [row["share_of_copy"] for row in products if row["n"] == row["k"] == 8192 and row["m"] <= 16],
+        ),
+        at_most(
+            "compact pool against the pool, rows <= 32, 128x4 and 8x4: times",
+            1.03,
+            [row["peers"][COMPACT]["ratio_to_pool"] for row in few if row["rows"] <= 32 and COMPACT in row["peers"]],
+        ),
+    ]
+
+
+def _floor(device: torch.device) -> dict[str, Callable[[], None]]:
+    """What a node costs at least."""
+    floor: dict[str, Callable[[], None]] = {EMPTY_NODE: nodes.launch_empty}
+    if dependent := dependent_launch(device):  # as the quantizer is launched then
+        floor[DEPENDENT_NODE] = functools.partial(nodes.launch_empty, **dependent)
+    out = torch.empty(132, dtype=torch.int32, device=device)
+    return floor | {STORE_NODE: functools.partial(nodes.launch_store, out)}
+
+
+def _few_rows(
+    pool: ScalePool,
+    compact: ScalePool,
+    floor: Mapping[str, torch.cuda.CUDAGraph],
+    extent: Extent,
+    rows: int,
+    k: int,
+    layout: SfLayout,
+) -> dict[str, Any]:
+    x, global_scale = _activation(rows, k, pool.device)
+    every = peers(pool, compact)
+    pool.reserve(rows, k, layout)
+    compact.reserve(rows, k, layout)
+    graphs = {
+        name: timing.captured(_repeat(_call(peer, x, global_scale, layout), CALLS), pool)
+        for name, peer in every.items()
+    }
+    replayed = timing.interleaved({**floor, **graphs}, extent.rounds, extent.replays)
+    times = {name: [time / CALLS for time in samples] for name, samples in replayed.items()}
+
+    def measured(name: str) -> dict[str, Any]:
+        return summary(times[name]) | {"ratio_to_pool": round(timing.ratio(times[name], times[POOL]), 4)}
+
+    return {
+        "rows": rows,
+        "k": k,
+        "layout": short(layout),
+        "peers": {name: measured(name) for name in every},
+        "floor": {name: measured(name) for name in floor},
+    }
+
+
+def _many_rows(pool: ScalePool, copy: timing.Copy, extent: Extent, rows: int, k: int) -> dict[str, Any]:
+    layout = SfLayout.layout_128x4
+    calls = -(-_BEYOND_L2 // (2 * rows * k))
+    xs = [_activation(rows, k, pool.device) for _ in range(calls)]
+    peer = peers(pool)[POOL]
+    pool.reserve(rows, k, layout, calls)
+
+    def step() -> None:
+        results = [peer.quantize(x, global_scale, layout) for x, global_scale in xs]
+        del results  # held until here, so that each is written to memory of its own
+
+    graphs = {"copy": copy.graph, POOL: timing.captured(step, pool)}
+    times = timing.interleaved(graphs, extent.rounds, extent.replays)
+    us = summary([time / calls for time in times[POOL]])
+    share = timing.ratio(times["copy"], times[POOL]) * calls * nbytes(rows, k) / copy.nbytes
+    return {
+        "rows": rows,
+        "k": k,
+        "layout": short(layout),
+        **us,
+        "bytes": nbytes(rows, k),
+        "bytes_per_second": round(1e6 * nbytes(rows, k) / us["us"]),
+        "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
+        "share_of_copy": round(share, 4),
+    }
+
+
+def _activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, k, dtype=torch.bfloat16, device=device)
+    return x, torch.tensor([448 * 6 / 5.0], device=device)
+
+
+def _call(peer: Peer, x: Tensor, global_scale: Tensor, layout: SfLayout) -> Callable[[], object]:
+    return functools.partial(peer.quantize, x, global_scale, layout if peer.layout is None else peer.layout)
+
+
+def _repeat(call: Callable[[], object], times: int) -> Callable[[], None]:
+    def step() -> None:
+        for _ in range(times):
+            call()
+
+    return step

@@ -3,8 +3,8 @@
 python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
 
 One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
-our Triton quantiser and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
-nothing else; the last row is our linear kernel, quantisation and GEMM in one op, which is no comparison of allocators: the
+our Triton quantizer and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
+nothing else; the last row is our linear kernel, quantization and GEMM in one op, which is no comparison of allocators: the
 stand-in for vLLM's fused SiLU is in plain torch. All engines are started first, then measured in turn, so that drift meets
 all of them. Needs vLLM and a GPU of compute capability 8.9 or more.
 """
@@ -204,14 +204,14 @@ def child(descriptor: int) -> None:
 
 def watch_captures() -> list[dict[str, int] | None]:
     """The nodes of each graph that is captured from now on, by type."""
-    from safealloc import captures
-    from safealloc.capture import _nodes
+    from safealloc.pool import driver
+    from safealloc.pool.capture import _nodes
 
     seen: list[dict[str, int] | None] = []
     leave = torch.cuda.graph.__exit__
 
     def leave_and_note(self: Any, *given: Any) -> Any:
-        under_way = captures.under_way(torch.cuda.current_stream().cuda_stream)
+        under_way = driver.under_way(torch.cuda.current_stream().cuda_stream)
         nodes = None if under_way is None else _nodes(under_way)
         result = leave(self, *given)
         seen.append(nodes)

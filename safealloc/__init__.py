@@ -1,7 +1,6 @@
 """NVFP4 scale buffers whose padding is zero at every CUDA graph replay, at no cost per step."""
 
-from safealloc.capture import capture
-from safealloc.default_pool import default_pool, use_pool
+from safealloc._version import __version__
 from safealloc.errors import (
     CaptureGrowthError,
     LayoutMismatchError,
@@ -10,19 +9,16 @@ from safealloc.errors import (
     PoolExhaustedError,
     SafeAllocError,
 )
-from safealloc.gemm import mm_fp4, set_foreign_scales
-from safealloc.grouped import (
-    clean_grouped_scales,
-    nvfp4_quantize_grouped,
-    silu_and_mul_nvfp4_quantize_grouped,
-)
-from safealloc.layout import ScaleSpec, SfLayout
-from safealloc.linear import nvfp4_linear
-from safealloc.pool import ScalePool
-from safealloc.quantize import nvfp4_quantize
-from safealloc.reports import CaptureGrowthWarning, GraphReport, PoolStats
-
-__version__ = "0.1.0"
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
+from safealloc.ops.gemm import mm_fp4, set_foreign_scales
+from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
+from safealloc.ops.linear import nvfp4_linear
+from safealloc.ops.quantize import nvfp4_quantize
+from safealloc.pool.capture import capture
+from safealloc.pool.default import default_pool, use_pool
+from safealloc.pool.pool import ScalePool
+from safealloc.pool.reports import CaptureGrowthWarning, GraphReport, PoolStats
 
 __all__ = [
     "CaptureGrowthError",
@@ -37,6 +33,7 @@ __all__ = [
     "ScalePool",
     "ScaleSpec",
     "SfLayout",
+    "__version__",
     "capture",
     "clean_grouped_scales",
     "default_pool",

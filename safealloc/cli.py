@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from safealloc import __version__
+from safealloc._version import __version__
 
 _MOST_ROWS = 1 << 20  # in one batch
 
@@ -102,26 +102,6 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(given: argparse.Namespace) -> int:
-    from safealloc.commands import bench, report
-
-    report.check_environment()
-    report.check_writable(given.json)
-    bench.check_pictures(given.plot)
-    report.check_apart(given.json, given.plot, "--json", "--plot")
-    options = bench.checked_options(given.part, given.quick)
-    with bench.progress() as tell:
-        result = bench.run(options, tell)
-    report.write_json(given.json, result.as_dict())
-    with report.printing():
-        bench.show(result, report.console())
-    pictures = bench.draw(result, given.plot)
-    with report.printing():
-        for path in pictures:
-            report.console().print(f"wrote {path}")
-    return 0
-
-
 def _audit(given: argparse.Namespace) -> int:
     from safealloc.commands import audit, report
 
@@ -144,7 +124,7 @@ def _audit(given: argparse.Namespace) -> int:
     return 0 if result.safe else 1
 
 
-_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "bench": _bench, "audit": _audit}
+_COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "audit": _audit}
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -216,22 +196,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
     )
-    bench = subparsers.add_parser(
-        "bench",
-        help="what each way to keep padding clean costs, in CUDA graphs and on the host",
-        description="What each way to keep padding clean costs on this machine's GPU, side by side in one run.",
-    )
-    bench.add_argument(
-        "part",
-        nargs="?",
-        choices=("quantize", "decode", "host", "moe", "guard", "all"),
-        default="all",
-        metavar="PART",
-        help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "
-        "moe: rows routed to experts; guard: SAFEALLOC_VERIFY; all (%(default)s)",
-    )
-    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    bench.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
     audit = subparsers.add_parser(
         "audit",
         help="which producers here leave padding dirty, which GEMMs read it, and in which layout",
@@ -255,7 +219,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         metavar="FILE",
         help="write the tables there for a bug report; - prints them instead of the plain ones",
     )
-    commands = {"repro": repro, "doctor": doctor, "plan": plan, "bench": bench, "audit": audit}
+    commands = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}
     for command in commands.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     return parser, commands

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safealloc.verify import Corruption
+    from safealloc.pool.verify import Corruption
 
 
 class SafeAllocError(RuntimeError):
@@ -24,7 +24,7 @@ class PaddingCorruptionError(SafeAllocError):
     """Padding that must be zero is not: somebody wrote it.
 
     Attributes:
-        corruptions: a :class:`safealloc.verify.Corruption` for each such buffer.
+        corruptions: a :class:`safealloc.pool.verify.Corruption` for each such buffer.
     """
 
     def __init__(self, corruptions: Sequence[Corruption]) -> None:

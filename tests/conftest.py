@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from safealloc import backends
+from safealloc.ops import backends
 
 
 def _refusal(marker: str) -> str | None:

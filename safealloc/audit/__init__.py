@@ -23,7 +23,7 @@ from safealloc.audit.findings import (
 )
 from safealloc.audit.probing import Consumer, Probe, probe
 from safealloc.audit.producers import PRODUCER_SHAPES, Producer, audit_producer
-from safealloc.layout import SfLayout
+from safealloc.formats.layout import SfLayout
 
 __all__ = [
     "CONSUMER_SHAPES",

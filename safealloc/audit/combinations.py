@@ -32,8 +32,8 @@ from safealloc.audit.findings import (
 from safealloc.audit.known import KnownConsumer, KnownProducer
 from safealloc.audit.producers import activation, synchronize
 from safealloc.errors import PaddingCorruptionError
-from safealloc.layout import SfLayout, short
-from safealloc.pool import ScalePool
+from safealloc.formats.layout import SfLayout, short
+from safealloc.pool.pool import ScalePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class _ProducerRefusesError(Exception):
 
 
 def _through(producer: AuditedProducer, consumer: AuditedConsumer, rows: int, k: int, pool: ScalePool) -> str | None:
-    """Quantise into a pool buffer whose real bytes are stale, multiply, and say what is wrong."""
+    """Quantize into a pool buffer whose real bytes are stale, multiply, and say what is wrong."""
     layout = producer.layout
     x, global_scale = activation(rows, k, pool.device)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=pool.device)

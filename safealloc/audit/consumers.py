@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from safealloc._checks import checked_device
 from safealloc.audit.findings import (
     CANNOT_RUN,
     ISOLATES,
@@ -22,9 +23,9 @@ from safealloc.audit.findings import (
 )
 from safealloc.audit.probing import Consumer, probe, scales_in
 from safealloc.audit.producers import activation, synchronize
-from safealloc.checks import checked_device
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout, checked_layout
 from safealloc.kernels import reference
-from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout
 
 CONSUMER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 480), (40, 512), (130, 512))
 """``(m, k)``: in and across tiles, with 0 and 2 padding columns; k a multiple of 32, as vendors' GEMMs want it."""

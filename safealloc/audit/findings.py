@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safealloc.layout import SfLayout, short
+from safealloc.formats.layout import SfLayout, short
 
 ZEROES = "zeroes padding"
 NO_PADDING = "no padding"

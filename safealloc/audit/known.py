@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from safealloc import gemm, optional
+from safealloc import _optional
 from safealloc.audit.probing import Consumer
 from safealloc.audit.producers import Producer
-from safealloc.backends import GEMMS, QUANTIZERS, Call
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels import vendors
-from safealloc.layout import BLOCK_SIZE, SfLayout
+from safealloc.ops import gemm
+from safealloc.ops.backends import GEMMS, QUANTIZERS, Call
 
 _L128, _L8, _LINEAR = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
 _GATE = 64.0  # SiLU(64) is 64 in float32, and dividing by it is exact
@@ -22,7 +24,7 @@ _GATE = 64.0  # SiLU(64) is 64 in float32, and dividing by it is exact
 
 @dataclass(frozen=True, slots=True)
 class KnownProducer:
-    """A quantiser.
+    """A quantizer.
 
     Attributes:
         name: what the findings call it.
@@ -30,7 +32,7 @@ class KnownProducer:
         fn: as :func:`safealloc.audit.audit_producer` takes it.
         refusal: why it cannot write a layout on a device, or ``None``.
         vllm: layouts in which vLLM uses it.
-        of: what it quantises, as a function of x.
+        of: what it quantizes, as a function of x.
     """
 
     name: str
@@ -84,7 +86,7 @@ def _mm_fp4_refusal(device: torch.device, layout: SfLayout) -> str | None:
 
 
 def _lacks(module: str, name: str) -> str | None:
-    found = optional.load(module)
+    found = _optional.load(module)
     if isinstance(found, str):
         return found
     if module == "vllm._custom_ops":  # whatever Python has, the compiled op must be there
@@ -98,7 +100,7 @@ def _lacks(module: str, name: str) -> str | None:
 def _flashinfer_quantize(
     x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, *, backend: str
 ) -> tuple[Tensor, Tensor]:
-    flashinfer = optional.require("flashinfer")
+    flashinfer = _optional.require("flashinfer")
     data, their_scales = flashinfer.nvfp4_quantize(
         x, global_scale, sfLayout=flashinfer.SfLayout(layout.value), do_shuffle=False, backend=backend
     )
@@ -106,7 +108,7 @@ def _flashinfer_quantize(
 
 
 def _vllm_silu_and_mul(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
-    """The gate is such that what is quantised is x itself."""
+    """The gate is such that what is quantized is x itself."""
     gated = torch.cat((torch.full_like(x, _GATE), x / _GATE), 1)
     torch.ops._C.silu_and_mul_nvfp4_quant(x_fp4, scales.view(torch.float8_e4m3fn), gated, global_scale)
 
@@ -121,7 +123,7 @@ def _flashinfer_rms_norm(
     x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, *, add: bool
 ) -> None:
     """FlashInfer divides by its global scale where ours multiplies."""
-    flashinfer = optional.require("flashinfer")
+    flashinfer = _optional.require("flashinfer")
     ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
     result = {
         "y_fp4": x_fp4.view(torch.float4_e2m1fn_x2),
@@ -190,7 +192,7 @@ PRODUCERS = (
         frozenset((_L128,)),
     ),
 )
-"""Every producer on one GPU. vLLM quantises in 128x4 by its own kernel or a fused one, and in 8x4 by FlashInfer's."""
+"""Every producer on one GPU. vLLM quantizes in 128x4 by its own kernel or a fused one, and in 8x4 by FlashInfer's."""
 
 
 # --- Consumers ------------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def _gemm(
 
 def _shuffled(b: Tensor, b_descale: Tensor) -> tuple[Tensor, Tensor]:
     """As FlashInfer's trtllm takes a weight: rows shuffled for an epilogue of 128 rows (vLLM's weight preparation)."""
-    flashinfer = optional.require("flashinfer")
+    flashinfer = _optional.require("flashinfer")
     n, k = b.shape[1], 2 * b.shape[0]
     linear = _L128.unswizzle(b_descale.T, n, k)
     scales = flashinfer.shuffle_matrix_sf_a(linear, 128).view(torch.uint8).reshape(b_descale.T.shape)

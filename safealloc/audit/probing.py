@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safealloc.layout import BLOCK_SIZE, SfLayout, short
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout, short
 
 Consumer = Callable[..., Tensor]
 """``fn(a, b, a_descale, b_descale, alpha, layout) -> out``; see :func:`safealloc.audit.audit_consumer`."""
@@ -108,7 +109,7 @@ def scales_in(memory: Tensor, layout: SfLayout, rows: int, k: int) -> Tensor:
 def _digits(values: Tensor, alphabet: Sequence[int]) -> Tensor:
     """Index into the alphabet of each value, -1 where it is none of them."""
     known = torch.tensor(alphabet, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    equal = (values[..., None] - known).abs() <= known / 64  # neighbours are 1/15 or more apart
+    equal = (values[..., None] - known).abs() <= known / 64  # neighbors are 1/15 or more apart
     return torch.where(equal.any(-1), equal.int().argmax(-1), -1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safealloc._checks import checked_device
 from safealloc.audit.findings import (
     BEYOND,
     CANNOT_RUN,
@@ -25,10 +26,10 @@ from safealloc.audit.findings import (
     indices,
     spans,
 )
-from safealloc.checks import checked_device
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
+from safealloc.formats.layout import SfLayout, checked_layout, short
 from safealloc.kernels import reference
-from safealloc.layout import BLOCK_SIZE, SfLayout, checked_layout, short
-from safealloc.memory import PrivateMemory
+from safealloc.pool.memory import PrivateMemory
 
 Producer = Callable[..., Any]
 """``fn(x, global_scale, x_fp4, scales, layout)``; see :func:`audit_producer`."""
@@ -86,7 +87,7 @@ def audit_producer(
     device: torch.device | str | None = None,
     of: Callable[[Tensor], Tensor] | None = None,
 ) -> list[ProducerFinding]:
-    """What a quantiser does to the padding of the scale buffer it is given.
+    """What a quantizer does to the padding of the scale buffer it is given.
 
     Args:
         fn: called as ``fn(x, global_scale, x_fp4, scales, layout)``: x bfloat16 ``[rows, k]``, global_scale float32 of one
@@ -97,7 +98,7 @@ def audit_producer(
         layout: the order it writes scales in.
         shapes: ``(rows, k)`` each; ``None`` is ``PRODUCER_SHAPES``.
         device: of the tensors; ``None`` is the current CUDA device, or the CPU where there is none.
-        of: what a fused producer quantises, in plain torch, as a function of x; ``None`` is x.
+        of: what a fused producer quantizes, in plain torch, as a function of x; ``None`` is x.
 
     Returns:
         A finding a shape. Scales one e4m3 step off and data one e2m1 step off the reference are counted, not held against
@@ -127,7 +128,7 @@ def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(rows * 8191 + k)
     size = 1 + torch.arange(rows)[:, None] % 7
     x = (torch.randn(rows, k, generator=generator) * size).to(torch.bfloat16)
-    scale = reference.E4M3_MAX * reference.E2M1_MAX / x.float().abs().max()
+    scale = E4M3_MAX * E2M1_MAX / x.float().abs().max()
     return x.to(device), scale.reshape(1).to(device)
 
 
@@ -151,8 +152,8 @@ def _one(
                 f"{nbytes} and {(rows, k // 2)}"
             )
             return ProducerFinding(name, layout, rows, k, WRONG_SCALES, why, returned=returned)
-    quantised = x if of is None else of(x)
-    data, linear = reference.encode(quantised, global_scale.reshape(()))
+    quantized = x if of is None else of(x)
+    data, linear = reference.encode(quantized, global_scale.reshape(()))
     scale_steps = torch.stack([_scale_steps(layout.unswizzle(run.scales, rows, k), linear) for run in runs]).amax(0)
     data_steps = torch.stack([_data_steps(run.data, data) for run in runs]).amax(0)
     rows_state, columns_state, words = _padding(runs, layout, rows, k)

@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from safealloc import ScalePool, optional
+from safealloc import ScalePool, _optional
+from safealloc._checks import checked_device
 from safealloc.audit.combinations import AuditedConsumer, AuditedProducer, Combination, combine, combine_in_pool, pairs
 from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
 from safealloc.audit.findings import CANNOT_RUN, Finding, groups
 from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
 from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer, synchronize
-from safealloc.checks import checked_device
 from safealloc.commands import doctor, report
-from safealloc.layout import SfLayout, short
+from safealloc.formats.layout import SfLayout, short
 
 QUICK_SHAPES = ((5, 480), (40, 512))
 """``(rows, k)`` with padding rows and columns, and across a tile of 8 rows."""
@@ -390,6 +390,6 @@ def _versions() -> dict[str, str | None]:
                 found[module] = importlib.metadata.version(distribution)
                 break
         else:
-            loaded = optional.load(module)
+            loaded = _optional.load(module)
             found[module] = None if isinstance(loaded, str) else str(getattr(loaded, "__version__", "unknown"))
     return found

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from safealloc import ScalePool, __version__, capture, captures, optional
-from safealloc.backends import GEMMS, QUANTIZERS, Backend, Call, choose
+from safealloc import ScalePool, _optional, capture
+from safealloc._version import __version__
 from safealloc.commands import doctor_vllm, report
 from safealloc.errors import SafeAllocError
-from safealloc.inductor import forbid_reuse
-from safealloc.layout import SfLayout, short
+from safealloc.formats.layout import SfLayout, short
+from safealloc.ops.backends import GEMMS, QUANTIZERS, Backend, Call, choose
+from safealloc.ops.inductor import forbid_reuse
+from safealloc.pool.driver import under_way
 
 PACKAGES = {
     # what is used of it: its distributions
@@ -50,7 +52,7 @@ class BackendFinding:
 
     Attributes:
         name: as ``backend=`` takes it.
-        usable: layouts it writes (a quantiser) or reads (a GEMM) here.
+        usable: layouts it writes (a quantizer) or reads (a GEMM) here.
         auto: layouts for which "auto" takes it.
         refused: layout to why it cannot, in a sentence.
     """
@@ -120,7 +122,7 @@ def run(say: report.Say) -> Result:
         say("Inductor")
         inductor = _inductor()
         say("vLLM")
-        return Result(versions, found, inductor, doctor_vllm.look(optional.missing("vllm")))
+        return Result(versions, found, inductor, doctor_vllm.look(_optional.missing("vllm")))
 
 
 def show(result: Result, out: Console) -> None:
@@ -130,7 +132,7 @@ def show(result: Result, out: Console) -> None:
     for device in result.devices:
         capability = "" if device.capability is None else f", compute capability {device.capability}"
         title = f"{device.device}: {device.name}{capability}"
-        rows = [("quantiser", found) for found in device.quantizers] + [("GEMM", found) for found in device.gemms]
+        rows = [("quantizer", found) for found in device.quantizers] + [("GEMM", found) for found in device.gemms]
         headings = ("", "backend", "layouts", "auto", "why not")
         report.table(out, title, headings, (((kind, *_cells(found)), True) for kind, found in rows))
         out.print(f"Graph lifetimes on {device.device}: {device.graph_lifetimes or 'tracked by the CUDA driver'}.\n")
@@ -158,7 +160,7 @@ def _versions() -> list[Finding]:
     found.append(driver())
     for module, distributions in PACKAGES.items():
         name = "cuda.bindings" if module.startswith("cuda.bindings") else module
-        reason = optional.missing(module)
+        reason = _optional.missing(module)
         found.append(Finding(name, _version(name, distributions), reason))
     return found
 
@@ -175,11 +177,11 @@ def _version(module: str, distributions: Sequence[str]) -> str | None:
 def driver() -> Finding:
     name = "CUDA driver"
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        libcuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         return Finding(name, None, f"it cannot be loaded: {error}")
     number = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(number)):
+    if libcuda.cuDriverGetVersion(ctypes.byref(number)):
         return Finding(name, None, "cuDriverGetVersion failed")
     version = f"for CUDA {number.value // 1000}.{number.value % 1000 // 10}"
     with contextlib.suppress(OSError):
@@ -224,13 +226,13 @@ def _graph_lifetimes(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "there are no CUDA graphs on a CPU"
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        lacking = [call for call in _DRIVER_CALLS if not hasattr(driver, call)]
+        libcuda = ctypes.CDLL("libcuda.so.1")
+        lacking = [call for call in _DRIVER_CALLS if not hasattr(libcuda, call)]
         if lacking:
             return f"the CUDA driver lacks {', '.join(lacking)}"
         with torch.cuda.device(device), ScalePool(device) as pool:
             with capture(pool=pool) as graph:
-                seen = captures.under_way(torch.cuda.current_stream().cuda_stream)
+                seen = under_way(torch.cuda.current_stream().cuda_stream)
                 kept = torch.zeros(1, device=device)
             del graph, kept
             torch.cuda.synchronize()

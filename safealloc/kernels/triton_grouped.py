@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""NVFP4 quantisation of rows routed to experts, bit for bit as :mod:`safealloc.kernels.reference_grouped`.
+"""NVFP4 quantization of rows routed to experts, bit for bit as :mod:`safealloc.kernels.reference_grouped`.
 
 A row has a program for each piece of its columns. Others, before them, clean some rows each: they clear the scale row in
 which the row of the same number lay at the step before, if that holds no scale now, and note the new one. So the buffer's
@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels.reference_grouped import MINUS_LOG2_E, POWER_OF_2
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
 from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load_blocks, takes_words, tiling_for
-from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _FEW_BLOCKS = 4096
-_CLEANED_ALONE = 1  # rows a program, where no other program quantises
+_CLEANED_ALONE = 1  # rows a program, where no other program quantizes
 _MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
 
@@ -287,9 +288,9 @@ def quantize(
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
 ) -> None:
-    """Quantise routed rows, and clear what the step before left, in one launch.
+    """Quantize routed rows, and clear what the step before left, in one launch.
 
-    Nothing is allocated and nothing synchronises: it can be captured in a CUDA graph.
+    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up; contiguous.
@@ -301,7 +302,7 @@ def quantize(
         expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing.
         valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
         row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
-        silu_and_mul: whether to quantise ``silu(gate) * up``.
+        silu_and_mul: whether to quantize ``silu(gate) * up``.
     """
     rows, k = x_fp4.shape[0], 2 * x_fp4.shape[1]
     cols = k // BLOCK_SIZE
@@ -350,7 +351,7 @@ def quantize(
 def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
     """How many rows a cleaning program takes; ``benchmarks/NOTES.md`` has the numbers.
 
-    As many as leave it no slower than its neighbours; around one wave of these, so many that all fit into it.
+    As many as leave it no slower than its neighbors; around one wave of these, so many that all fit into it.
     """
     return 16 if silu_and_mul and blocks > _FEW_BLOCKS else 4
 
@@ -367,7 +368,7 @@ def clean(
     """Clear what the step before left and this one does not write, and bring the record up to date, in one launch.
 
     Before or after the scales of this step are written: those bytes are not touched. Nothing is allocated and nothing
-    synchronises.
+    synchronizes.
 
     Args:
         scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.

@@ -13,18 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safealloc.buffers import record_of
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.triton_layout import device_of, scale_offset
-from safealloc.layout import BLOCK_SIZE, COLS_A_COUNT, ScaleSpec
 
 ROWS, COLS = 128, 64
 """Of a piece."""
 
-WORDS = 12
+WORDS = 11
 """int64 of a piece in a table: the fields of :class:`Piece`, and a word that says where its flag is."""
 
 _STEP = 16  # columns that a program holds at once
-_COUNTS, _PLACES = 1, 2  # kinds of records: how many rows a column has; where each row was put
 
 
 class Piece(NamedTuple):
@@ -32,7 +31,6 @@ class Piece(NamedTuple):
 
     scales: int
     record: int
-    kind: int
     length: int
     rows: int
     cols: int
@@ -47,7 +45,6 @@ class Piece(NamedTuple):
 def _is_dirty(
     scales,
     record,
-    kind,
     length,
     rows,
     cols,
@@ -59,14 +56,13 @@ def _is_dirty(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEP: tl.constexpr,
-    COUNTED: tl.constexpr,
 ):
     """Whether a byte of a piece is padding and not zero."""
     row = first_row + tl.arange(0, ROWS)
     tile_cols = tl.where(layout == 2, 1, 4)
     end = tl.minimum(first_col + COLS, col_tiles * tile_cols)
     real_row = row < rows
-    if kind == 2:
+    if length > 0:  # the record says where each row was put
         here = tl.zeros((ROWS,), tl.int32)
         for start in range(0, length, ROWS):
             at = start + tl.arange(0, ROWS)
@@ -76,29 +72,27 @@ def _is_dirty(
     dirty = tl.zeros((ROWS, STEP), tl.int32)
     for start in range(first_col, end, STEP):
         col = start + tl.arange(0, STEP)
-        limit = tl.zeros((STEP,), tl.int32) + padded_rows
-        if kind == 1:
-            limit = tl.load(record + col // COUNTED, mask=col < cols, other=0)
-        real = real_row[:, None] & (col < cols)[None, :] & (row[:, None] < limit[None, :])
-        wide, tall = row[:, None], col[None, :]
+        real = real_row[:, None] & (col < cols)[None, :]
+        row_2d, col_2d = row[:, None], col[None, :]
         offset = tl.where(
             layout == 0,
-            scale_offset(wide, tall, col_tiles, 0),
-            tl.where(layout == 1, scale_offset(wide, tall, col_tiles, 1), scale_offset(wide, tall, col_tiles, 2)),
+            scale_offset(row_2d, col_2d, col_tiles, 0),
+            tl.where(
+                layout == 1, scale_offset(row_2d, col_2d, col_tiles, 1), scale_offset(row_2d, col_2d, col_tiles, 2)
+            ),
         )
-        there = (wide < padded_rows) & (tall < end) & (real == 0)
+        there = (row_2d < padded_rows) & (col_2d < end) & (real == 0)
         byte = tl.load(scales + offset, mask=there, other=0)
         dirty |= (byte != 0).to(tl.int32)
     return tl.max(tl.max(dirty, 1), 0) != 0
 
 
 # One binary for all shapes: a new one must not compile, least of all during a graph capture.
-@triton.jit(do_not_specialize=["kind", "length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot"])
+@triton.jit(do_not_specialize=["length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot"])
 def _check(
     scales,  # uint8
-    record,  # int32; anything where kind is 0
+    record,  # int32; anything where length is 0
     flags,  # int32, of the host
-    kind,
     length,
     rows,
     cols,
@@ -109,12 +103,10 @@ def _check(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEP: tl.constexpr,
-    COUNTED: tl.constexpr,
 ):
     if _is_dirty(
         scales,
         record,
-        kind,
         length,
         rows,
         cols,
@@ -126,7 +118,6 @@ def _check(
         ROWS,
         COLS,
         STEP,
-        COUNTED,
     ):
         tl.store(flags + slot, 1)
         tl.store(flags, 1)
@@ -142,7 +133,6 @@ def _check_table(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEP: tl.constexpr,
-    COUNTED: tl.constexpr,
 ):
     program = tl.program_id(0)
     seen = tl.load(counters + program) + 1
@@ -162,17 +152,15 @@ def _check_table(
                 tl.load(at + 7).to(tl.int32),
                 tl.load(at + 8).to(tl.int32),
                 tl.load(at + 9).to(tl.int32),
-                tl.load(at + 10).to(tl.int32),
                 ROWS,
                 COLS,
                 STEP,
-                COUNTED,
             ):
-                tl.store(flags + tl.load(at + 11), 1)
+                tl.store(flags + tl.load(at + 10), 1)
                 tl.store(flags, 1)
 
 
-_CONSTANTS = {"ROWS": ROWS, "COLS": COLS, "STEP": _STEP, "COUNTED": COLS_A_COUNT}
+_CONSTANTS = {"ROWS": ROWS, "COLS": COLS, "STEP": _STEP}
 
 
 def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
@@ -188,7 +176,7 @@ def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
     for first_row in range(0, padded_rows, ROWS):
         for first_col in range(0, padded_cols, COLS):
             full = first_row + ROWS <= whole.rows and min(first_col + COLS, padded_cols) <= whole.cols
-            if whole.kind or not full:
+            if whole.length or not full:
                 found.append(whole._replace(first_row=first_row, first_col=first_col))
     return found
 
@@ -203,13 +191,12 @@ def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
     """
     whole = _whole(spec, base)
     padded_rows, padded_cols = spec.padded_shape
-    record = record_of(spec, base)
+    record = spec.record_in(base)
     with device_of(base):
         _check[(-(-padded_rows // ROWS), -(-padded_cols // COLS))](
             base,
             flags if record is None else record,
             flags,
-            whole.kind,
             whole.length,
             whole.rows,
             whole.cols,
@@ -238,12 +225,11 @@ def check_table(table: Tensor, flags: Tensor, counters: Tensor, every: int) -> N
 
 
 def _whole(spec: ScaleSpec, base: Tensor) -> Piece:
-    record = record_of(spec, base)
+    record = spec.record_in(base)
     padded_rows, padded_cols = spec.padded_shape
     return Piece(
         scales=base.data_ptr(),
         record=base.data_ptr() if record is None else record.data_ptr(),
-        kind=0 if record is None else _COUNTS if spec.experts is None else _PLACES,
         length=spec.record,
         rows=spec.stored_rows,
         cols=spec.k // BLOCK_SIZE,

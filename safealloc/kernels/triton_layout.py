@@ -7,7 +7,7 @@ The byte of (row, col) is::
     8x4     (row // 8 * col_tiles + col // 4) * 32 + row % 8 * 4 + col % 4
     linear  row * col_tiles + col
 
-:mod:`safealloc.layout` states the same for Python and names the sources.
+:mod:`safealloc.formats.layout` states the same for Python and names the sources.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_layout import device_of, scale_offset
-from safealloc.layout import BLOCK_SIZE, SfLayout
 
 _WORDS = 512
 """Words a program. One row of 128x4 scales at k = 28672 leaves 56896 padding words: 112 programs, about one per SM."""
@@ -57,7 +58,7 @@ def _zero_padding(
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
     """Zero the padding of a buffer in place; real bytes, and bytes beyond the layout, are not touched.
 
-    Without padding nothing is launched. Nothing is allocated and nothing synchronises.
+    Without padding nothing is launched. Nothing is allocated and nothing synchronizes.
 
     Args:
         scales: contiguous buffer of at least ``layout.nbytes(rows, k, padded_k=padded_k)`` bytes, of any dtype.

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""NVFP4 quantisation in one pass over ``x``, bit for bit as :func:`safealloc.kernels.reference.quantize`.
+"""NVFP4 quantization in one pass over ``x``, bit for bit as :func:`safealloc.kernels.reference.quantize`.
 
 With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
 
@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
-from safealloc.layout import BLOCK_SIZE, SfLayout
 
 
 @triton.jit
@@ -272,7 +273,6 @@ def _quantize(
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
-    counts,  # int32 [cdiv(cols, 32)] or None
     cols,
     col_tiles,
     LAYOUT: tl.constexpr,
@@ -283,52 +283,21 @@ def _quantize(
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
     row = tl.program_id(0)
-    if counts is not None:
-        row -= 1  # the first programs clear, beside those that quantise
     col = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = col < cols
     block = (row.to(tl.int64) * cols + col)[:, None]
     scale_at = scales + scale_offset(row, col, col_tiles, LAYOUT)
     if DEPENDENT:
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
-    if counts is not None and row < 0:
-        if DEPENDENT:
-            gdc_launch_dependents()
-        _clear_below(scales, counts, tl.num_programs(0) - 1, col, inside, cols, col_tiles, LAYOUT, BLOCKS)
-    else:
-        live = inside
-        if valid_rows is not None:
-            live = col < tl.where(row < tl.load(valid_rows), cols, 0)
-        packed, scale_code = quantize_blocks(
-            x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT
-        )
-        if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
-            packed = tl.where(live[:, None], packed, 0)
-            scale_code = tl.where(live, scale_code, 0)
-        tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=inside[:, None])
-        tl.store(scale_at, scale_code.to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _clear_below(scales, counts, rows, col, inside, cols, col_tiles, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
-    """Clear in the columns of a program what a quantisation of more rows left, and bring their counts up to date."""
-    tl.static_assert(BLOCKS % 32 == 0, "programs must not share a count, which is of 32 columns")
-    TILE_ROWS: tl.constexpr = 128 if LAYOUT == 0 else 8 if LAYOUT == 1 else 1
-    most, least = rows, rows
-    for i in tl.static_range(BLOCKS // 32):
-        group = tl.program_id(1) * (BLOCKS // 32) + i
-        count = tl.load(counts + group, mask=group * 32 < cols, other=rows)
-        most = tl.maximum(most, count)
-        least = tl.minimum(least, count)
-    if most != least:
-        tl.debug_barrier()  # every warp has to have read before one of them writes
-        # A count that somebody else overwrote must not lead beyond the buffer.
-        for below in range(rows, tl.minimum(most, tl.cdiv(rows, TILE_ROWS) * TILE_ROWS)):
-            at = scales + scale_offset(tl.full((), below, tl.int32), col, col_tiles, LAYOUT)
-            tl.store(at, tl.zeros((BLOCKS,), tl.uint8), mask=inside)
-        for i in tl.static_range(BLOCKS // 32):
-            group = tl.program_id(1) * (BLOCKS // 32) + i
-            tl.store(counts + group, rows, mask=group * 32 < cols)
+    live = inside
+    if valid_rows is not None:
+        live = col < tl.where(row < tl.load(valid_rows), cols, 0)
+    packed, scale_code = quantize_blocks(x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT)
+    if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
+        packed = tl.where(live[:, None], packed, 0)
+        scale_code = tl.where(live, scale_code, 0)
+    tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=inside[:, None])
+    tl.store(scale_at, scale_code.to(tl.uint8), mask=inside)
 
 
 def quantize(
@@ -338,11 +307,10 @@ def quantize(
     scales: Tensor,
     layout: SfLayout,
     valid_rows: Tensor | None = None,
-    counts: Tensor | None = None,
 ) -> None:
-    """Quantise ``x`` into ``x_fp4`` and the real bytes of ``scales`` in one launch; padding is not touched.
+    """Quantize ``x`` into ``x_fp4`` and the real bytes of ``scales`` in one launch; padding is not touched.
 
-    Nothing is allocated and nothing synchronises: it can be captured in a CUDA graph.
+    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, contiguous, fewer than ``2**31`` rows, k at most ``2**24``.
@@ -351,20 +319,17 @@ def quantize(
         scales: uint8 ``[padded_rows, padded_cols]``, contiguous, in ``layout`` for ``[rows, k]`` or a padded k.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element on the device: rows at or beyond it get zero data and zero scales, unread.
-        counts: of a compact buffer, int32, one for each 32 scale columns: how many rows hold scales there. What lies beyond
-            ``rows`` is cleared, and ``rows`` is the new count.
     """
     rows, k = x.shape
     cols = k // BLOCK_SIZE
     tiling = tiling_for(rows, cols, rows * cols > _FEW_BLOCKS and takes_words(x))
     with device_of(x):
-        _quantize[(rows + (counts is not None), -(-cols // tiling.blocks))](
+        _quantize[(rows, -(-cols // tiling.blocks))](
             x,
             global_scale,
             x_fp4,
             scales,
             valid_rows,
-            counts,
             cols,
             scales.shape[-1] // _TILE_COLS[layout],
             **_options(x.device, layout, tiling),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safealloc._optional import require
+from safealloc.formats.layout import SfLayout
 from safealloc.kernels import reference
-from safealloc.layout import SfLayout
-from safealloc.optional import require
 
 
 def flashinfer_quantize(

@@ -186,8 +186,8 @@ def dirty_padding(buffers: list) -> None:
 
 
 def generated_code() -> dict[str, int]:
-    """What Inductor made of the scale buffers: quantisations, those that write a pool buffer, and buffers used for more."""
-    found = {"quantisations": 0, "into a pool buffer": 0, "reused": 0}
+    """What Inductor made of the scale buffers: quantizations, those that write a pool buffer, and buffers used for more."""
+    found = {"quantizations": 0, "into a pool buffer": 0, "reused": 0}
     for file in Path(os.environ["VLLM_CACHE_ROOT"]).rglob("*.py"):
         text = file.read_text(errors="replace")
         if (
@@ -203,7 +203,7 @@ def generated_code() -> dict[str, int]:
             elif "# reuse" in line and ours & set(re.findall(r"\w+", line)):
                 found["reused"] += 1
             elif re.search(r"torch\.ops\._C\.(scaled_fp4_quant\.out|silu_and_mul_nvfp4_quant\.default)\(", line):
-                found["quantisations"] += 1
+                found["quantizations"] += 1
                 found["into a pool buffer"] += bool(ours & set(re.findall(r"\w+", line)))
     return found
 
@@ -282,7 +282,7 @@ def run(request: dict) -> dict:
         pool.verify(repair=True)
         result["tokens after repair"] = digest(engine.generate())
     if request["guard"]:
-        logging.getLogger("safealloc.pool").addHandler(Collect())
+        logging.getLogger("safealloc.pool.pool").addHandler(Collect())
         captured = [buffer for buffer in pool._inventory.by_address.values() if buffer.capture]
         result["dirtied"] = len(captured)
         dirty_padding(captured)

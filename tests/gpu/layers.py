@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from safealloc import ScalePool, SfLayout, mm_fp4, nvfp4_quantize
-from safealloc.backends import GEMMS
 from safealloc.kernels import reference
+from safealloc.ops.backends import GEMMS
 
 
 class Layer:
-    """Quantise a static input, multiply by a weight, into a static output."""
+    """Quantize a static input, multiply by a weight, into a static output."""
 
     def __init__(self, rows: int, k: int, n: int, layout: SfLayout, pool: ScalePool, seed: int = 0) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)

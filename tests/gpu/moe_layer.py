@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer in static memory, as a captured decode step has it; all but the quantisers is plain torch."""
+"""One mixture-of-experts layer in static memory, as a captured decode step has it; all but the quantizers is plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Quantize = Callable[..., tuple[Tensor, Tensor]]
 
 
 class MoeLayer:
-    """Route, quantise, multiply by each expert's weight, activate and quantise, multiply, and combine.
+    """Route, quantize, multiply by each expert's weight, activate and quantize, multiply, and combine.
 
     What may change between replays: ``x``, the experts of each token ``ids`` (-1: on another rank), and how many tokens are
     ``valid``. ``stale`` counts, over all runs, the bytes of the whole scale buffers that were not zero and no scale of the
@@ -57,7 +57,7 @@ class MoeLayer:
         self.y.copy_(self.compute(self.pool, quantize, activate))
 
     def expected(self) -> Tensor:
-        """Through the plain-torch quantiser, into memory of its own."""
+        """Through the plain-torch quantizer, into memory of its own."""
         stale = self.stale.clone()
         with ScalePool(self.pool.device, cache_bytes=0) as pool:
             y = self.compute(pool, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped, backend="reference")

@@ -10,8 +10,8 @@ import sys
 import torch
 
 from safealloc import ScalePool, SfLayout
-from safealloc.backends import GEMMS, QUANTIZERS
 from safealloc.kernels import triton_padding
+from safealloc.ops.backends import GEMMS, QUANTIZERS
 
 ROWS, K, N = 5, 1008, 64  # 63 scale columns and one of padding
 

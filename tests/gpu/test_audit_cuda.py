@@ -27,7 +27,7 @@ def test_sensitivity_and_false_alarms(capsys):
 
 @pytest.mark.parametrize("layout", SfLayout)
 @pytest.mark.parametrize("name", ["safealloc triton", "safealloc reference"])
-def test_our_quantisers_leave_padding(name, layout):
+def test_our_quantizers_leave_padding(name, layout):
     known = next(known for known in PRODUCERS if known.name == name)
     for found in audit_producer(known.fn, layout=layout, shapes=SHAPES, device="cuda"):
         padding = layout.nbytes(found.rows, found.k) > found.rows * found.k // 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import timing
+from benchmarks.models import Model
 from safealloc import ScalePool
-from safealloc.bench import timing
-from safealloc.bench.models import Model
-from safealloc.models import Site
+from safealloc.commands.models import Site
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_a_quantization", "nodes",
 @pytest.fixture(scope="module")
 def result():
     pytest.importorskip("triton", reason="the kernels need triton")
-    from safealloc.bench import decode
+    from benchmarks import decode
 
     told = []
     measured = decode.measure(torch.device("cuda", 0), [MODEL], BATCHES, 0.05, lambda what, done: told.append(done))
@@ -30,7 +30,7 @@ def result():
 
 
 def test_the_result_has_every_peer_at_every_batch_size(result):
-    from safealloc.bench.peers import peers
+    from benchmarks.peers import peers
 
     with ScalePool("cuda") as pool:
         names = list(peers(pool))

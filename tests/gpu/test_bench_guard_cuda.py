@@ -18,8 +18,8 @@ pytestmark = [
 
 def test_every_step_and_node_is_measured(monkeypatch):
     pytest.importorskip("triton", reason="it launches the kernels")
-    from safealloc.bench import guard
-    from safealloc.bench.models import model
+    from benchmarks import guard
+    from benchmarks.models import model
 
     monkeypatch.setenv("SAFEALLOC_VERIFY", "7")
     monkeypatch.setenv("SAFEALLOC_VERIFY_REPAIR", "1")

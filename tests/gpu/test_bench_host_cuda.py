@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def host():
     pytest.importorskip("triton", reason="it launches the kernels")
-    from safealloc.bench import host
+    from benchmarks import host
 
     return host
 
@@ -24,7 +24,7 @@ def host():
 @pytest.fixture(scope="module")
 def quantize():
     pytest.importorskip("triton", reason="it launches the kernels")
-    from safealloc.bench import quantize
+    from benchmarks import quantize
 
     return quantize
 
@@ -49,7 +49,7 @@ def result(quantize):
 
 
 def test_every_peer_is_measured_at_every_shape(quantize, result):
-    from safealloc.bench.peers import peers
+    from benchmarks.peers import peers
 
     with ScalePool("cuda") as pool, ScalePool("cuda", compact=True) as compact:
         names = list(peers(pool, compact))

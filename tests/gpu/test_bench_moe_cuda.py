@@ -16,7 +16,7 @@ pytestmark = [
 
 def test_every_peer_is_measured_at_every_shape():
     pytest.importorskip("triton", reason="it launches the kernels")
-    from safealloc.bench import moe
+    from benchmarks import moe
 
     extent = moe.Extent((1, 5), 16, 4, ((528, False), (272, True)), calls=4, rounds=3, replays=1)
     told = []

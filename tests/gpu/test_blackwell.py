@@ -9,17 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from safealloc import LayoutMismatchError, ScalePool, SfLayout, mm_fp4, nvfp4_linear, nvfp4_quantize, optional, use_pool
+from safealloc import (
+    LayoutMismatchError,
+    ScalePool,
+    SfLayout,
+    _optional,
+    mm_fp4,
+    nvfp4_linear,
+    nvfp4_quantize,
+    use_pool,
+)
 from safealloc.audit.consumers import TOLERANCE
-from safealloc.backends import GEMMS, Call
 from safealloc.cli import main
-from safealloc.commands.repro_operands import Weight, random_activation
+from safealloc.commands.repro.operands import Weight, random_activation
 from safealloc.kernels import reference
+from safealloc.ops.backends import GEMMS, Call
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.sm100,
-    pytest.mark.skipif(optional.missing("flashinfer") is not None, reason=f"{optional.missing('flashinfer')}"),
+    pytest.mark.skipif(_optional.missing("flashinfer") is not None, reason=f"{_optional.missing('flashinfer')}"),
 ]
 
 N, L128, L8 = 256, SfLayout.layout_128x4, SfLayout.layout_8x4

@@ -191,13 +191,13 @@ def test_every_site_of_a_captured_step_is_served(results, mode):
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 def test_inductor_leaves_the_buffers_alone(results, mode):
-    """Each quantisation in the generated code writes a buffer of its own from the pool: not cloned, merged or reused.
+    """Each quantization in the generated code writes a buffer of its own from the pool: not cloned, merged or reused.
 
-    vLLM compiles three kinds of pieces, which start, continue and end its layers: with 1, 4 and 3 quantisations.
+    vLLM compiles three kinds of pieces, which start, continue and end its layers: with 1, 4 and 3 quantizations.
     """
     code = results[f"{mode}, pool"]["generated code"]
-    assert code["quantisations"] == 8
-    assert code["into a pool buffer"] == code["quantisations"]
+    assert code["quantizations"] == 8
+    assert code["into a pool buffer"] == code["quantizations"]
     assert code["reused"] == 0
 
 

@@ -1,4 +1,4 @@
-"""FlashInfer's own host dequantiser reads back what we wrote: an oracle that nobody here wrote."""
+"""FlashInfer's own host dequantizer reads back what we wrote: an oracle that nobody here wrote."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from safealloc import SfLayout, nvfp4_quantize
+from safealloc._optional import missing, require
 from safealloc.kernels import reference
-from safealloc.optional import missing, require
 
 pytestmark = [
     pytest.mark.gpu,

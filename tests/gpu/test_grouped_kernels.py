@@ -16,8 +16,8 @@ from where import DEVICE, INTERPRETED, MARKS
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
 
+from safealloc.formats.layout import SfLayout  # noqa: E402
 from safealloc.kernels import reference_grouped, triton_grouped  # noqa: E402
-from safealloc.layout import SfLayout  # noqa: E402
 
 pytestmark = MARKS
 
@@ -116,7 +116,7 @@ class TestGrouped:
     @layouts
     @shapes
     def test_cleaning_beside_another_producer(self, layout: SfLayout, experts: int, most: int, k: int) -> None:
-        """The other one writes real scales only; cleaned before or after it, the buffer is the quantiser's."""
+        """The other one writes real scales only; cleaned before or after it, the buffer is the quantizer's."""
         ours, theirs = (Buffer(experts, most, k, layout) for _ in range(2))
         for step in range(STEPS):
             rows, routing, rng = self.draw(layout, experts, most, step)

@@ -148,7 +148,7 @@ def test_one_node_a_graph(guarded):
     assert counts[1] == counts[0] + 1
 
 
-def test_nothing_synchronises_while_all_is_well(guarded):
+def test_nothing_synchronizes_while_all_is_well(guarded):
     pool = guarded(1)
     layer = Layer(5, 1008, 64, L128, pool, seed=0)
     graph = captured(layer)

@@ -1,4 +1,4 @@
-"""The guard's kernels against ``safealloc.verify``: one dirty byte anywhere, in buffers of every kind.
+"""The guard's kernels against ``safealloc.pool.verify``: one dirty byte anywhere, in buffers of every kind.
 
 Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, as test_kernels.py does.
 """
@@ -14,10 +14,11 @@ from where import DEVICE, INTERPRETED, MARKS
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from safealloc.buffers import make_base, record_of
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import triton_guard
-from safealloc.layout import ScaleSpec, SfLayout
-from safealloc.verify import find_corruptions, zero_padding
+from safealloc.pool.buffer import make_base, record_of
+from safealloc.pool.verify import find_corruptions, zero_padding
 
 pytestmark = MARKS
 

@@ -18,11 +18,12 @@ from where import DEVICE, INTERPRETED, MARKS
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
 
-from safealloc.bench import in_kernel  # noqa: E402
-from safealloc.buffers import record_of, scales_in  # noqa: E402
+from benchmarks import in_kernel  # noqa: E402
+from safealloc.formats.layout import SfLayout  # noqa: E402
+from safealloc.formats.spec import ScaleSpec  # noqa: E402
 from safealloc.kernels import reference, triton_gemm, triton_padding, triton_quantize  # noqa: E402
 from safealloc.kernels.triton_layout import scale_offset  # noqa: E402
-from safealloc.layout import ScaleSpec, SfLayout  # noqa: E402
+from safealloc.pool.buffer import record_of, scales_in  # noqa: E402
 
 pytestmark = MARKS
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or has no meaning there")
@@ -277,7 +278,7 @@ class Compact:
 
 
 class TestCompact:
-    """Quantisations of one row count after the other into one buffer: every byte is the reference's after each."""
+    """Quantizations of one row count after the other into one buffer: every byte is the reference's after each."""
 
     SEQUENCES = (
         (SfLayout.layout_128x4, (5, 40, 3, 3, 17, 1, 33) if INTERPRETED else (5, 128, 3, 3, 33, 1, 128, 64, 7)),
@@ -396,7 +397,7 @@ class TestZeroPadding:
 
 
 class TestInKernel:
-    """What the benchmarks compare with: padding zeroed by the quantiser."""
+    """What the benchmarks compare with: padding zeroed by the quantizer."""
 
     @pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name)
     @pytest.mark.parametrize("kernel", [in_kernel.row_by_row, in_kernel.wide_stores])
@@ -593,7 +594,7 @@ class TestMm:
 
 @gpu_only
 class TestLaunch:
-    """What a launch may not do: need the current device, synchronise, allocate."""
+    """What a launch may not do: need the current device, synchronize, allocate."""
 
     def buffers(self, rows: int, k: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (
@@ -652,7 +653,7 @@ class TestLaunch:
         def chain() -> None:
             torch.sum(parts, 0, out=x.view(-1))  # x is written at its end
             triton_quantize.quantize(x, g, data, scales, layout)
-            x.fill_(float("nan"))  # too late for the quantiser
+            x.fill_(float("nan"))  # too late for the quantizer
             seen_scales.copy_(scales)
             seen.copy_(data)  # 128 MiB, of which the last rows are read last
             triton_quantize.quantize(other, g, data, scales, layout)

@@ -21,15 +21,9 @@ pytestmark = [
 from adversary import STALE, Adversary  # noqa: E402
 from moe_layer import LAYOUT, MoeLayer  # noqa: E402
 
-from safealloc import (  # noqa: E402
-    ScalePool,
-    ScaleSpec,
-    backends,
-    capture,
-    clean_grouped_scales,
-    nvfp4_quantize_grouped,
-)
+from safealloc import ScalePool, ScaleSpec, capture, clean_grouped_scales, nvfp4_quantize_grouped  # noqa: E402
 from safealloc.kernels import triton_grouped  # noqa: E402
+from safealloc.ops import backends  # noqa: E402
 
 TOPK, EXPERTS, HIDDEN, WIDTH = 4, 16, 272, 144  # 17 and 9 scale columns: padding columns everywhere
 TOKENS = (16, 1, 5)
@@ -37,7 +31,7 @@ TOKENS = (16, 1, 5)
 
 @pytest.fixture
 def pool():
-    pytest.importorskip("triton", reason="the quantiser under test is Triton's")
+    pytest.importorskip("triton", reason="the quantizer under test is Triton's")
     with ScalePool("cuda", growth_in_capture="error") as pool:
         yield pool
         torch.cuda.synchronize()
@@ -131,7 +125,7 @@ def test_ten_thousand_replays_with_another_routing_each_under_an_adversary(pool)
     assert [int(layer.stale) for layer in layers] == [0, 0, 0]
 
 
-def test_a_quantiser_that_does_not_clean_leaves_stale_bytes(pool, monkeypatch):
+def test_a_quantizer_that_does_not_clean_leaves_stale_bytes(pool, monkeypatch):
     """The test above can fail."""
     careless = dataclasses.replace(
         backends.GROUPED_QUANTIZERS["triton"],
@@ -153,7 +147,7 @@ def test_a_quantiser_that_does_not_clean_leaves_stale_bytes(pool, monkeypatch):
 
 
 def test_cleaning_beside_another_producer_in_a_graph(pool):
-    """As vLLM's quantisers: they write real scales only, in the pool's buffer."""
+    """As vLLM's quantizers: they write real scales only, in the pool's buffer."""
 
     def produce(silu_and_mul: bool):
         def quantize(x, global_scales, *offsets, layout, pool, backend, valid_rows, row_tokens):
@@ -201,7 +195,7 @@ def test_graphs_of_different_handles_have_buffers_of_their_own(pool):
     assert pool.verify() >= 6
 
 
-def test_a_quantisation_is_one_node(pool):
+def test_a_quantization_is_one_node(pool):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     pool.reserve(64, HIDDEN, LAYOUT, experts=EXPERTS)
     x = torch.randn(64, HIDDEN, device="cuda").bfloat16()

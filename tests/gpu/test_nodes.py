@@ -1,4 +1,4 @@
-"""What a captured quantisation costs in graph nodes."""
+"""What a captured quantization costs in graph nodes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from layers import Layer
 
 from safealloc import ScalePool, SfLayout, capture
-from safealloc.backends import QUANTIZERS
+from safealloc.ops.backends import QUANTIZERS
 
 pytestmark = pytest.mark.gpu
 
 
 def nodes(layer: Layer, allocate) -> dict[str, int]:
-    """Nodes by type of four quantisations whose scale buffers come from ``allocate``."""
+    """Nodes by type of four quantizations whose scale buffers come from ``allocate``."""
     quantize = QUANTIZERS["triton"].run
     x_fp4 = torch.empty(layer.rows, layer.k // 2, dtype=torch.uint8, device="cuda")
     with capture(pool=layer.pool) as graph:

@@ -1,4 +1,4 @@
-"""compute-sanitizer over our kernels: what they read uninitialised, out of bounds, or in a race."""
+"""compute-sanitizer over our kernels: what they read uninitialized, out of bounds, or in a race."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Turns:
 
 
 class MicroBatch:
-    """A chain of layers on static input, yielding between a quantisation and its GEMM."""
+    """A chain of layers on static input, yielding between a quantization and its GEMM."""
 
     def __init__(self, rows: int, pool: ScalePool, seed: int) -> None:
         self.layers = [Layer(rows, K, N, SfLayout.layout_128x4, pool, seed=seed + i) for i in range(LAYERS)]
@@ -134,7 +134,7 @@ def test_a_consumer_on_a_second_stream_in_the_same_capture(pool):
             addresses.append(scales.data_ptr())
             communication.wait_stream(compute)
             with torch.cuda.stream(communication):
-                torch.cuda._sleep(2_000_000)  # the next quantisation is long over when this one is read
+                torch.cuda._sleep(2_000_000)  # the next quantization is long over when this one is read
                 layer.multiply(x_fp4, scales)
             pool.record_stream(scales, communication)
             x_fp4.record_stream(communication)

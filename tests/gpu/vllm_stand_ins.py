@@ -1,7 +1,7 @@
 """vLLM's NVFP4 ops on a GPU that has none: our Triton kernels behind vLLM's own op names.
 
 vLLM's Python runs as it is: ``scaled_fp4_quant`` allocates, the fusion passes match, ``CutlassNvFp4LinearKernel``
-multiplies. Like a fused producer, the quantiser here writes real bytes only, and the GEMM reads padding columns, so that
+multiplies. Like a fused producer, the quantizer here writes real bytes only, and the GEMM reads padding columns, so that
 the tokens depend on the padding.
 """
 
@@ -48,8 +48,8 @@ def install(*, simple: bool = False) -> None:
 
 
 def _quantize(x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Tensor) -> None:
+    from safealloc.formats.layout import SfLayout
     from safealloc.kernels import triton_quantize
-    from safealloc.layout import SfLayout
 
     rows, k = x.shape
     data = output if output.shape[1] * 2 == k else torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
@@ -61,8 +61,8 @@ def _quantize(x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Ten
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, block_scale_a: Tensor, block_scale_b: Tensor, alpha: Tensor) -> None:
+    from safealloc.formats.layout import SfLayout
     from safealloc.kernels import triton_gemm
-    from safealloc.layout import SfLayout
 
     scales = block_scale_a.view(torch.uint8), block_scale_b.view(torch.uint8)
     triton_gemm.mm(a, b, *scales, alpha.reshape(1), out, SfLayout.layout_128x4)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from safealloc import ScalePool, use_pool
-from safealloc.guard import POISON, REPAIR, VERIFY
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import patches
+from safealloc.pool.guard import POISON, REPAIR, VERIFY
 
 VARIABLES = (
     *("SAFEALLOC", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "SAFEALLOC_STRICT", "VLLM_PLUGINS"),

@@ -1,6 +1,6 @@
 """vLLM's CUDA ops on CPU tensors, so that vLLM's own Python runs where there is no GPU.
 
-The ops have vLLM's names and schemas, and ``safealloc.kernels.reference`` behind them. The quantisers write real scale bytes
+The ops have vLLM's names and schemas, and ``safealloc.kernels.reference`` behind them. The quantizers write real scale bytes
 only, as fused producers do; :func:`padding_is_written` switches on what vLLM's own do since 0.30, which is to zero the
 padding too. The GEMM reads every scale byte of the column tiles, where the flag says.
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from safealloc import ScaleSpec, SfLayout
-from safealloc.buffers import spec_of
 from safealloc.kernels import reference
+from safealloc.pool.buffer import spec_of
 
 TESTED = "0.32.0"
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ _writes_padding = False
 
 @contextlib.contextmanager
 def padding_is_written() -> Iterator[None]:
-    """Inside, the quantiser zeroes padding, as vLLM's own kernel does since 0.30."""
+    """Inside, the quantizer zeroes padding, as vLLM's own kernel does since 0.30."""
     global _writes_padding
     _writes_padding = True
     try:
@@ -80,7 +80,7 @@ def padding_is_written() -> Iterator[None]:
 def quantize_rows(
     x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Tensor, layout: SfLayout = L128
 ) -> None:
-    """Quantise ``x`` into real scale bytes; ``output`` may be wider than ``x``, and is zero beyond it."""
+    """Quantize ``x`` into real scale bytes; ``output`` may be wider than ``x``, and is zero beyond it."""
     k = x.shape[-1]
     scales = output_scale.view(torch.uint8)
     if _writes_padding:
@@ -268,7 +268,7 @@ def _mm(
 
 
 def _quantize_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashInfer's quantiser, which zeroes padding."""
+    """FlashInfer's quantizer, which zeroes padding."""
     rows, k = a.shape
     data, scales = (
         torch.empty(rows, k // 2, dtype=torch.uint8),
@@ -294,7 +294,7 @@ def activation(rows: int, k: int, seed: int = 0) -> Tensor:
 
 
 def vllm_quantize(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """As vLLM quantises, by the name that its modules have."""
+    """As vLLM quantizes, by the name that its modules have."""
     return ops.scaled_fp4_quant(x, GLOBAL_SCALE, **options)
 
 

@@ -1,7 +1,7 @@
 """vLLM's CUDA ops of its NVFP4 mixture of experts on CPU tensors, beside those of :mod:`stand_ins`.
 
 They have vLLM's names and schemas. Where a scale byte lies is spelled out here once more, so that nothing of
-``safealloc.layout`` has to be right for it. As vLLM's kernels, the quantisers write real scale bytes only, into any number of
+``safealloc.formats.layout`` has to be right for it. As vLLM's kernels, the quantizers write real scale bytes only, into any number of
 rows; inside :func:`stand_ins.padding_is_written` they zero all others first. The GEMM reads whole tiles, and tells what it
 met there that is no scale and not zero.
 """
@@ -17,13 +17,13 @@ import vllm.model_executor.layers.fused_moe.experts.cutlass_moe as cutlass_moe
 from torch import Tensor
 
 from safealloc import ScaleSpec
-from safealloc.buffers import spec_of
 from safealloc.kernels import reference
+from safealloc.pool.buffer import spec_of
 
 TILE = 128
 
 quantized: list[ScaleSpec | None] = []
-"""What pool buffers the quantisers wrote to; ``None`` for other memory. Whoever looks clears it first."""
+"""What pool buffers the quantizers wrote to; ``None`` for other memory. Whoever looks clears it first."""
 
 stale: list[int] = []
 """Bytes that are no scale and not zero, as each GEMM met them."""
@@ -32,7 +32,7 @@ _fails = False
 
 
 @contextlib.contextmanager
-def quantisers_fail() -> Iterator[None]:
+def quantizers_fail() -> Iterator[None]:
     """Inside, they raise when they have written all they write."""
     global _fails
     _fails = True

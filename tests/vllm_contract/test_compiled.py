@@ -1,4 +1,4 @@
-"""vLLM's quantisation and GEMMs in code that Inductor generates, with the options that vLLM sets."""
+"""vLLM's quantization and GEMMs in code that Inductor generates, with the options that vLLM sets."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_linear_kernels_with_dynamic_rows(
 
 @modes
 def test_compiled_code_is_bitwise_vllms(pool: ScalePool, mode: Callable[[], AbstractContextManager[None]]) -> None:
-    """Compiled with the plugin, where nobody writes padding, against plain vLLM, whose quantiser does."""
+    """Compiled with the plugin, where nobody writes padding, against plain vLLM, whose quantizer does."""
     kernel, layer = kernel_and_layer("cutlass", N, K)
 
     def model(x: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def test_layers_take_two_buffers_in_turn(pool: ScalePool, plugin: None) -> None:
 
 
 def test_8x4_in_compiled_code(pool: ScalePool, plugin: None) -> None:
-    """The quantisation is one op there: the buffer is its second output."""
+    """The quantization is one op there: the buffer is its second output."""
     kernel, layer = kernel_and_layer("trtllm", K, K)
 
     def model(x: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def test_no_rows_are_no_error(pool: ScalePool, plugin: None, log: list[logging.L
 
 @kernels
 def test_linear_kernels_give_the_same_bits(pool: ScalePool, name: str) -> None:
-    """The quantiser of vLLM writes padding; with the plugin its results are the same where nobody does."""
+    """The quantizer of vLLM writes padding; with the plugin its results are the same where nobody does."""
     for k in (64, 80, 272):
         kernel, layer = kernel_and_layer(name, N, k)
         mm_calls.clear()
@@ -194,7 +194,7 @@ def test_real_rows_only_on_stale_memory(pool: ScalePool, name: str, stale: None)
         assert torch.isfinite(expected[rows]).all()
         without = kernel.apply_weights(layer, activation(rows, K))
         if name == "trtllm" and rows <= 32:
-            assert torch.equal(without, expected[rows])  # FlashInfer's 8x4 quantiser writes padding itself
+            assert torch.equal(without, expected[rows])  # FlashInfer's 8x4 quantizer writes padding itself
         else:
             assert without.isnan().all()  # one padding column of NaN spoils each row: NaN * 0 = NaN
     integration.register()
@@ -278,7 +278,7 @@ def test_an_8x4_buffer_for_another_backend_is_refused(pool: ScalePool, plugin: N
 
 @pytest.mark.parametrize("backend", ["trtllm", "cutlass"])
 def test_other_rows_are_refused(pool: ScalePool, plugin: None, backend: str) -> None:
-    """Rows sliced off or padded after the quantisation."""
+    """Rows sliced off or padded after the quantization."""
     for rows, wrong in ((5, 4), (40, 33), (40, 5)):
         x_fp4, scales = quantize(activation(rows, K), backend=f"flashinfer-{backend}")
         with pytest.raises(LayoutMismatchError):
@@ -328,12 +328,12 @@ def test_mxfp4_passes_through(pool: ScalePool, plugin: None) -> None:
     assert len(mm_calls) == 2
 
 
-# --- SiLU, multiplication and quantisation as one op -------------------------------------------------------------------
+# --- SiLU, multiplication and quantization as one op -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5, 2 * K), (40, 2 * K), (2, 3, 2 * K)], ids=str)
 def test_fused_silu_and_mul(pool: ScalePool, shape: tuple[int, ...], stale: None) -> None:
-    """Through vLLM's table, as its models reach it, and into the linear kernel that takes quantised input."""
+    """Through vLLM's table, as its models reach it, and into the linear kernel that takes quantized input."""
     kernel, layer = kernel_and_layer("cutlass", N, K)
     expose_input_quant_key(layer, kernel)
     act = SiluAndMul.__new__(SiluAndMul)  # __init__ wants an engine's configuration
@@ -439,7 +439,7 @@ MODEL_CONFIG = SimpleNamespace(quantization=None, word_embeddings_untied_by_chec
 
 
 class QuantizesAtLoad(QuantizeMethodBase):
-    """As vLLM's online quantisation: what it makes of a weight lives as long as the model."""
+    """As vLLM's online quantization: what it makes of a weight lives as long as the model."""
 
     def __init__(self, swizzled: bool) -> None:
         self.swizzled = swizzled
@@ -517,7 +517,7 @@ def test_a_full_pool_is_a_pool_error(plugin: None, log: list[logging.LogRecord])
 # --- fake tensors -----------------------------------------------------------------------------------------------------
 
 
-def test_vllms_fake_quantisation_does_not_touch_the_pool(pool: ScalePool) -> None:
+def test_vllms_fake_quantization_does_not_touch_the_pool(pool: ScalePool) -> None:
     def fake() -> list[tuple[Any, ...]]:
         with FakeTensorMode() as mode:
             x = mode.from_tensor(activation(5, K))

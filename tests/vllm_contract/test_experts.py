@@ -1,4 +1,4 @@
-"""vLLM's two expert quantisers and its NVFP4 mixture of experts on CPU tensors: the same bits, and nothing that is stale."""
+"""vLLM's two expert quantizers and its NVFP4 mixture of experts on CPU tensors: the same bits, and nothing that is stale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import stand_ins_experts
 import torch
 import vllm._custom_ops as ops
 from stand_ins import CPU, FP8, L128, activation, engine_config, padding_is_written
-from stand_ins_experts import Layer, offsets_of, quantisers_fail, quantized, routed, scale_bytes
+from stand_ins_experts import Layer, offsets_of, quantized, quantizers_fail, routed, scale_bytes
 from test_register import with_source
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +49,7 @@ def nothing_seen() -> None:
 
 
 def inputs(name: str, counts: tuple[int, ...], k: int = K, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
-    """What one of vLLM's quantisers is called with, for so many rows an expert."""
+    """What one of vLLM's quantizers is called with, for so many rows an expert."""
     x = activation(sum(counts), 2 * k if name == SILU else k, sum(counts[::2])).to(dtype)
     return x, torch.linspace(10, 30, len(counts)), *offsets_of(counts), TOPK
 
@@ -188,7 +188,7 @@ def test_rows_of_other_ranks(pool: ScalePool, name: str, stale: None) -> None:
 
 
 def test_the_scales_of_a_large_layer_are_sized_right(pool: ScalePool) -> None:
-    """DeepSeek-R1's first quantiser, a batch of 64."""
+    """DeepSeek-R1's first quantizer, a batch of 64."""
     experts, topk, k, tokens = 256, 8, 7168, 64
     counts = (tokens * topk // experts,) * experts
     given = *inputs(PLAIN, counts, k)[:-1], topk
@@ -303,7 +303,7 @@ def test_a_producer_that_fails_leaves_nothing_behind(pool: ScalePool, plugin: No
     """What it had written until then is cleared by the next call, whose rows lie elsewhere."""
     pool.reserve(200, K, experts=EXPERTS)
     quantize(name, *inputs(name, ROUTINGS[0]))
-    with quantisers_fail(), pytest.raises(RuntimeError, match="the producer failed"):
+    with quantizers_fail(), pytest.raises(RuntimeError, match="the producer failed"):
         quantize(name, *inputs(name, ROUTINGS[3]))
     assert pool.stats().live == 0
     assert pool.verify() == 1
@@ -335,7 +335,7 @@ def test_fake_tensors_are_vllms_own(pool: ScalePool, name: str) -> None:
 
 @both
 def test_compiled_code_is_vllms_own(pool: ScalePool, name: str) -> None:
-    """Where layers are opaque; whoever compiles a quantiser gets what vLLM does."""
+    """Where layers are opaque; whoever compiles a quantizer gets what vLLM does."""
     given = inputs(name, ROUTINGS[0])
     data, scales = quantize(name, *given)
     integration.register()
@@ -382,7 +382,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_a_quantiser_that_vllm_has_changed_is_left_alone(
+def test_a_quantizer_that_vllm_has_changed_is_left_alone(
     pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], change: str
 ) -> None:
     before = {name: getattr(ops, name) for name in (PLAIN, SILU)}

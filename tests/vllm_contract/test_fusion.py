@@ -159,7 +159,7 @@ def flashinfer_allreduce_fusion(
     scale_factor: Tensor,
     **options: Any,
 ) -> None:
-    """FlashInfer's all-reduce of two ranks that have the same input, with norm and quantisation."""
+    """FlashInfer's all-reduce of two ranks that have the same input, with norm and quantization."""
     y, updated = _native("fused_add_rms_norm")(input + input, residual_in, rms_gamma, rms_eps)
     residual_out.copy_(updated)
     quantize_rows(y, scale_factor, quant_out, scale_out)
@@ -434,7 +434,7 @@ def op_named(name: str) -> Any:
 
 
 def expected_of(model: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """Eager, not fused, and with vLLM's own quantiser, which writes padding."""
+    """Eager, not fused, and with vLLM's own quantizer, which writes padding."""
     with stand_ins.padding_is_written(), torch.inference_mode():
         return model(*ARGUMENTS)
 
@@ -484,7 +484,7 @@ def test_fused_producers_on_stale_memory(pool: ScalePool, pattern: str, stale: N
 
 
 def test_several_sites_in_one_graph(pool: ScalePool, plugin: None) -> None:
-    """As in a transformer block: norm, activation and a quantisation that nothing is fused with."""
+    """As in a transformer block: norm, activation and a quantization that nothing is fused with."""
 
     def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         first, residual = add_norm(x, residual, weight)

@@ -36,7 +36,7 @@ from stand_ins import (
 from torch import Tensor
 from vllm.platforms.interface import PlatformEnum
 
-from safealloc import ScalePool, default_pool, nvfp4_linear
+from safealloc import ScalePool, nvfp4_linear
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import hooks, plugin, targets
 
@@ -431,6 +431,8 @@ def test_hooks_serve_every_thread(plugin: None) -> None:
     failures: list[BaseException] = []
 
     def work() -> None:
+        from safealloc import default_pool
+
         try:
             pool = default_pool("cpu")
             for _ in range(50):
@@ -490,7 +492,7 @@ vllm.plugins.load_general_plugins()
 from safealloc import default_pool
 from safealloc.integrations.vllm import plugin
 import importlib
-default = importlib.import_module("safealloc.default_pool")
+default = importlib.import_module("safealloc.pool.default")
 
 def allocate():
     import vllm._custom_ops as ops

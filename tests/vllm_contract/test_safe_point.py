@@ -18,10 +18,10 @@ from test_register import LOADED, run
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import PaddingCorruptionError, ScalePool, use_pool
-from safealloc.guard import REPAIR, VERIFY
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import plugin, targets
 from safealloc.integrations.vllm.allocator import allocator
+from safealloc.pool.guard import REPAIR, VERIFY
 
 K = 80
 ORIGINAL = vars(Worker)["execute_model"]
@@ -74,7 +74,7 @@ def replays(pool: ScalePool) -> None:
 
 
 def dirtied(pool: ScalePool) -> None:
-    """A quantisation of vLLM's, after which somebody writes the last padding byte."""
+    """A quantization of vLLM's, after which somebody writes the last padding byte."""
     _, scales = stand_ins.vllm_quantize(stand_ins.activation(5, K))
     assert pool.spec(scales) is not None
     scales.view(torch.uint8).view(-1)[stand_ins.L128.offsets(128, 128)[127, 7]] = 0x38

@@ -56,7 +56,7 @@ class Release:
         wheel: its file name.
         torch: the version that it requires.
         allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
-        kernel_zeroes_padding: whether that function says that the quantisation kernel zeroes padding.
+        kernel_zeroes_padding: whether that function says that the quantization kernel zeroes padding.
         findings: one a target.
         unavailable: why nothing was found out, or "".
     """
@@ -284,7 +284,7 @@ def markdown(found: Sequence[Release]) -> str:
 def _cells(release: Release) -> tuple[str, ...]:
     if release.unavailable:
         return ("?", "?", "?", release.unavailable)
-    kernel = "; its quantisation kernel zeroes padding" if release.kernel_zeroes_padding else ""
+    kernel = "; its quantization kernel zeroes padding" if release.kernel_zeroes_padding else ""
     hooked = [found for found in release.findings if found.status == "hooked"]
     left = [
         f"{found.target.name}{', not yet there' if found.status == 'not yet there' else f': {found.status}, {found.detail}'}"

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from safealloc.default_pool import default_pool
-from safealloc.errors import PaddingCorruptionError, SafeAllocError
-from safealloc.grouped import clean_grouped_scales
-from safealloc.guard import VERIFY
-from safealloc.layout import BLOCK_SIZE, SfLayout
-from safealloc.linear import MAX_ROWS_8X4
-from safealloc.pool import ScalePool
-from safealloc.quantize import nvfp4_quantize
+from safealloc.errors import PaddingCorruptionError
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+from safealloc.ops.grouped import clean_grouped_scales
+from safealloc.ops.linear import MAX_ROWS_8X4
+from safealloc.ops.quantize import nvfp4_quantize
+from safealloc.pool.default import default_pool
+from safealloc.pool.guard import VERIFY
+from safealloc.pool.pool import ScalePool
 
 # Below vLLM's logger, whose handlers and level a user has set up; one of our own would print nothing.
 logger = logging.getLogger("vllm.safealloc")
@@ -112,7 +113,7 @@ class _StartUp:
     Attributes:
         live: tensors of vLLM's own that a site was given, while somebody holds them.
         copies: buffers of a site that are reserved for each captured batch size.
-        experts: sites of expert quantisers, for each of which one buffer a micro-batch is reserved.
+        experts: sites of expert quantizers, for each of which one buffer a micro-batch is reserved.
         passes: captured steps: how often a site was served (``None``), or bypassed and why.
         pass_of: the step of a forward context.
     """
@@ -211,7 +212,7 @@ class Allocator:
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
         """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
 
-        FlashInfer's quantiser allocates by itself, so ours writes here.
+        FlashInfer's quantizer allocates by itself, so ours writes here.
         """
         m, n = a.shape
         bypassed = bypassed or self._bypassed(m)
@@ -225,7 +226,7 @@ class Allocator:
                 bypassed = self._fail(error)
         if bypassed is not None:
             if self.quantize_8x4 is None:
-                raise RuntimeError("vLLM's own 8x4 quantiser is not known: the hook is not registered")
+                raise RuntimeError("vLLM's own 8x4 quantizer is not known: the hook is not registered")
             data, tensor = self.quantize_8x4(a, a_global_sf)
         if self._start_up is not None:
             self._observe(self._start_up, m, n, _8x4, None, tensor, bypassed)
@@ -234,7 +235,7 @@ class Allocator:
     def expert_scales(
         self, rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor
     ) -> Tensor | None:
-        """Scales in 128x4 for an expert quantiser that writes real scales only: every other byte is zero.
+        """Scales in 128x4 for an expert quantizer that writes real scales only: every other byte is zero.
 
         Args:
             rows: routed rows, tokens times experts a token.
@@ -309,7 +310,6 @@ class Allocator:
     def _pool(self, device: torch.device) -> ScalePool:
         pool = default_pool(device)
         if pool is not self.pool:
-            refuse_compact(pool)
             pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
             self.pool = pool
         return pool
@@ -401,14 +401,6 @@ class Allocator:
             )
         except Exception as error:
             self._fail(error)
-
-
-def refuse_compact(pool: ScalePool) -> None:
-    """Raises: SafeAllocError: the pool is compact, which only our own quantisers may write."""
-    if pool.compact:
-        raise SafeAllocError(
-            "vLLM's own kernels write its scales, which a compact pool refuses: use one without compact"
-        )
 
 
 def strict() -> bool:

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from safealloc.buffers import spec_of
 from safealloc.errors import LayoutMismatchError
-from safealloc.gemm import check_agrees
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm import kernel, targets
 from safealloc.integrations.vllm.allocator import allocator, is_raised, logger
 from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.layout import BLOCK_SIZE, ScaleSpec, SfLayout
-from safealloc.linear import MAX_ROWS_8X4
+from safealloc.ops.gemm import check_agrees
+from safealloc.ops.linear import MAX_ROWS_8X4
+from safealloc.pool.buffer import spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
 """Replaces the attribute of a module, so that ``Patches.restore`` undoes it."""
@@ -160,7 +162,7 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
-    """Both expert quantisers: the one takes ``[rows, k]``, the other ``[rows, 2 * k]``, gate and up.
+    """Both expert quantizers: the one takes ``[rows, k]``, the other ``[rows, 2 * k]``, gate and up.
 
     vLLM's limit of rows guards what it allocates for the worst case, and is not needed where that is not done.
     """

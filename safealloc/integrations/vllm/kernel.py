@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safealloc import optional
-from safealloc.backends import GEMMS, Call
+from safealloc import _optional
+from safealloc.formats.layout import SfLayout
 from safealloc.integrations.vllm.allocator import allocator, logger
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.layout import SfLayout
-from safealloc.linear import nvfp4_linear
+from safealloc.ops.backends import GEMMS, Call
+from safealloc.ops.linear import nvfp4_linear
 
 _TRTLLM_TILE = 128  # rows of the weight that trtllm's kernels want shuffled together
 
@@ -32,7 +32,7 @@ def refusal(capability: int | None) -> str | None:
             return "it needs a CUDA device"
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    if reason := optional.missing("triton"):
+    if reason := _optional.missing("triton"):
         return f"what trtllm cannot take needs Triton, and {reason}"
     if capability < 89:
         return f"float8_e4m3 needs compute capability 8.9, this is {capability / 10}"
@@ -51,7 +51,7 @@ def make(base: type) -> type:
     """The kernel's class, a subclass of vLLM's ``NvFp4LinearKernel``."""
 
     class SafeallocNvFp4LinearKernel(base):  # type: ignore[misc]
-        """Quantise and multiply as one op, whose scales lie in pool buffers.
+        """Quantize and multiply as one op, whose scales lie in pool buffers.
 
         With FlashInfer, where its trtllm GEMM runs (compute capability 10.x) and takes the weight: that, 8x4 up to 32 rows.
         Elsewhere, from 8.9 on, our Triton GEMM, which is there to validate NVFP4 on GPUs that have no FP4 arithmetic:
@@ -72,7 +72,7 @@ def make(base: type) -> type:
             scales = SfLayout.layout_128x4.swizzle(layer.weight_scale.data.view(torch.uint8))
             weight = layer.weight.data.contiguous()
             if self.backend == "trtllm":
-                flashinfer = optional.require("flashinfer")
+                flashinfer = _optional.require("flashinfer")
                 weight = flashinfer.shuffle_matrix_a(weight, _TRTLLM_TILE)
                 rows = layer.weight_scale.data.view(torch.uint8)
                 scales = flashinfer.shuffle_matrix_sf_a(rows, _TRTLLM_TILE).reshape(scales.shape)

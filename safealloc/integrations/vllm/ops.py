@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
-from safealloc.default_pool import empty_scales, library
 from safealloc.errors import SafeAllocError
-from safealloc.inductor import forbid_reuse
+from safealloc.formats.layout import SfLayout
 from safealloc.integrations.vllm.allocator import INDUCTOR, allocator, logger, strict
-from safealloc.layout import SfLayout
+from safealloc.ops.inductor import forbid_reuse
+from safealloc.ops.library import empty_scales, library
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack

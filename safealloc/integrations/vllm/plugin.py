@@ -8,10 +8,9 @@ import threading
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from safealloc import __version__
-from safealloc.default_pool import chosen_pool
+from safealloc._version import __version__
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.allocator import allocator, logger, refuse_compact, watched
+from safealloc.integrations.vllm.allocator import allocator, logger, watched
 from safealloc.integrations.vllm.hooks import HOOKS
 from safealloc.integrations.vllm.kernel import wanted
 from safealloc.integrations.vllm.patches import Patches
@@ -84,9 +83,6 @@ def _unregister() -> None:
 
 
 def _register(patches: Patches) -> tuple[str, ...]:
-    pool = chosen_pool()
-    if pool is not None:
-        refuse_compact(pool)
     found = targets.installed()
     if found is None:
         raise ImportError("vLLM is not installed")

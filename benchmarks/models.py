@@ -1,0 +1,109 @@
+"""The models whose decode steps are measured: what of their published ``config.json`` the sites need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safealloc.commands import models
+from safealloc.commands.models import Site
+from safealloc.formats.layout import SfLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on one tensor-parallel rank.
+
+    Attributes:
+        name: as it was published.
+        tensor_parallel: ranks that a layer is split over.
+        sites: linear layers of a decode step.
+    """
+
+    name: str
+    tensor_parallel: int
+    sites: tuple[Site, ...]
+
+    @property
+    def title(self) -> str:
+        """For tables, progress and pictures."""
+        return f"{self.name}, TP {self.tensor_parallel}"
+
+    @property
+    def step(self) -> list[tuple[Site, int]]:
+        """The linear layers of a decode step in the order they run; each with how many of its site ran before it."""
+        runs = sorted(
+            (layer, place, number) for place, site in enumerate(self.sites) for number, layer in enumerate(site.layers)
+        )
+        return [(self.sites[place], number) for _, place, number in runs]
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes that a step reads of weights and their scales."""
+        return sum(len(site.layers) * weight_nbytes(site) for site in self.sites)
+
+
+def weight_nbytes(site: Site) -> int:
+    """Bytes of one NVFP4 weight of a site, its scales included."""
+    return site.n * site.k // 2 + SfLayout.layout_128x4.nbytes(site.n, site.k)
+
+
+def model(name: str, fields: Mapping[str, int], tensor_parallel: int) -> Model:
+    """One that ``sites`` of these fields makes up.
+
+    Without ``kv_b_proj``: at decode vLLM multiplies by its two halves in bfloat16 (``mla_attention.py``, vLLM 0.33.0), so
+    only prefill quantizes there.
+    """
+    found = models.sites(fields, tensor_parallel)
+    return Model(name, tensor_parallel, tuple(site for site in found if site.name != "kv_b_proj"))
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+}
+QWEN3_32B = {
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 64,
+}
+DEEPSEEK_R1 = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 61,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+
+MODELS = (
+    model("Llama 3.1 8B", LLAMA_8B, 1),
+    model("Llama 3.1 8B", LLAMA_8B, 8),
+    model("Llama 3.3 70B", LLAMA_70B, 1),
+    model("Llama 3.3 70B", LLAMA_70B, 8),
+    model("Qwen3 32B", QWEN3_32B, 1),
+    model("Qwen3 32B", QWEN3_32B, 8),
+    model("DeepSeek-R1 without routed experts", DEEPSEEK_R1, 8),
+)
+"""As if each linear layer were NVFP4; a published checkpoint may leave some in another type."""

@@ -1,1 +1,0 @@
-"""What ``safealloc bench`` measures, side by side in one run."""

@@ -1,0 +1,142 @@
+"""What the sections of ``repro`` share: operands, quantization into memory that no pool made, and what a section is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from safealloc import _optional, mm_fp4, set_foreign_scales
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+from safealloc.ops.backends import QUANTIZERS, Call, triton_refusal
+
+ONE = 0x38
+"""1.0 as e4m3."""
+
+
+class Row(Protocol):
+    """One row of a section: a dataclass whose fields are what was measured and what was stated."""
+
+    HEADINGS: ClassVar[tuple[str, ...]]
+
+    @property
+    def as_stated(self) -> bool:
+        """Whether what was measured is what was stated."""
+
+    def cells(self) -> Sequence[str]:
+        """The row as printed, a cell a heading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section of ``repro``.
+
+    Attributes:
+        name: its key in the JSON.
+        title: its headline.
+        backend: what multiplied.
+        text: one or two sentences: what the rows show.
+        rows: what was measured.
+        failure: what went wrong apart from any row, or ``None``.
+    """
+
+    name: str
+    title: str
+    backend: str
+    text: str
+    rows: Sequence[Row]
+    failure: str | None = None
+
+    @property
+    def as_stated(self) -> bool:
+        return self.failure is None and bool(self.rows) and all(row.as_stated for row in self.rows)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The rows for JSON."""
+        return [{**asdict(row), "as_stated": row.as_stated} for row in self.rows]  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An NVFP4 weight: random values, scales of 1.0.
+
+    Attributes:
+        fp4: uint8 ``[n, k // 2]``.
+        scales: uint8, layout_128x4 for ``[n, k]``.
+        alpha: float32, one element.
+    """
+
+    fp4: Tensor
+    scales: Tensor
+    alpha: Tensor
+
+    @classmethod
+    def random(cls, n: int, k: int, device: torch.device, generator: torch.Generator) -> Weight:
+        """Drawn on the CPU, so that a seed means the same weight on every device."""
+        fp4 = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
+        linear = torch.full((n, k // BLOCK_SIZE), ONE, dtype=torch.uint8)
+        scales = SfLayout.layout_128x4.swizzle(linear)
+        return cls(fp4.to(device), scales.to(device), torch.ones(1, device=device))
+
+    def shuffled(self) -> Weight:
+        """As FlashInfer's trtllm takes it: rows shuffled for an epilogue of 128 rows (vLLM's weight preparation)."""
+        flashinfer = _optional.require("flashinfer")
+        n, k = self.fp4.shape[0], 2 * self.fp4.shape[1]
+        linear = SfLayout.layout_128x4.unswizzle(self.scales, n, k)
+        scales = flashinfer.shuffle_matrix_sf_a(linear, 128).view(torch.uint8).reshape(self.scales.shape)
+        return Weight(flashinfer.shuffle_matrix_a(self.fp4, 128), scales, self.alpha)
+
+    def multiply(self, x_fp4: Tensor, scales: Tensor, backend: str, *, use_8x4: bool | None) -> Tensor:
+        """``mm_fp4`` of an activation and this weight, bfloat16 ``[m, n]``."""
+        return mm_fp4(x_fp4, self.fp4.T, scales, self.scales.T, self.alpha, use_8x4_sf_layout=use_8x4, backend=backend)
+
+
+def random_activation(rows: int, k: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """bfloat16 ``[rows, k]`` of a standard normal distribution."""
+    return torch.randn(rows, k, generator=generator).to(torch.bfloat16).to(device)
+
+
+def quantize_into(
+    x: Tensor, scales: Tensor, layout: SfLayout, backend: str, global_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Quantize with scales in a buffer of the caller's; the real bytes are written and nothing else."""
+    x_fp4 = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8, device=x.device)
+    QUANTIZERS[backend].run(x, global_scale, x_fp4, scales, layout, None)
+    return x_fp4, scales
+
+
+def zeroed(rows: int, k: int, layout: SfLayout, device: torch.device) -> Tensor:
+    """A zeroed scale buffer that no pool knows."""
+    return torch.zeros(layout.padded_shape(rows, k), dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def foreign_scales(mode: Literal["zero", "trust", "error"]) -> Iterator[None]:
+    """:func:`safealloc.set_foreign_scales` until the end of the block."""
+    previous = set_foreign_scales(mode)
+    try:
+        yield
+    finally:
+        set_foreign_scales(previous)
+
+
+def ours(device: torch.device, backend: str) -> str:
+    """Which of our backends quantizes and multiplies where ``backend`` was asked for."""
+    if backend in ("reference", "triton"):
+        return backend
+    return "reference" if triton_refusal(Call(device, SfLayout.layout_128x4)) else "triton"
+
+
+def nan_rows(y: Tensor) -> int:
+    """How many rows hold a NaN."""
+    return int(y.isnan().any(1).sum())
+
+
+def max_diff(y: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; NaN where there is one."""
+    return float((y.float() - other.float()).abs().max())

@@ -1,0 +1,180 @@
+"""vLLM issue 37563, step by step: where its NaN comes from, and what is left once the padding is zero.
+
+The script pads an activation to 128 rows, quantizes it twice with different padding, takes for padding the scale bytes that
+differ, poisons them with 0x7F and multiplies. What it quantizes has 128 rows, so the scales are in layout_128x4; which
+layout the GEMM is told it decides by the number of rows before padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from safealloc.commands.repro.operands import (
+    ONE,
+    Section,
+    Weight,
+    foreign_scales,
+    max_diff,
+    nan_rows,
+    quantize_into,
+    random_activation,
+    zeroed,
+)
+from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
+from safealloc.formats.layout import SfLayout, short
+
+K, N, PADDED_ROWS = 512, 256, 128
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+BACKENDS = ("cutlass", "trtllm")
+OTHER_PADDING = 448.0
+"""What the padding rows hold the second time. Against zeros each of their scales differs, so that none is missed."""
+
+PUBLISHED_NAN_ROWS = {
+    "cutlass": {1: 0, 2: 0, 4: 0, 8: 0, 16: 0, 32: 0, 64: 0},
+    "trtllm": {1: 1, 2: 2, 4: 4, 8: 8, 16: 14, 32: 24, 64: 0},
+}
+"""Rows with NaN of the m rows that are no padding, as the issue has them; compared with, never used."""
+
+
+def layout_read(backend: str, rows: int) -> SfLayout:
+    """The layout that vLLM has the backend read: 8x4 for trtllm up to 32 rows (``flashinfer_scaled_fp4_mm``)."""
+    return SfLayout.layout_8x4 if backend == "trtllm" and rows <= 32 else SfLayout.layout_128x4
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRow:
+    """One row of the published table.
+
+    Attributes:
+        m: rows that are no padding.
+        backend: of the published run; it decides only the layout that is read.
+        layout_written, layout_read: of the scales.
+        padding_bytes: scale bytes that the comparison took for padding.
+        padding_bytes_expected: those of the 128 - m padding rows.
+        nan_rows: of the m rows, with 0x7F in the padding.
+        published_nan_rows: the same, as published.
+        max_diff_finite: largest change of an output of the m rows, with 1.0 in the padding instead of the original 0.
+        max_diff_zeroed: largest error of an output of the m rows, with zero in the padding, against the exact product.
+        largest_correct: largest magnitude of the exact product, to hold the errors against.
+    """
+
+    m: int
+    backend: str
+    layout_written: str
+    layout_read: str
+    padding_bytes: int
+    padding_bytes_expected: int
+    nan_rows: int
+    published_nan_rows: int
+    max_diff_finite: float
+    max_diff_zeroed: float
+    largest_correct: float
+
+    HEADINGS: ClassVar[tuple[str, ...]] = (
+        "m",
+        "backend",
+        "written",
+        "read",
+        "NaN rows",
+        "issue",
+        "diff, pad 1.0",
+        "error, pad 0",
+        "largest correct",
+    )
+
+    @property
+    def as_stated(self) -> bool:
+        """The NaN counts are the published ones, and wrong numbers are where the layouts disagree, only there."""
+        disagree = self.layout_written != self.layout_read
+        return (
+            self.nan_rows == self.published_nan_rows
+            and self.padding_bytes == self.padding_bytes_expected
+            and (self.max_diff_finite != 0) == disagree
+            and (self.max_diff_zeroed != 0) == disagree
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            str(self.m),
+            self.backend,
+            self.layout_written,
+            self.layout_read,
+            f"{self.nan_rows}/{self.m}",
+            f"{self.published_nan_rows}/{self.m}",
+            f"{self.max_diff_finite:g}",
+            f"{self.max_diff_zeroed:g}",
+            f"{self.largest_correct:g}",
+        )
+
+
+def published(device: torch.device, backend: str, seed: int) -> Section:
+    """The published table, computed.
+
+    Args:
+        device: where it is computed.
+        backend: "reference" or "triton", which read scales exactly where the layout says.
+        seed: of the operands.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = Weight.random(N, K, device, generator)
+    rows = []
+    for m in ROWS:
+        x = random_activation(m, K, device, generator)
+        rows += [_row(x, name, weight, backend) for name in BACKENDS]
+    rows.sort(key=lambda row: (BACKENDS.index(row.backend), row.m))
+    return Section("published", "vLLM issue 37563, again", backend, _text(rows), rows)
+
+
+def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedRow:
+    m = x.shape[0]
+    written, read = SfLayout.layout_128x4, layout_read(name, m)
+    global_scale = torch.ones(1, device=x.device)
+    padded = x.new_zeros(PADDED_ROWS, K)
+    padded[:m] = x
+    otherwise_padded = padded.clone()
+    otherwise_padded[m:] = OTHER_PADDING
+    x_fp4, original = quantize_into(padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale)
+    _, other = quantize_into(
+        otherwise_padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale
+    )
+    padding = original != other
+
+    def multiply(scales: torch.Tensor, told: SfLayout) -> torch.Tensor:
+        return weight.multiply(x_fp4, scales, backend, use_8x4=told is SfLayout.layout_8x4)[:m]
+
+    with foreign_scales("trust"):
+        exact = multiply(original, written)
+        as_it_was = multiply(original, read)
+        poisoned = multiply(original.masked_fill(padding, NAN_SCALE), read)
+        finite = multiply(original.masked_fill(padding, ONE), read)
+        zeroed_padding = multiply(original.masked_fill(padding, 0), read)
+    return PublishedRow(
+        m=m,
+        backend=name,
+        layout_written=short(written),
+        layout_read=short(read),
+        padding_bytes=int(padding.sum()),
+        padding_bytes_expected=(PADDED_ROWS - m) * (K // BLOCK_SIZE),
+        nan_rows=nan_rows(poisoned),
+        published_nan_rows=PUBLISHED_NAN_ROWS[name][m],
+        max_diff_finite=max_diff(finite, as_it_was),
+        max_diff_zeroed=max_diff(zeroed_padding, exact),
+        largest_correct=float(exact.float().abs().max()),
+    )
+
+
+def _text(rows: list[PublishedRow]) -> str:
+    disagree = [row for row in rows if row.layout_written != row.layout_read]
+    agree = [row for row in rows if row.layout_written == row.layout_read]
+    worst = max(disagree, key=lambda row: row.max_diff_zeroed)
+    return (
+        f"The layouts disagree: {worst.backend} reads in {worst.layout_read} up to m = {max(row.m for row in disagree)} what "
+        f"was written in {worst.layout_written}, and poisoned padding spoils {sum(row.nan_rows for row in disagree)} of "
+        f"{sum(row.m for row in disagree)} rows; where they agree, {sum(row.nan_rows for row in agree)} of "
+        f"{sum(row.m for row in agree)}. Zeroing the padding alone leaves wrong numbers: finite, and off by "
+        f"{min(row.max_diff_zeroed for row in disagree):g} to {worst.max_diff_zeroed:g} where the largest correct output is "
+        f"{min(row.largest_correct for row in disagree):g} to {max(row.largest_correct for row in disagree):g}."
+    )

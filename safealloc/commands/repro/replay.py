@@ -1,0 +1,333 @@
+"""Scale buffers in real CUDA graphs, replayed while everything around them is filled with stale NaN bytes.
+
+Each shape is captured twice: with scales in a ``torch.empty`` buffer, which is memory of the graph's private pool, and with
+scales from a safealloc pool. The quantizer writes real bytes only, as vLLM's fused producers do. All graphs share one
+memory-pool handle, as a serving engine's do, and the adversary works wherever PyTorch lets it:
+
+- in each graph, before the quantizer: a temporary full of 0x7F that is freed again, as any model's graph has them;
+- in a graph of its own with the same handle: every free block of the private pool is filled with 0x7F;
+- in eager work: every free block of the caching allocator is filled with 0x7F;
+- through the pool itself: an eager caller quantizes NaN in the shapes that the graphs use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from safealloc import PaddingCorruptionError, ScalePool, capture, nvfp4_quantize
+from safealloc.commands.report import Say
+from safealloc.commands.repro.operands import Section, Weight, foreign_scales, quantize_into, random_activation, zeroed
+from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
+from safealloc.formats.layout import SfLayout, short
+from safealloc.ops.backends import Call, triton_refusal
+
+N = 256
+ROWS = (1, 3, 8, 17, 32, 48)
+K = (1008, 1024)
+"""63 scale columns, so one of padding, and 64, so none."""
+LAYOUTS = (SfLayout.layout_128x4, SfLayout.layout_8x4)
+BACKEND = "triton"
+
+_SMALL = 1 << 20  # kSmallSize of PyTorch's CUDACachingAllocator: up to here blocks come from segments of their own
+_REFRESH = 256  # strikes before the list of free blocks is read anew
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRow:
+    """One shape.
+
+    Attributes:
+        m, k: of the activation.
+        layout: of its scales.
+        padding_columns: scale columns beyond k / 16.
+        replays: of each of the two graphs.
+        nan_rows_empty: rows with NaN over all replays of the graph with ``torch.empty``; some where there are padding
+            columns. (Our GEMM never reads padding rows, so none are stated elsewhere.)
+        nan_rows_pool: the same with the pool: none.
+        wrong_rows_pool: rows over all replays that differ by any bit from the product over a fresh zeroed buffer: none.
+        adversary_reached: whether the adversary's graph filled the memory of the ``torch.empty`` buffer.
+        nodes_empty, nodes_pool: of each graph, or ``None`` without ``cuda.bindings``.
+    """
+
+    m: int
+    k: int
+    layout: str
+    padding_columns: int
+    replays: int
+    nan_rows_empty: int
+    nan_rows_pool: int
+    wrong_rows_pool: int
+    adversary_reached: bool
+    nodes_empty: int | None
+    nodes_pool: int | None
+
+    HEADINGS: ClassVar[tuple[str, ...]] = (
+        "m",
+        "k",
+        "layout",
+        "padding columns",
+        "NaN rows, empty",
+        "NaN rows, pool",
+        "wrong rows, pool",
+        "nodes, empty",
+        "nodes, pool",
+    )
+
+    @property
+    def as_stated(self) -> bool:
+        return (
+            self.nan_rows_pool == 0
+            and self.wrong_rows_pool == 0
+            and (self.nan_rows_empty > 0 or not self.padding_columns)
+            and self.nodes_empty == self.nodes_pool
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        total = self.m * self.replays
+        return (
+            str(self.m),
+            str(self.k),
+            self.layout,
+            str(self.padding_columns),
+            f"{self.nan_rows_empty}/{total}",
+            f"{self.nan_rows_pool}/{total}",
+            f"{self.wrong_rows_pool}/{total}",
+            "-" if self.nodes_empty is None else str(self.nodes_empty),
+            "-" if self.nodes_pool is None else str(self.nodes_pool),
+        )
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why there is nothing to replay on a device, in one sentence, or ``None``."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, not {device}"
+    return triton_refusal(Call(device, SfLayout.layout_128x4))
+
+
+def replay(device: torch.device, seed: int, replays: int, say: Say) -> Section:
+    """Capture, then replay in random order between the adversary's strikes.
+
+    Args:
+        device: a CUDA device, the current one.
+        seed: of the operands and the order.
+        replays: of each graph.
+        say: told how far it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {k: Weight.random(N, k, device, generator) for k in K}
+    cases = [
+        _Case(random_activation(m, k, device, generator), layout, weights[k])
+        for m, k, layout in itertools.product(ROWS, K, LAYOUTS)
+    ]
+    with ScalePool(device, growth_in_capture="error") as pool, foreign_scales("trust"):
+        for case in cases:  # compiles every kernel that is captured, for exactly these arguments
+            case.compute_expected()
+            case.quantize_nan(pool)
+            torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=device)
+        for layout in LAYOUTS:
+            pool.reserve(ROWS, K, layout)
+        say("replay: capturing")
+        handle = torch.cuda.graph_pool_handle()
+        captured = [_capture(case, pool, handle, from_pool=from_pool) for case in cases for from_pool in (False, True)]
+        adversary = _Adversary(cases, pool, handle, device, seed)
+        nan, wrong = _replay_all(captured, adversary, seed, replays, say)
+        failure = None
+        try:
+            checked = pool.verify()
+        except PaddingCorruptionError as error:
+            checked, failure = 0, str(error)
+        rows = []
+        for number, case in enumerate(cases):
+            empty, pooled = captured[2 * number], captured[2 * number + 1]
+            m, k = case.x.shape
+            row = ReplayRow(
+                m=m,
+                k=k,
+                layout=short(case.layout),
+                padding_columns=case.layout.padded_shape(m, k)[1] - k // BLOCK_SIZE,
+                replays=replays,
+                nan_rows_empty=nan[2 * number],
+                nan_rows_pool=nan[2 * number + 1],
+                wrong_rows_pool=wrong[2 * number + 1],
+                adversary_reached=adversary.reached(empty.scales_address, case.nbytes),
+                nodes_empty=empty.nodes,
+                nodes_pool=pooled.nodes,
+            )
+            rows.append(row)
+        text = _text(rows, checked, adversary)
+        del captured, empty, pooled, adversary  # graphs go before the memory they write
+        torch.cuda.synchronize(device)
+    return Section("replay", f"CUDA graphs, {replays} replays each", BACKEND, text, rows, failure)
+
+
+class _Case:
+    """One shape: operands, and the right product."""
+
+    def __init__(self, x: Tensor, layout: SfLayout, weight: Weight) -> None:
+        self.x, self.layout, self.weight = x, layout, weight
+        self.nbytes = layout.nbytes(*x.shape)
+        self.expected = torch.empty(0)
+        self._global_scale = torch.ones(1, device=x.device)
+        self._nan = torch.full_like(x, float("nan"))
+
+    def compute_expected(self) -> None:
+        rows, k = self.x.shape
+        scales = zeroed(rows, k, self.layout, self.x.device)
+        self.expected = self._multiply(*quantize_into(self.x, scales, self.layout, BACKEND, self._global_scale))
+
+    def quantize_nan(self, pool: ScalePool) -> None:
+        nvfp4_quantize(self._nan, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
+
+    def product_with_empty(self) -> tuple[Tensor, int]:
+        """The product with scales in whatever memory ``torch.empty`` gives, and where that is."""
+        scales = torch.empty(self.layout.padded_shape(*self.x.shape), dtype=torch.uint8, device=self.x.device)
+        x_fp4, _ = quantize_into(self.x, scales, self.layout, BACKEND, self._global_scale)
+        return self._multiply(x_fp4, scales), scales.data_ptr()
+
+    def product_with_pool(self, pool: ScalePool) -> tuple[Tensor, int]:
+        """The product with scales from a pool, and where they are."""
+        x_fp4, scales = nvfp4_quantize(self.x, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
+        return self._multiply(x_fp4, scales), scales.data_ptr()
+
+    def _multiply(self, x_fp4: Tensor, scales: Tensor) -> Tensor:
+        return self.weight.multiply(x_fp4, scales, BACKEND, use_8x4=self.layout is SfLayout.layout_8x4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    y: Tensor
+    expected: Tensor
+    scales_address: int
+    nodes: int | None
+
+
+def _capture(case: _Case, pool: ScalePool, handle: Any, *, from_pool: bool) -> _Captured:
+    with capture(pool=pool, graph_pool=handle) as graph:
+        temporary = torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=case.x.device)
+        del temporary  # back to the private pool, where the next block of this size comes from
+        y, scales_address = case.product_with_pool(pool) if from_pool else case.product_with_empty()
+    nodes = pool.graph_report(graph).nodes
+    return _Captured(graph, y, case.expected, scales_address, None if nodes is None else sum(nodes.values()))
+
+
+def _replay_all(
+    captured: Sequence[_Captured], adversary: _Adversary, seed: int, replays: int, say: Say
+) -> tuple[list[int], list[int]]:
+    """Rows with NaN, and rows that differ from the right product, over all replays of each graph."""
+    device = captured[0].y.device
+    nan = torch.zeros(len(captured), dtype=torch.int64, device=device)
+    wrong = torch.zeros_like(nan)
+    order = [number for number in range(len(captured)) for _ in range(replays)]
+    random.Random(seed).shuffle(order)
+    for step, number in enumerate(order):
+        if step % _REFRESH == 0:
+            say(f"replay: {step} of {len(order)}")
+        adversary.strike()
+        one = captured[number]
+        one.graph.replay()
+        nan[number] += one.y.isnan().any(1).sum()
+        wrong[number] += (one.y.view(torch.int16) != one.expected.view(torch.int16)).any(1).sum()
+    return nan.tolist(), wrong.tolist()
+
+
+class _Adversary:
+    """Fills with 0x7F whatever PyTorch's allocator hands out."""
+
+    def __init__(self, cases: Sequence[_Case], pool: ScalePool, handle: Any, device: torch.device, seed: int) -> None:
+        self._cases, self._pool, self._device = cases, pool, device
+        self._random = random.Random(seed)
+        self._strikes = 0
+        self._eager_sizes: list[int] = []
+        self.eager_bytes = 0
+        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(device)
+        sizes = _free_blocks(torch.cuda.memory_snapshot(), device, tuple(handle))
+        with torch.cuda.graph(self._graph, pool=handle):
+            blocks = [self._filled(size) for size in sizes]
+        self._ranges = _merged((block.data_ptr(), block.data_ptr() + block.numel()) for block in blocks)
+        self.graph_bytes = sum(sizes)
+
+    def strike(self) -> None:
+        """Queue one round of filling on the current stream."""
+        if self._strikes % _REFRESH == 0:
+            torch.cuda.synchronize(self._device)
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            self._filled(64 << 20)  # so that there is a cache worth filling
+            self._eager_sizes = _free_blocks(torch.cuda.memory_snapshot(), self._device, (0, 0), stream)
+            self.eager_bytes = sum(self._eager_sizes)
+        self._strikes += 1
+        self._graph.replay()
+        self._random.choice(self._cases).quantize_nan(self._pool)
+        blocks = [self._filled(size) for size in self._eager_sizes]  # all at once, so that no two share memory
+        del blocks
+
+    def reached(self, address: int, nbytes: int) -> bool:
+        """Whether the adversary's graph fills all these bytes."""
+        return any(start <= address and address + nbytes <= end for start, end in self._ranges)
+
+    def _filled(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), NAN_SCALE, dtype=torch.uint8, device=self._device)
+
+
+def _free_blocks(
+    segments: Iterable[dict[str, Any]], device: torch.device, memory_pool: tuple[int, ...], stream: int | None = None
+) -> list[int]:
+    """Bytes of each allocation that together take every free block of a memory pool, in the order to make them.
+
+    Largest first, each then finds a block of exactly its size, or the rest of one that was cut before: the allocator takes
+    the smallest block that fits.
+
+    Args:
+        segments: ``torch.cuda.memory_snapshot()``.
+        device: whose memory.
+        memory_pool: id of a graph's memory pool; ``(0, 0)`` is where eager work allocates.
+        stream: only blocks that are handed out on it; ``None`` is every stream.
+    """
+    sizes = []
+    for segment in segments:
+        if segment["device"] != device.index or tuple(segment["segment_pool_id"]) != memory_pool:
+            continue
+        if stream is not None and segment["stream"] != stream:
+            continue
+        small = segment["segment_type"] == "small"
+        for block in segment["blocks"]:
+            if block["state"] != "inactive":
+                continue
+            size = block["size"]
+            if small:  # larger allocations do not look here
+                sizes += [_SMALL] * (size // _SMALL) + ([size % _SMALL] if size % _SMALL else [])
+            elif size > _SMALL:
+                sizes.append(size)
+    return sorted(sizes, reverse=True)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges with those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _text(rows: list[ReplayRow], checked: int, adversary: _Adversary) -> str:
+    padded = [row for row in rows if row.padding_columns]
+    total = sum(row.m * row.replays for row in rows)
+    return (
+        f"Between replays the adversary fills {adversary.graph_bytes} free bytes of the graphs' memory pool (it reaches "
+        f"{sum(row.adversary_reached for row in rows)} of {len(rows)} torch.empty buffers) and {adversary.eager_bytes} of "
+        f"the caching allocator. torch.empty: NaN in {sum(row.nan_rows_empty for row in padded)} of "
+        f"{sum(row.m * row.replays for row in padded)} rows where k leaves padding columns. The pool: NaN in "
+        f"{sum(row.nan_rows_pool for row in rows)} and any wrong bit in {sum(row.wrong_rows_pool for row in rows)} of "
+        f"{total} rows; verify() checked {checked} buffers."
+    )

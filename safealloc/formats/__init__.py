@@ -1,0 +1,1 @@
+"""What scale bytes are and where they lie: nothing here allocates or launches."""

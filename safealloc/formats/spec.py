@@ -1,0 +1,129 @@
+"""What a scale tensor holds: the one descriptor, which nothing derives again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safealloc.formats.layout import SfLayout, checked_integer, checked_layout, checked_shape
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSpec:
+    """Which matrix a scale buffer belongs to, and how it is laid out.
+
+    Attributes:
+        rows: rows of the matrix.
+        k: its columns in elements; ``k // 16`` scale columns are real.
+        layout: order of the bytes.
+        padded_k: columns that the consumer was padded to, where that is more than ``k``; else ``None``.
+        experts: a buffer for up to ``rows`` rows that are routed to so many experts, each of which starts at a tile. Which
+            rows hold scales now, its record tells: for each routed row the scale row it was put in, counted from 1; 0 for a
+            row that there was not, -1 for one that was routed nowhere.
+
+    A record is ``record`` int32, ``record_offset`` bytes from the start.
+    """
+
+    rows: int
+    k: int
+    layout: SfLayout
+    padded_k: int | None = None
+    experts: int | None = None
+
+    @classmethod
+    def checked(cls, rows: int, k: int, layout: SfLayout | int, padded_k: int | None = None) -> ScaleSpec:
+        """A spec whose numbers were checked; ``padded_k == k`` becomes ``None``.
+
+        Args:
+            rows, k, layout, padded_k: the matrix and its layout.
+
+        Raises:
+            TypeError, ValueError: see :meth:`SfLayout.padded_shape`.
+        """
+        rows, k, padded_k = checked_shape(rows, k, padded_k)
+        return cls(rows, k, checked_layout(layout), None if padded_k == k else padded_k)
+
+    @classmethod
+    def grouped(cls, rows: int, k: int, layout: SfLayout | int, experts: int) -> ScaleSpec:
+        """A spec for routed rows, whose numbers were checked.
+
+        Args:
+            rows: rows routed in all, at least 1.
+            k, layout: as in :meth:`checked`.
+            experts: at least 1.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        rows, k, _ = checked_shape(rows, k, None)
+        experts = checked_integer(experts, "experts")
+        if experts < 1:
+            raise ValueError(f"experts must be at least 1, got {experts}")
+        return cls(rows, k, checked_layout(layout), experts=experts)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the matrix as it lies in the buffer, before the last tile is padded."""
+        return self.rows if self.experts is None else self.layout.grouped_rows(self.rows, self.experts)
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        return self.layout.padded_shape(self.stored_rows, self.k, padded_k=self.padded_k)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales, padding included."""
+        return self.layout.nbytes(self.stored_rows, self.k, padded_k=self.padded_k)
+
+    @property
+    def record(self) -> int:
+        """How many int32 behind the scale bytes tell what is real; 0 where that is the same for ever."""
+        return 0 if self.experts is None else self.rows
+
+    @property
+    def record_offset(self) -> int:
+        """Where the record starts: ``scale_bytes``, aligned."""
+        return -(-self.scale_bytes // 16) * 16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole buffer: scales and record."""
+        return self.record_offset + 4 * self.record if self.record else self.scale_bytes
+
+    def scales_in(self, memory: Tensor) -> Tensor:
+        """The scales of a buffer, uint8 ``[padded_rows, padded_cols]``, without the record behind them.
+
+        Args:
+            memory: all of the buffer, uint8 ``[nbytes]``.
+        """
+        return memory[: self.scale_bytes].view(self.padded_shape)
+
+    def record_in(self, scales: Tensor) -> Tensor | None:
+        """The record behind the scales of a buffer, int32 ``[record]``; ``None`` if it has none.
+
+        Args:
+            scales: the buffer or its first rows, uint8.
+        """
+        if not self.record:
+            return None
+        behind = scales.storage_offset() + self.record_offset
+        return scales.as_strided((4 * self.record,), (1,), behind).view(torch.int32)
+
+    def padding_views(self, buffer: Tensor) -> list[Tensor]:
+        """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`.
+
+        Of a buffer with a record that is its padding columns: which rows are padding, only the record tells.
+        """
+        return self.layout.padding_views(buffer, self.stored_rows, self.k, padded_k=self.padded_k)
+
+    def zero_padding(self, buffer: Tensor) -> None:
+        """Zero the padding of ``buffer`` in place, by at most four fills; real bytes are not touched."""
+        for padding in self.padding_views(buffer):
+            padding.zero_()
+
+    def __str__(self) -> str:
+        padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
+        experts = "" if self.experts is None else f", experts={self.experts}"
+        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{experts}"

@@ -1,0 +1,340 @@
+"""``mm_fp4``: FlashInfer's call, with the layout bound to the buffer and zero padding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safealloc._checks import BYTES, FP4, check_contiguous, check_tensor
+from safealloc._optional import missing
+from safealloc.errors import LayoutMismatchError, SafeAllocError
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
+from safealloc.kernels.vendors import flashinfer_mm
+from safealloc.ops.backends import GEMMS, Backend, Call, choose, zero_padding
+from safealloc.ops.library import library
+from safealloc.pool.buffer import remember, spec_of
+
+ForeignScales = Literal["zero", "trust", "error"]
+_foreign_scales: ForeignScales = "zero"
+
+
+def set_foreign_scales(mode: ForeignScales) -> ForeignScales:
+    """What :func:`mm_fp4` does with activation scales that no pool made; returns the mode until now.
+
+    Args:
+        mode: ``"zero"`` zeroes their padding in place by one small kernel, ``"trust"`` reads them as they are,
+            ``"error"`` refuses them.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    global _foreign_scales
+    if mode not in ("zero", "trust", "error"):
+        raise ValueError(f'mode must be "zero", "trust" or "error", got {mode!r}')
+    previous, _foreign_scales = _foreign_scales, mode
+    return previous
+
+
+def mm_fp4(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    block_size: int = 16,
+    use_8x4_sf_layout: bool | None = None,
+    backend: str = "auto",
+    use_nvfp4: bool = True,
+    enable_pdl: bool = True,
+    *,
+    skip_check: bool = False,
+) -> Tensor:
+    """NVFP4 GEMM ``alpha * (a @ b)``, called as ``flashinfer.mm_fp4``.
+
+    Args:
+        a: uint8 or float4_e2m1fn_x2 ``[m, k // 2]``, contiguous.
+        b: the weight ``[n, k // 2]`` transposed: ``[k // 2, n]``, column-major.
+        a_descale: scales of ``a``, uint8 or float8_e4m3fn, contiguous. From a pool: layout and rows are known, and ``a``
+            may have been padded in k as far as the buffer's columns go. From elsewhere: see :func:`set_foreign_scales`.
+        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed.
+        alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
+        out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
+        out: result ``[m, n]``, contiguous; ``None`` makes one.
+        block_size: 16. 32 is MXFP4, which goes to FlashInfer untouched.
+        use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
+        backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
+            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: 8x4 scales go
+            to it by its name only, and to "triton" by "auto".
+        use_nvfp4, enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
+
+    Returns:
+        ``out``, ``[m, n]``.
+
+    Raises:
+        LayoutMismatchError: the flag, the rows or the columns contradict the buffer.
+        SafeAllocError: scales from elsewhere, in mode ``"error"``.
+        TypeError, ValueError: an argument is wrong, or the backend cannot run it. Nothing was launched in either case.
+    """
+    if block_size != BLOCK_SIZE or not use_nvfp4:
+        if reason := missing("flashinfer"):
+            raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
+        return flashinfer_mm(
+            a,
+            b,
+            a_descale,
+            b_descale,
+            alpha,
+            out_dtype,
+            out,
+            block_size=block_size,
+            use_8x4_sf_layout=bool(use_8x4_sf_layout),
+            backend=backend,
+            use_nvfp4=use_nvfp4,
+            enable_pdl=enable_pdl,
+            skip_check=skip_check,
+        )
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.safealloc.mm_fp4(
+            a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check, a_descale
+        )
+        return result if out is None else out.copy_(result)
+    m, n, k = _check_operands(a, b, b_descale)
+    check_result(m, n, alpha, out_dtype, out, a.device)
+    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
+    row = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, a.device, m))
+    if foreign:
+        _treat_foreign(a_descale, layout, m, k)
+    return multiply(
+        row, a, b, a_descale, b_descale, alpha, out_dtype, out, layout, enable_pdl=enable_pdl, skip_check=skip_check
+    )
+
+
+def multiply(
+    row: Backend,
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None,
+    layout: SfLayout,
+    *,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
+) -> Tensor:
+    """:func:`mm_fp4` of arguments that were checked, by a backend that was chosen; ``layout`` is that of ``a_descale``."""
+    if row.flashinfer:
+        swizzle = {"use_8x4_sf_layout": layout is SfLayout.layout_8x4}
+        options = {"enable_pdl": enable_pdl, "skip_check": skip_check}
+        return row.run(a, b, a_descale, b_descale, alpha, out_dtype, out, **swizzle, **options)  # type: ignore[no-any-return]
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
+    a_bytes, b_bytes = a.view(torch.uint8), b.T.view(torch.uint8)
+    row.run(a_bytes, b_bytes, a_descale.view(torch.uint8), b_descale.T.view(torch.uint8), alpha, out, layout)
+    return out
+
+
+def _check_operands(a: Tensor, b: Tensor, b_descale: Tensor) -> tuple[int, int, int]:
+    check_tensor("a", a, FP4, "[m, k // 2]")
+    check_contiguous("a", a)
+    check_tensor("b", b, FP4, "[k // 2, n]", a.device)
+    check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
+    n, k = check_weight(b.T, b_descale.T, a.device, "b.T", "b_descale.T")
+    if a.shape[0] < 1 or 2 * a.shape[1] != k:
+        raise ValueError(
+            f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
+        )
+    return a.shape[0], n, k
+
+
+def check_weight(
+    weight: Tensor,
+    scales: Tensor,
+    device: torch.device,
+    weight_name: str = "weight_fp4",
+    scales_name: str = "weight_scale",
+) -> tuple[int, int]:
+    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4.
+
+    Raises:
+        TypeError, ValueError: they are not that.
+    """
+    check_tensor(weight_name, weight, FP4, "[n, k // 2]", device)
+    check_contiguous(weight_name, weight)
+    n, k = weight.shape[0], 2 * weight.shape[1]
+    if n < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
+        raise ValueError(
+            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {BLOCK_SIZE}, got n={n}, k={k}"
+        )
+    check_tensor(scales_name, scales, BYTES, "[padded_n, padded_cols]", device)
+    check_contiguous(scales_name, scales)
+    spec = ScaleSpec(n, k, SfLayout.layout_128x4)
+    if scales.numel() != spec.nbytes:
+        raise ValueError(
+            f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
+        )
+    return n, k
+
+
+def check_result(
+    m: int, n: int, alpha: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, device: torch.device
+) -> None:
+    """Raises: TypeError, ValueError: ``alpha``, ``out_dtype`` or ``out`` do not fit a result ``[m, n]``."""
+    if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"out_dtype must be torch.bfloat16, torch.float16 or torch.float32, got {out_dtype}")
+    if out is not None:
+        check_tensor("out", out, (out_dtype,), "[m, n]", device)
+        check_contiguous("out", out)
+        if out.shape != (m, n):
+            raise ValueError(f"out must be {(m, n)}, got {tuple(out.shape)}")
+    if alpha is not None:
+        if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
+            raise TypeError(f"alpha must be a float32 tensor, got {getattr(alpha, 'dtype', type(alpha).__name__)}")
+        if alpha.numel() not in (1, m) or alpha.device != device:
+            raise ValueError(
+                f"alpha must have one element or one per row (m={m}) on {device}, got shape {tuple(alpha.shape)} on "
+                f"{alpha.device}"
+            )
+
+
+def call_of(
+    layout: SfLayout, alpha: Tensor | None, out_dtype: torch.dtype, device: torch.device, m: int | None = None
+) -> Call:
+    """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
+    row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
+    return Call(device, layout, out_dtype, row_alpha=row_alpha)
+
+
+def _layout_of(
+    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device
+) -> tuple[SfLayout, bool]:
+    """The layout the scales were written in, and whether that is only the caller's word."""
+    check_tensor("a_descale", a_descale, BYTES, None, device)
+    check_contiguous("a_descale", a_descale)
+    said = None
+    if use_8x4_sf_layout is not None:
+        said = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+    spec = spec_of(a_descale)
+    if spec is not None:
+        _check_spec(spec, a_descale, m, k, said)
+        return spec.layout, False
+    layout = said or SfLayout.layout_128x4
+    needed = layout.nbytes(m, k)
+    if a_descale.numel() != needed:
+        others = [other.name for other in SfLayout if other.nbytes(m, k) == a_descale.numel()]
+        kind = LayoutMismatchError if others else ValueError
+        raise kind(
+            f"a_descale for m={m}, k={k} in {layout.name} has {needed} bytes, got {a_descale.numel()}"
+            + (f", which fits {' and '.join(others)}" if others else "")
+        )
+    return layout, True
+
+
+def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayout | None) -> None:
+    check_agrees(spec, m, k, said)
+    if a_descale.numel() != spec.scale_bytes:
+        raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
+
+
+def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None:
+    """Refuse a GEMM that would read a buffer otherwise than it was written.
+
+    Args:
+        spec: of the activation's scales.
+        m, k: of the activation; k may have been padded as far as the buffer's columns go.
+        said: the layout that the GEMM is told, if it is told one.
+
+    Raises:
+        LayoutMismatchError: the layout, the rows or the columns contradict the buffer.
+    """
+    if said is not None and said is not spec.layout:
+        raise LayoutMismatchError(
+            f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
+            f"GEMM to read it as {said.name}; use_8x4_sf_layout=None takes the buffer's layout"
+        )
+    if spec.experts is not None:
+        raise LayoutMismatchError(
+            f"a_descale holds rows routed to {spec.experts} experts, each from a tile on, which only a grouped GEMM reads"
+        )
+    if spec.rows != m:
+        raise LayoutMismatchError(
+            f"a_descale was written for {spec.rows} rows, a has {m}: quantize the rows that are multiplied"
+        )
+    padded_cols = spec.padded_shape[1]
+    if spec.layout.round_up(m, k // BLOCK_SIZE)[1] != padded_cols:
+        raise LayoutMismatchError(
+            f"a_descale has {padded_cols} scale columns ({spec}), a has k={k}: pad a to a k that rounds up to them, or "
+            "acquire the buffer with padded_k"
+        )
+
+
+def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:
+    if _foreign_scales == "error":
+        raise SafeAllocError(
+            "a_descale is from no pool, and set_foreign_scales is 'error': take it from safealloc.nvfp4_quantize, or have "
+            "the producer write into pool.acquire(rows, k, layout)"
+        )
+    if _foreign_scales == "zero":
+        zero_padding(a_descale, layout, m, k)
+
+
+# A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: as they are, which
+# tells the buffer, and as what is zeroed and read where they are from elsewhere.
+library.define(
+    "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
+    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _op(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    use_8x4_sf_layout: bool | None,
+    backend: str,
+    enable_pdl: bool,
+    skip_check: bool,
+    foreign_descale: Tensor,
+) -> Tensor:
+    spec = spec_of(a_descale)
+    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr():
+        remember(foreign_descale, spec)  # the copy, which later ops of the graph may get
+    return mm_fp4(
+        a,
+        b,
+        foreign_descale if spec is None else a_descale,
+        b_descale,
+        alpha,
+        out_dtype,
+        use_8x4_sf_layout=use_8x4_sf_layout,
+        backend=backend,
+        enable_pdl=enable_pdl,
+        skip_check=skip_check,
+    )
+
+
+def _fake(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    *rest: object,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+library.impl("mm_fp4", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("safealloc::mm_fp4", _fake, lib=library)

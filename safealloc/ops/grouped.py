@@ -1,0 +1,283 @@
+"""NVFP4 quantization of rows routed to experts, into pool buffers in which nothing of an earlier step is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safealloc._checks import BYTES, check_contiguous, check_scalar, check_tensor
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout, checked_layout
+from safealloc.formats.spec import ScaleSpec
+from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, choose
+from safealloc.ops.inductor import forbid_reuse
+from safealloc.ops.library import library
+from safealloc.pool.buffer import spec_of
+from safealloc.pool.default import checked_pool, default_pool
+from safealloc.pool.pool import ScalePool
+
+
+def nvfp4_quantize_grouped(
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    *,
+    layout: SfLayout = SfLayout.layout_128x4,
+    pool: ScalePool | None = None,
+    backend: str = "auto",
+    valid_rows: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize rows that are sorted by expert, as vLLM's ``scaled_fp4_experts_quant``, in one launch.
+
+    Every byte of the scales that is not one of this call's is zero afterwards, whatever the offsets were at the call before.
+    Offsets are read on the device and not checked there: with such as contradict the buffer, rows that would lie beyond it
+    count as routed nowhere.
+
+    Args:
+        x: bfloat16 or float16 ``[rows, k]``, contiguous; the rows of expert ``e`` are ``expert_offsets[e]`` to
+            ``expert_offsets[e + 1] - 1``. Rows outside of every group are routed nowhere: their data are zero.
+        global_scales: float32 ``[experts]``: what the scales of each expert's rows are multiplied by.
+        expert_offsets: int32 ``[experts + 1]`` on the device, not decreasing, from 0 to ``rows`` at most.
+        blockscale_offsets: int32 ``[experts + 1]`` on the device: the scale row where each expert's begin, a multiple of the
+            layout's tile; each group rounded up to whole tiles, and summed.
+        layout: order of the scale bytes.
+        pool: where the scales come from; ``None`` is the default pool.
+        backend: ``"reference"`` (any device), ``"triton"`` (compute capability 8.9 and up), ``"auto"``.
+        valid_rows: int32, one element on the device: rows of tokens at or beyond it, a graph's padded batch, get zero data
+            and zero scales whatever they hold. ``None``: all are valid.
+        row_tokens: int32 ``[rows]`` on the device: the token of each row (vLLM's ``a_map``), for ``valid_rows``; ``None``: a
+            row is a token.
+
+    Returns:
+        uint8 ``[rows, k // 2]`` (low nibble: even column) and the scales, as :meth:`ScalePool.acquire_grouped` returns them.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the backend cannot run it; nothing was launched.
+        SafeAllocError: as :meth:`ScalePool.acquire`.
+    """
+    return _quantize(
+        x, global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens, silu=False
+    )
+
+
+def silu_and_mul_nvfp4_quantize_grouped(
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    *,
+    layout: SfLayout = SfLayout.layout_128x4,
+    pool: ScalePool | None = None,
+    backend: str = "auto",
+    valid_rows: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize ``silu(gate) * up`` of rows sorted by expert, as vLLM's ``silu_and_mul_scaled_fp4_experts_quant``.
+
+    The product is rounded to the dtype of ``x`` before it is quantized (:mod:`safealloc.kernels.reference_grouped`).
+
+    Args:
+        x: bfloat16 or float16 ``[rows, 2 * k]``, contiguous: gate, then up.
+        global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens: as in
+            :func:`nvfp4_quantize_grouped`.
+
+    Returns:
+        uint8 ``[rows, k // 2]`` and the scales.
+
+    Raises:
+        TypeError, ValueError, SafeAllocError: as :func:`nvfp4_quantize_grouped`.
+    """
+    return _quantize(
+        x, global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens, silu=True
+    )
+
+
+def clean_grouped_scales(
+    scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    rows: int | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Beside a producer that writes real scales only: clear what the step before left and this one does not write.
+
+    One launch, whose cost follows the rows of both steps. It may come before or after the producer, on its stream, and has to
+    come before the GEMM. What a producer wrote elsewhere, only :meth:`ScalePool.verify` sees.
+
+    Args:
+        scales: of :meth:`ScalePool.acquire_grouped`, or a dtype view of it.
+        expert_offsets, blockscale_offsets: as in :func:`nvfp4_quantize_grouped`.
+        rows: of this step, routed or not; ``None``: as many as the buffer is for.
+        backend: ``"reference"`` or ``"triton"``, ``"auto"``.
+
+    Raises:
+        ValueError: ``scales`` are not of :meth:`ScalePool.acquire_grouped`, or an argument does not fit them; nothing was
+            launched.
+        TypeError: not a tensor, or of another dtype.
+    """
+    check_tensor("scales", scales, (*BYTES, torch.int32), None)
+    spec = spec_of(scales)
+    if spec is None or spec.experts is None:
+        raise ValueError(
+            "scales must start at a buffer of ScalePool.acquire_grouped: another has no record to clean by"
+        )
+    _check_offsets(expert_offsets, blockscale_offsets, spec.experts, scales.device)
+    rows = spec.rows if rows is None else rows
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise TypeError(f"rows must be an integer, got {rows!r}")
+    if not 1 <= rows <= spec.rows:
+        raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
+    row = choose(CLEANERS, backend, scales.device, spec.layout)
+    buffer, record = _whole(spec, scales.view(torch.uint8))
+    row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
+
+
+def _quantize(
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    layout: SfLayout,
+    pool: ScalePool | None,
+    backend: str,
+    valid_rows: Tensor | None,
+    row_tokens: Tensor | None,
+    *,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        if pool is not None:
+            raise ValueError("compiled code quantizes into the default pool: leave pool out, and choose it by use_pool")
+        result: tuple[Tensor, Tensor] = torch.ops.safealloc.nvfp4_quantize_grouped(
+            x, global_scales, expert_offsets, blockscale_offsets, int(layout), backend, valid_rows, row_tokens, silu
+        )
+        return result
+    rows, k, experts = _check_input(x, global_scales, expert_offsets, blockscale_offsets, silu=silu)
+    if valid_rows is not None:
+        check_scalar("valid_rows", valid_rows, torch.int32, x.device)
+    if row_tokens is not None:
+        _check_vector("row_tokens", row_tokens, torch.int32, rows, x.device)
+        if valid_rows is None:
+            raise ValueError("row_tokens tells whose rows are valid: give valid_rows too")
+    layout = checked_layout(layout)
+    pool = default_pool(x.device) if pool is None else checked_pool(pool)
+    if pool.device != x.device:
+        raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
+    row = choose(GROUPED_QUANTIZERS, backend, x.device, layout)
+    scales = pool.acquire_grouped(rows, k, experts, layout)
+    spec = spec_of(scales)
+    assert spec is not None
+    buffer, record = _whole(spec, scales)
+    x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
+    row.run(
+        x,
+        global_scales,
+        x_fp4,
+        buffer,
+        layout,
+        record,
+        expert_offsets,
+        blockscale_offsets,
+        valid_rows,
+        row_tokens,
+        silu,
+    )
+    return x_fp4, scales
+
+
+def _whole(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """All of the buffer, uint8 ``[padded_rows, padded_cols]``, and its record."""
+    padded_rows, padded_cols = spec.padded_shape
+    record = spec.record_in(scales)
+    assert record is not None
+    return scales.as_strided((padded_rows, padded_cols), (padded_cols, 1)), record
+
+
+def _check_input(
+    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, *, silu: bool
+) -> tuple[int, int, int]:
+    """Rows, k and experts."""
+    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, 2 * k]" if silu else "[rows, k]")
+    check_contiguous("x", x)
+    rows, width = x.shape
+    block = 2 * BLOCK_SIZE if silu else BLOCK_SIZE
+    if rows < 1 or width < block or width % block:
+        columns = f"2 * k with k a multiple of {BLOCK_SIZE}" if silu else f"k a multiple of {BLOCK_SIZE}"
+        raise ValueError(f"x must have at least 1 row and {columns} columns, got shape {rows, width}")
+    check_tensor("global_scales", global_scales, (torch.float32,), "[experts]", x.device)
+    check_contiguous("global_scales", global_scales)
+    experts = global_scales.shape[0]
+    if experts < 1:
+        raise ValueError("global_scales must have one element for each expert, got none")
+    _check_offsets(expert_offsets, blockscale_offsets, experts, x.device)
+    return rows, width // 2 if silu else width, experts
+
+
+def _check_offsets(expert_offsets: Tensor, blockscale_offsets: Tensor, experts: int, device: torch.device) -> None:
+    _check_vector("expert_offsets", expert_offsets, torch.int32, experts + 1, device)
+    _check_vector("blockscale_offsets", blockscale_offsets, torch.int32, experts + 1, device)
+
+
+def _check_vector(name: str, vector: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
+    check_tensor(name, vector, (dtype,), "[length]", device)
+    check_contiguous(name, vector)
+    if vector.shape[0] != length:
+        raise ValueError(f"{name} must have {length} elements, got {vector.shape[0]}")
+
+
+library.define(
+    "nvfp4_quantize_grouped(Tensor x, Tensor global_scales, Tensor expert_offsets, Tensor blockscale_offsets, int layout, "
+    "str backend, Tensor? valid_rows, Tensor? row_tokens, bool silu_and_mul) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _op(
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    layout: int,
+    backend: str,
+    valid_rows: Tensor | None,
+    row_tokens: Tensor | None,
+    silu_and_mul: bool,
+) -> tuple[Tensor, Tensor]:
+    return _quantize(
+        x,
+        global_scales,
+        expert_offsets,
+        blockscale_offsets,
+        SfLayout(layout),
+        None,
+        backend,
+        valid_rows,
+        row_tokens,
+        silu=silu_and_mul,
+    )
+
+
+def _fake(
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    layout: int,
+    backend: str,
+    valid_rows: Tensor | None,
+    row_tokens: Tensor | None,
+    silu_and_mul: bool,
+) -> tuple[Tensor, Tensor]:
+    forbid_reuse(torch.ops.safealloc.nvfp4_quantize_grouped.default)
+    order = checked_layout(layout)
+    rows, width = x.shape
+    k = width // 2 if silu_and_mul else width
+    shape = order.round_up(order.grouped_rows(rows, global_scales.shape[0]), k // BLOCK_SIZE)
+    return x.new_empty((rows, k // 2), dtype=torch.uint8), x.new_empty(shape, dtype=torch.uint8)
+
+
+library.impl("nvfp4_quantize_grouped", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("safealloc::nvfp4_quantize_grouped", _fake, lib=library)

@@ -1,0 +1,18 @@
+"""The ``torch.library`` namespace ``torch.ops.safealloc``, and the shape of a pool buffer in traced code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
+
+library = torch.library.Library("safealloc", "FRAGMENT")
+"""Where every op of this package is registered, each beside the function it makes opaque."""
+
+
+def empty_scales(rows: int, k: int, layout: SfLayout, device: torch.device, padded_k: int | None = None) -> Tensor:
+    """A tensor of the shape that a pool buffer has; the numbers may be symbolic."""
+    shape = layout.round_up(rows, (k if padded_k is None else padded_k) // BLOCK_SIZE)
+    return torch.empty(shape, dtype=torch.uint8, device=device)

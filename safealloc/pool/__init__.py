@@ -1,0 +1,1 @@
+"""Zero-padded scale buffers: who gets which, how long they live, and who watches them."""

@@ -1,0 +1,75 @@
+"""The pool that every function uses when none is given, and ``torch.ops.safealloc.acquire`` on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from safealloc._checks import checked_device
+from safealloc.pool.pool import ScalePool
+
+_lock = threading.Lock()
+_pools: dict[Any, ScalePool] = {}  # by torch.device
+_replacement: ContextVar[ScalePool | None] = ContextVar("safealloc_pool", default=None)
+
+
+def default_pool(device: torch.device | str | int | None = None) -> ScalePool:
+    """The pool of the innermost :func:`use_pool`, if it is on ``device``; else the process's pool for ``device``.
+
+    Args:
+        device: ``None`` is the current CUDA device, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device.
+    """
+    replacement = _replacement.get()
+    if replacement is not None and replacement.device == device:
+        return replacement
+    pool = _pools.get(device)
+    if pool is None:
+        device = checked_device(device)
+        if replacement is not None and replacement.device == device:
+            return replacement
+        with _lock:
+            pool = _pools.get(device)
+            if pool is None:
+                pool = _pools[device] = ScalePool(device)
+    return pool
+
+
+@contextlib.contextmanager
+def use_pool(pool: ScalePool) -> Iterator[ScalePool]:
+    """Inside, ``pool`` is the default pool of its device, for this context (threads started inside do not inherit it).
+
+    Raises:
+        TypeError: not a pool.
+        PoolClosedError: the pool was closed.
+    """
+    checked_pool(pool).take_back()  # here, since what follows may be a capture
+    token = _replacement.set(pool)
+    try:
+        yield pool
+    finally:
+        _replacement.reset(token)
+
+
+def checked_pool(pool: ScalePool) -> ScalePool:
+    """``pool``, or a TypeError."""
+    if not isinstance(pool, ScalePool):
+        raise TypeError(f"expected a ScalePool, got {type(pool).__name__}")
+    return pool
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may have held it
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

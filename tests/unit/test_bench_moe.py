@@ -1,0 +1,132 @@
+"""``safealloc bench moe``: routings, targets, and its calls on a CPU in Triton's interpreter; no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safealloc.formats.layout import SfLayout
+
+pytest.importorskip("triton", reason="the benchmark launches the kernels")
+from benchmarks import moe
+
+
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(1, 40),
+    topk=st.integers(1, 8),
+    routing=st.sampled_from(moe.ROUTINGS),
+    seed=st.integers(0, 9),
+)
+def test_each_token_has_different_experts(tokens: int, experts: int, topk: int, routing: str, seed: int) -> None:
+    topk = min(topk, experts)
+    counts = moe.routed(tokens, experts, topk, routing, torch.Generator().manual_seed(seed))
+    assert counts.shape == (experts,)
+    assert int(counts.sum()) == tokens * topk
+    assert int(counts.max()) <= tokens
+
+
+def test_skewed_is_skewed() -> None:
+    most = [
+        int(moe.routed(64, 256, 8, routing, torch.Generator().manual_seed(0)).max())
+        for routing in ("uniform", "skewed")
+    ]
+    assert most[0] < 16 < 32 < most[1]
+
+
+@given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=9))
+def test_offsets_are_vllms(counts: list[int]) -> None:
+    expert, scale = moe.offsets(torch.tensor(counts), torch.device("cpu"))
+    assert expert.dtype == scale.dtype == torch.int32
+    assert expert.tolist() == [sum(counts[:end]) for end in range(len(counts) + 1)]
+    rounded = [-(-count // 128) * 128 for count in counts]
+    assert scale.tolist() == [sum(rounded[:end]) for end in range(len(counts) + 1)]
+    rows = sum(counts)
+    if rows:
+        assert rounded == [] or sum(rounded) <= moe.right_sized_rows(rows, len(counts))
+
+
+def test_memory_of_deepseek_r1() -> None:
+    held = moe.memory(moe.FULL, 7168)
+    assert held[moe.VLLM] == 587_202_560
+    assert held[moe.POOL] == held[moe.RIGHT_SIZED] == (2048 + 127 * 256) * 448
+    assert held["pool's record"] == 4 * 2048
+    assert held["batch"] == 256
+
+
+def row(batch: int, ratio: float) -> dict:
+    return {"batch": batch, "peers": {moe.POOL: {"ratio_to_alone": ratio}}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "held", "met"),
+    [
+        ([row(1, 1.02), row(64, 1.1), row(128, 1.5)], {}, [True, True, True]),
+        ([row(1, 1.02), row(64, 1.11)], {}, [False, True, True]),
+        ([row(1, 1.0)], {moe.VLLM: 900}, [True, False, True]),
+        ([row(1, 1.0)], {moe.RIGHT_SIZED: 99}, [True, True, False]),
+        ([], {}, [False, True, True]),
+    ],
+)
+def test_targets(rows: list[dict], held: dict, met: list[bool]) -> None:
+    memory = {moe.VLLM: 1000, moe.RIGHT_SIZED: 100, moe.POOL: 100} | held
+    found = moe.targets({"rows": rows, "memory": [memory]})
+    assert [target["met"] for target in found] == met
+    assert [target["target"] for target in found] == [1.1, 10, 1.0]
+
+
+PROGRAM = """
+import torch
+from safealloc import ScalePool
+from safealloc.bench import moe
+
+extent = moe.Extent((3,), 5, 2, ((80, False), (48, True)), calls=2, rounds=1)
+with ScalePool("cpu") as pool:
+    for k, silu in extent.ks:
+        pool.reserve(extent.most, k, moe.LAYOUT, experts=extent.experts)
+        for routing in moe.ROUTINGS:
+            both = moe.steps(extent, k, silu, 3, routing, pool.device)
+            every = moe.peers(pool, extent, 6, k)
+            for call in every.values():
+                for step in (*both, *both):
+                    call(step)
+            for name in (moe.POOL, moe.CLEANED):
+                for step in (*both, *both):
+                    moe.check(every[name], pool, step)
+            def careless(step):
+                scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
+                return step.quantize(scales), scales
+            scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
+            scales[-1] = 1
+            del scales
+            try:
+                for step in both:
+                    moe.check(careless, pool, step)
+            except RuntimeError as error:
+                print(error)
+            pool.verify(repair=True)
+    print(pool.verify(), "buffers")
+"""
+
+
+def test_the_calls_in_the_interpreter() -> None:
+    """Each peer runs, and what comes from the pool is the reference's; what does not is found out."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith("buffers")
+    assert len(lines) == 5
+    assert lines[0] == "6 rows of 80 are not what the reference makes of them"
+
+
+def test_the_layout_is_that_of_vllms_experts() -> None:
+    assert moe.LAYOUT is SfLayout.layout_128x4
