@@ -1,0 +1,97 @@
+"""Every ``SAFEALLOC_*`` environment variable: its name, its meaning, and the one place that reads it.
+
+Variables are read when they are asked for, never at import: a worker process may be given others than its parent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_LARGEST_INTERVAL = 2**31 - 1  # kernels count handouts and replays in int32
+
+ENABLED = "SAFEALLOC"
+STRICT = "SAFEALLOC_STRICT"
+LINEAR = "SAFEALLOC_LINEAR"
+MAX_ROWS = "SAFEALLOC_MAX_ROWS"
+VERIFY = "SAFEALLOC_VERIFY"
+VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
+POISON = "SAFEALLOC_POISON"
+
+MEANINGS = {
+    ENABLED: "0 keeps the vLLM plugin off",
+    STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
+    LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
+    MAX_ROWS: "rows up to which the pool serves vLLM's calls (default: the largest captured batch)",
+    VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
+    VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
+    POISON: "1 fills the valid bytes of new buffers with NaN",
+}
+"""What each variable does, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchSettings:
+    """How the default pool is watched; the fields are keyword arguments of :class:`safealloc.ScalePool`.
+
+    Attributes:
+        verify_every: handouts or replays between two checks; 0 is none.
+        verify_repair: zero and log dirty padding, instead of raising.
+        poison: fill the valid bytes of new buffers with NaN.
+    """
+
+    verify_every: int = 0
+    verify_repair: bool = False
+    poison: bool = False
+
+
+def enabled() -> bool:
+    """Whether ``SAFEALLOC`` leaves the vLLM plugin on: whatever is not ``0`` does."""
+    return os.environ.get(ENABLED, "1") != "0"
+
+
+def strict() -> bool:
+    """Whether ``SAFEALLOC_STRICT=1`` raises pool errors in vLLM."""
+    return os.environ.get(STRICT, "0") == "1"
+
+
+def linear() -> bool:
+    """Whether ``SAFEALLOC_LINEAR=1`` puts our linear kernel before vLLM's."""
+    return os.environ.get(LINEAR, "0") == "1"
+
+
+def max_rows() -> int | None:
+    """``SAFEALLOC_MAX_ROWS``, or ``None`` where it is no number."""
+    text = os.environ.get(MAX_ROWS, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
+def watching() -> bool:
+    """Whether ``SAFEALLOC_VERIFY`` is set to anything but 0; :func:`watch` checks its value."""
+    return os.environ.get(VERIFY, "") not in ("", "0")
+
+
+def watch() -> WatchSettings:
+    """How the default pool is watched.
+
+    Raises:
+        ValueError: a variable has a value that it cannot have.
+    """
+    text = os.environ.get(VERIFY, "") or "0"
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > _LARGEST_INTERVAL:
+        raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
+    return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON))
+
+
+def given() -> Iterator[tuple[str, str | None, str]]:
+    """Every variable: its name, what it is set to (``None``: not set), and its meaning."""
+    for name, meaning in MEANINGS.items():
+        yield name, os.environ.get(name), meaning
+
+
+def _switch(name: str) -> bool:
+    text = os.environ.get(name, "") or "0"
+    if text not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {text!r}")
+    return text == "1"
