@@ -15,9 +15,8 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.summary import summary
 from safealloc import _optional
-from safealloc.formats.layout import SfLayout, short
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.kernels import triton_gemm
-from safealloc.ops.linear import MAX_ROWS_8X4
 from safealloc.pool.pool import ScalePool
 
 EMULATION = "vLLM's emulation"

@@ -12,9 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from safealloc.commands import models, report
-from safealloc.formats.layout import SfLayout, short
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.formats.spec import ScaleSpec
-from safealloc.ops.linear import MAX_ROWS_8X4
 
 MAX_SIZES = (512, 1024)
 """The largest batch that vLLM captures by default: 1024 on compute capability 10.x, 512 elsewhere (vLLM 0.33.0)."""

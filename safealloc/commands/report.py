@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 import torch
 from rich import box
 from rich.console import Console
@@ -22,8 +23,10 @@ from safealloc import _optional
 from safealloc._version import __version__
 from safealloc.pool.guard import GuardSettings
 
-Say = Callable[[str], None]
-"""Tells whoever waits what is being done."""
+Progress = Callable[[str, float], None]
+"""Told what is being done, and which share of all (0 to 1) is done."""
+
+Say = Callable[[str], None]  # to be replaced by Progress
 
 _UNBOUNDED = 10_000  # columns: where nobody looks at it, no line is wrapped and no cell cut
 
@@ -96,6 +99,18 @@ def table(out: Console, title: str, headings: Sequence[str], rows: Iterable[tupl
     with out.capture() as plain:
         out.print(drawn)
     out.print("\n".join(line.rstrip() for line in plain.get().splitlines()), end="\n\n")
+
+
+@contextlib.contextmanager
+def progress(command: str) -> Iterator[Progress]:
+    """A bar on standard error if that is a terminal; gone afterwards."""
+    out = Console(stderr=True)
+    if not out.is_terminal:
+        yield lambda what, done: None
+        return
+    with rich.progress.Progress(console=out, transient=True) as bar:
+        task = bar.add_task(command, total=1.0)
+        yield lambda what, done: bar.update(task, description=f"{command}: {what}", completed=done)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from safealloc.formats.format import BLOCK_SIZE
 
+MAX_ROWS_8X4 = 32
+"""Rows up to which vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM's ``scaled_fp4_quant``)."""
+
 
 class _Tile(NamedTuple):
     inner_rows: int

@@ -48,3 +48,24 @@ def flashinfer_mm(
     """``flashinfer.mm_fp4`` as it is: ``b`` and ``b_descale`` transposed, and shuffled by the caller for trtllm."""
     result: Tensor = require("flashinfer").mm_fp4(a, b, a_descale, b_descale, alpha, out_dtype, out, **keywords)
     return result
+
+
+TRTLLM_TILE_ROWS = 128
+"""Rows of a weight that trtllm's kernels want shuffled together: one tile of their epilogue."""
+
+
+def shuffle_for_trtllm(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as FlashInfer's trtllm GEMM takes it, which is how vLLM prepares it.
+
+    Args:
+        weight: uint8 ``[n, k // 2]``, n a multiple of 128.
+        scales: uint8 in layout_128x4 for ``[n, k]``.
+
+    Returns:
+        Both with their rows shuffled, shapes unchanged.
+    """
+    flashinfer = require("flashinfer")
+    n, k = weight.shape[0], 2 * weight.shape[1]
+    linear = SfLayout.layout_128x4.unswizzle(scales, n, k)
+    shuffled = flashinfer.shuffle_matrix_sf_a(linear, TRTLLM_TILE_ROWS).view(torch.uint8).reshape(scales.shape)
+    return flashinfer.shuffle_matrix_a(weight, TRTLLM_TILE_ROWS), shuffled

@@ -7,15 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from safealloc.formats.layout import SfLayout, checked_layout
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, checked_layout
 from safealloc.ops.backends import GEMMS, QUANTIZERS, choose
 from safealloc.ops.gemm import call_of, check_result, check_weight, multiply
 from safealloc.ops.library import library
 from safealloc.ops.quantize import check_input, quantize_into
 from safealloc.pool.default import default_pool
-
-MAX_ROWS_8X4 = 32
-"""Up to here vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM, ``scaled_fp4_quant``)."""
 
 
 def nvfp4_linear(

@@ -24,7 +24,7 @@ from safealloc.commands.repro.operands import (
     zeroed,
 )
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
-from safealloc.formats.layout import SfLayout, short
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 
 K, N, PADDED_ROWS = 512, 256, 128
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -41,7 +41,7 @@ PUBLISHED_NAN_ROWS = {
 
 def layout_read(backend: str, rows: int) -> SfLayout:
     """The layout that vLLM has the backend read: 8x4 for trtllm up to 32 rows (``flashinfer_scaled_fp4_mm``)."""
-    return SfLayout.layout_8x4 if backend == "trtllm" and rows <= 32 else SfLayout.layout_128x4
+    return SfLayout.layout_8x4 if backend == "trtllm" and rows <= MAX_ROWS_8X4 else SfLayout.layout_128x4
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.errors import PaddingCorruptionError
 from safealloc.formats.format import BLOCK_SIZE
-from safealloc.formats.layout import SfLayout
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.ops.grouped import clean_grouped_scales
-from safealloc.ops.linear import MAX_ROWS_8X4
 from safealloc.ops.quantize import nvfp4_quantize
 from safealloc.pool.default import default_pool
 from safealloc.pool.guard import VERIFY

@@ -12,14 +12,13 @@ from torch import Tensor, fx
 
 from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import BLOCK_SIZE
-from safealloc.formats.layout import SfLayout
+from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm import kernel, targets
 from safealloc.integrations.vllm.allocator import allocator, is_raised, logger
 from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.ops.gemm import check_agrees
-from safealloc.ops.linear import MAX_ROWS_8X4
 from safealloc.pool.buffer import spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
