@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from safealloc.errors import Corruption
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Corruption:
-    """A buffer whose padding is not zero.
-
-    Attributes:
-        spec: shape and layout of the buffer.
-        address: device address of its first byte.
-        row, column: the first byte that is not zero, in scale rows and columns of the padded matrix.
-        value: that byte.
-        count: how many padding bytes are not zero.
-        handed_to: who was given the buffer last, where a guard (:mod:`safealloc.pool.guard`) watches.
-    """
-
-    spec: ScaleSpec
-    address: int
-    row: int
-    column: int
-    value: int
-    count: int
-    handed_to: str | None = None
-
-    def __str__(self) -> str:
-        last = "" if self.handed_to is None else f"; last handed to {self.handed_to}"
-        return (
-            f"buffer at 0x{self.address:x} ({self.spec}): {self.count} padding bytes are not zero, first 0x{self.value:02X} "
-            f"at scale row {self.row}, column {self.column}{last}"
-        )
 
 
 def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corruption]:

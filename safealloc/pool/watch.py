@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from safealloc.errors import PaddingCorruptionError, SafeAllocError
+from safealloc.errors import Corruption, PaddingCorruptionError, SafeAllocError
 from safealloc.formats.spec import ScaleSpec
 from safealloc.pool.buffer import Buffer
 from safealloc.pool.driver import Capture
 from safealloc.pool.guard import Guard
 from safealloc.pool.inventory import Inventory
-from safealloc.pool.verify import Corruption, find_corruptions, repair_padding
+from safealloc.pool.verify import find_corruptions, repair_padding
 
 logger = logging.getLogger("safealloc.pool")
 
