@@ -1,28 +1,33 @@
-"""One buffer: its memory, and who may still read or write it.
+"""One buffer: its memory, how it is claimed, and who may still read or write it.
 
 A buffer's life, and what moves it on (the pool decides, :mod:`safealloc.pool.inventory` files it)::
 
     made --> STOCK --acquire--> a stream --capture--> a graph memory-pool handle
                ^                                            |
-               +---- the last graph of the handle is gone --+
+               +-- RETURNING <-- the last graph is gone ----+
 
-It is *held* while somebody has a tensor of its storage, *idle* once nobody has and no other stream has to pass, and forgotten
-by eviction, ``trim`` or ``close``.
+    any of them --evict, trim, close--> GONE
+
+Nothing asks whether a buffer is idle and takes it then: between the two, a signal handler, a finalizer or another thread
+could take it too. :meth:`Buffer.claim` takes a tensor of it first and looks afterwards whether that is the only one. Two who
+claim at once may both be refused; never do both get it.
 """
 
 from __future__ import annotations
 
 import mmap
-import sys
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from safealloc import _torch
 from safealloc.formats.format import NAN_SCALE
 from safealloc.formats.spec import ScaleSpec
-from safealloc.pool.driver import Capture
+from safealloc.pool import driver
 
 ALIGNMENT = 512
 """Bytes; what CUDA's allocators give, and what TMA and the 128x4 tile ask for at most."""
@@ -30,8 +35,49 @@ ALIGNMENT = 512
 STOCK = "stock"
 """Owner of a buffer that no stream and no graph has touched since it was made or came back."""
 
-_use_count = torch._C._storage_Use_Count
-_references = sys.getrefcount
+RETURNING = "returning"
+"""Owner of a buffer whose graphs are gone, until all that was queued before has passed."""
+
+GONE = "gone"
+"""Owner of a buffer that is about to be forgotten: nobody gets it any more."""
+
+_use_count = _torch.use_count
+_references = _torch.references
+_standard = _torch.standard_deleter
+
+
+class Drain:
+    """Events on several streams: when they have passed, so has all that was queued there before."""
+
+    __slots__ = ("_events",)
+
+    def __init__(self, events: Sequence[torch.cuda.Event]) -> None:
+        self._events = list(events)
+
+    @classmethod
+    def on(cls, streams: Iterable[int], device: torch.device) -> Self | None:
+        """Record the events; ``None`` where one of the streams is capturing."""
+        if device.type != "cuda":
+            return cls(())
+        streams = list(streams)
+        if not all(driver.may_record(stream) for stream in streams):
+            return None
+        return cls([driver.record_event(stream, device) for stream in streams])
+
+    def passed(self) -> bool:
+        """Whether all have; never waits, and is allowed while a capture is under way."""
+        if not all(map(driver.event_passed, self._events)):
+            return False
+        self._events = []
+        return True
+
+    def passes_within(self, seconds: float) -> bool:
+        """Whether all have, at once or soon: an event on a stream that has nothing to do takes some microseconds."""
+        end = time.monotonic() + seconds
+        while not self.passed():
+            if time.monotonic() > end:
+                return False
+        return True
 
 
 class Buffer:
@@ -39,85 +85,127 @@ class Buffer:
 
     ``base`` never leaves the pool: a caller gets ``base.data``, a fresh tensor of the same storage, so that every holder
     shows in the storage's use count (views, dtype views, autograd, DLPack) or in the reference count of its Python object
-    (``tensor.untyped_storage()``). What both are when nobody holds it differs between versions of PyTorch, so it is read
-    when the buffer is made.
+    (``tensor.untyped_storage()``). What both are while exactly one such tensor lives differs between versions of PyTorch, so
+    it is read when the buffer is made.
 
     Attributes:
         spec: what it holds.
         base: uint8 ``[padded_rows, padded_cols]``.
-        owner: a raw stream, a graph memory-pool handle, or ``STOCK``.
+        owner: a raw stream, a graph memory-pool handle, ``STOCK``, ``RETURNING`` or ``GONE``; ``None`` until it is filed.
+        ready_for: the raw stream that the hit path may hand it to; ``None`` where other streams have to pass first.
         kept: stays until the pool is closed; else it is in the cache, and may be evicted.
         last_use: the pool's count of requests when an eager caller was handed it last.
-        readers: other streams that have to pass before the next use, by raw stream.
-        capture: the last capture that was given it, and
-        stream: on which of its streams.
-        record: which rows are valid, for grouped scales (:class:`safealloc.ScaleSpec`).
+        readers: other streams that have to pass before the next use, by raw stream, with an event once nobody holds it.
+        captures: the captures that were given it, and on which stream; ``None``: not again in that capture.
+        drain, drained_use: events recorded when nobody held it, and ``last_use`` then.
     """
 
     __slots__ = (
         "__weakref__",
         "address",
         "base",
-        "capture",
-        "idle_references",
-        "idle_uses",
+        "captures",
+        "cdata",
+        "claimed_references",
+        "claimed_uses",
+        "drain",
+        "drained_use",
         "kept",
         "last_use",
         "owner",
         "readers",
-        "record",
+        "ready_for",
         "spec",
+        "standard",
         "storage",
-        "storage_address",
-        "stream",
     )
 
-    def __init__(self, spec: ScaleSpec, base: Tensor, owner: Hashable, *, kept: bool) -> None:
+    def __init__(self, spec: ScaleSpec, base: Tensor, *, kept: bool) -> None:
         self.spec = spec
         self.base = base
         self.address = base.data_ptr()
-        self.owner = owner
+        self.owner: Hashable = None
+        self.ready_for: int | None = None
         self.kept = kept
         self.last_use = 0
-        self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}
-        self.capture: Capture | None = None
-        self.stream: int | None = None
-        self.record = spec.record_in(base)
+        self.readers: dict[int, torch.cuda.Event | None] = {}
+        self.captures: dict[int, int | None] = {}
+        self.drain: Drain | None = None
+        self.drained_use = -1
         self.storage = base.untyped_storage()
-        self.storage_address: int = self.storage._cdata
-        self.idle_uses: int = _use_count(self.storage_address)
-        self.idle_references = _references(self.storage)
+        self.cdata: int = self.storage._cdata
+        self.standard = _standard(self.cdata)
+        claim = base.data
+        self.claimed_uses: int = _use_count(self.cdata)
+        self.claimed_references = _references(self.storage)
+        del claim
 
     @property
     def nbytes(self) -> int:
         return self.spec.nbytes
 
+    def claim(self) -> Tensor | None:
+        """A tensor of the buffer, if it is the only one; ``None`` if somebody holds another, or the memory is not as it was.
+
+        References are counted before and after the uses, since a holder may move from one counter to the other in between.
+        """
+        tensor = self.base.data
+        if (
+            _references(self.storage) == self.claimed_references
+            and _use_count(self.cdata) == self.claimed_uses
+            and _references(self.storage) == self.claimed_references
+            and tensor.data_ptr() == self.address
+            and _standard(self.cdata) == self.standard
+        ):
+            return tensor
+        return None
+
     def held(self) -> bool:
         """Somebody holds a tensor, a view or the storage."""
-        return _use_count(self.storage_address) != self.idle_uses or _references(self.storage) != self.idle_references
+        return _use_count(self.cdata) != self.claimed_uses - 1 or _references(self.storage) != self.claimed_references
 
-    def idle(self) -> bool:
-        """Nobody holds it and no other stream has to pass first."""
-        return not self.held() and not self.readers
+    def altered(self) -> bool:
+        """A holder has resized or moved the storage, or sent it to another process: it is never handed out again."""
+        return self.base.data_ptr() != self.address or _standard(self.cdata) != self.standard
 
-    def passed(self) -> bool:
-        """Idle, once the streams of :meth:`ScalePool.record_stream` have passed what they had when the holders went."""
-        if self.held():
-            return False
-        for key, reader in list(self.readers.items()):
-            if isinstance(reader, torch.cuda.Stream):
-                reader = self.readers[key] = reader.record_event()
-            if reader.query():
-                del self.readers[key]
+    def give_to(self, owner: Hashable) -> None:
+        """Change the owner of a buffer that is claimed: from here on it belongs to nobody else."""
+        self.ready_for = None
+        self.owner = owner
+        if isinstance(owner, int) and not self.readers:
+            self.ready_for = owner
+
+    def read_by(self, stream: int) -> None:
+        """Another stream reads it too, and has to pass what it has queued when the last holder is gone."""
+        self.ready_for = None
+        self.readers[stream] = None
+
+    def passed_readers(self) -> bool:
+        """Of a buffer that is claimed: whether every reader has passed what it had queued when the holders went."""
+        for stream, event in list(self.readers.items()):
+            if event is None:
+                if not driver.may_record(stream):  # it is capturing
+                    continue
+                self.readers[stream] = event = driver.record_event(stream, self.base.device)
+            if driver.event_passed(event):
+                self.readers.pop(stream, None)
         return not self.readers
+
+    def drain_with(self, drain: Drain) -> None:
+        """Of a buffer that is claimed: these events were recorded while nobody held it, for :meth:`drained`."""
+        self.drained_use = -1
+        self.drain = drain
+        self.drained_use = self.last_use
+
+    def drained(self) -> bool:
+        """Of a buffer that is claimed: whether all that was queued before nobody held it has passed."""
+        return self.drain is not None and self.drained_use == self.last_use and not self.readers and self.drain.passed()
 
     def release(self) -> None:
         """Before the pool forgets the buffer: let the allocator wait for the streams that were recorded."""
-        for reader in self.readers.values():
-            if isinstance(reader, torch.cuda.Stream):
-                self.base.record_stream(reader)
-            else:
-                reader.synchronize()
+        for stream, event in self.readers.items():
+            if event is None or not driver.event_passed(event):
+                self.base.record_stream(torch.cuda.ExternalStream(stream, device=self.base.device))
 
 
 class OneCallBuffer:
@@ -137,7 +225,7 @@ class OneCallBuffer:
     def tensor(self) -> Tensor | None:
         """The buffer, if somebody still holds it."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
-        if storage is None:
+        if storage is None or storage.nbytes() < self._offset + self.spec.scale_bytes:  # gone, or resized by a holder
             return None
         padded_rows, padded_cols = self.spec.padded_shape
         empty = torch.empty(0, dtype=torch.uint8, device=storage.device)

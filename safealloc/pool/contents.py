@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc.formats.spec import ScaleSpec
 
-_lock = threading.RLock()  # reentrant: what a purge lets go of may run finalizers
+# No lock: each line is one step of the interpreter, and what a purge lets go of may run finalizers that come back here.
 _notes: dict[int, tuple[ScaleSpec, Any, int]] = {}  # address -> spec, weak storage, number of the pool
 _purge_at = 1024
 
@@ -19,12 +17,12 @@ _purge_at = 1024
 def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
     """Note which scales lie where ``tensor`` starts, for as long as its storage lives; pool 0 is no pool."""
     global _purge_at
-    with _lock:
-        if len(_notes) >= _purge_at:
-            for address in [address for address, (_, storage, _) in _notes.items() if storage.expired()]:
+    if len(_notes) >= _purge_at:
+        for address, note in list(_notes.items()):
+            if note[1].expired() and _notes.get(address) is note:
                 _notes.pop(address, None)
-            _purge_at = max(1024, 2 * len(_notes))
-        _notes[tensor.data_ptr()] = (spec, StorageWeakRef(tensor.untyped_storage()), pool)
+        _purge_at = max(1024, 2 * len(_notes))
+    _notes[tensor.data_ptr()] = (spec, StorageWeakRef(tensor.untyped_storage()), pool)
 
 
 def spec_of(tensor: Tensor, pool: int | None = None) -> ScaleSpec | None:
@@ -36,11 +34,3 @@ def spec_of(tensor: Tensor, pool: int | None = None) -> ScaleSpec | None:
     if storage.expired() or (pool is not None and pool != owner):
         return None
     return spec
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # a thread of the parent may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
+import itertools
 from collections.abc import Callable, Hashable
 
 import torch
 
+from safealloc import _torch
+
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC, the only kind there is
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MOVE = 1  # CU_GRAPH_USER_OBJECT_MOVE: the graph takes over our reference
 _SEM_T_BYTES = 64  # sizeof(sem_t) is 32 on 64-bit glibc and musl
 
@@ -52,28 +55,28 @@ class Capture:
         self._kept[id(thing)] = thing
 
 
-_lock = threading.Lock()
-_captures: dict[int, Capture] = {}  # by id; owns what living graphs use
-_found_destroyed = 0
+_captures: dict[int, Capture] = {}  # by id; owns what living graphs use. No lock: finalizers may come in at any line
+_destroyed_counts = [0, 0]  # what _all_destroyed() said at the last look; graphs found destroyed so far
 
 
 def under_way(stream: int) -> Capture | None:
-    """The capture that a raw CUDA stream is part of, or ``None``.
+    """The capture that a raw CUDA stream is part of, or ``None``; stream 0 is never in one.
 
     Args:
         stream: ``torch.cuda.Stream.cuda_stream``.
     """
+    if not stream:
+        return None
     status, capture_id, graph = ctypes.c_int(), ctypes.c_ulonglong(), ctypes.c_void_p()
     error = _libcuda().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(capture_id), ctypes.byref(graph), None, None
     )
     if error or status.value != _ACTIVE or graph.value is None:
         return None
-    with _lock:
-        capture = _captures.get(capture_id.value)
-        if capture is None:
-            capture = _captures[capture_id.value] = Capture(capture_id.value, graph.value)
-        return capture
+    capture = _captures.get(capture_id.value)
+    if capture is None:
+        capture = _captures.setdefault(capture_id.value, Capture(capture_id.value, graph.value))
+    return capture
 
 
 def destroyed() -> int:
@@ -81,56 +84,97 @@ def destroyed() -> int:
 
     One look at one semaphore where nothing has changed: an engine holds thousands of graphs.
     """
-    global _found_destroyed
-    if not _captures or _all_destroyed().value == _found_destroyed:
-        return _found_destroyed
-    with _lock:
-        dead = [capture for capture in _captures.values() if not capture.alive]
-        for capture in dead:
-            del _captures[capture.id]
-        _found_destroyed += len(dead)
-        return _found_destroyed
+    posted = _all_destroyed().value if _captures else _destroyed_counts[0]
+    if posted != _destroyed_counts[0]:
+        for capture in [capture for capture in list(_captures.values()) if not capture.alive]:
+            if _captures.pop(capture.id, None) is not None:
+                _destroyed_counts[1] += 1
+        _destroyed_counts[0] = posted  # last: what is interrupted is looked at again
+    return _destroyed_counts[1]
 
 
-def stream_queries(device: torch.device) -> tuple[Callable[[int], int], Callable[[int], bool]]:
-    """Two functions: the current raw stream of a device index, and whether a raw stream is capturing.
+def current_stream(device: torch.device) -> Callable[[int], int]:
+    """What tells the raw stream that is current, by the index of the device; on a CPU always 0."""
+    return _torch.current_raw_stream if device.type == "cuda" else _no_stream
 
-    For one thread at a time.
-    """
-    if device.type == "cuda":
-        return torch._C._cuda_getCurrentRawStream, StreamStatus().capturing
-    return _no_stream, _never_capturing
+
+def capture_query(device: torch.device) -> Callable[[int], bool]:
+    """What tells whether a raw stream is capturing (:func:`is_capturing`); on a CPU always false."""
+    return is_capturing if device.type == "cuda" else _never
 
 
 def _no_stream(index: int) -> int:
     return 0
 
 
-def _never_capturing(stream: int) -> bool:
+def _never(stream: int) -> bool:
     return False
 
 
-class StreamStatus:
-    """Whether a raw stream is capturing, without what it takes to find out which capture; for one thread at a time.
+_SLOTS = 64  # queries under way at once, in all threads and handlers, before two could read one answer
+
+
+class _StreamStatus:
+    """Whether a raw stream is capturing, without what it takes to find out which capture.
 
     On the path of every acquire. The driver is asked directly, with the interpreter's lock held: what PyTorch has looks up
     the current device and its context first, and costs more.
     """
 
     def __init__(self) -> None:
-        self._status = ctypes.c_int()
-        self._reference = ctypes.byref(self._status)
+        self._answers = (ctypes.c_int * _SLOTS)()
+        size = ctypes.sizeof(ctypes.c_int)
+        self._slots = [ctypes.c_void_p(ctypes.addressof(self._answers) + slot * size) for slot in range(_SLOTS)]
+        self._turn = itertools.count().__next__
         self._query = ctypes.PyDLL("libcuda.so.1").cuStreamIsCapturing
         self._pointers: dict[int, ctypes.c_void_p] = {}
 
-    def capturing(self, stream: int) -> bool:
-        """True in a capture, an invalidated one too; of stream 0, which CUDA does not capture, nobody needs to ask."""
+    def error_or_status(self, stream: int) -> tuple[int, int]:
+        """The driver's error code and answer."""
         pointer = self._pointers.get(stream)
         if pointer is None:
             pointer = self._pointers[stream] = ctypes.c_void_p(stream)
-        if self._query(pointer, self._reference):
-            raise RuntimeError(f"cuStreamIsCapturing failed for stream {stream:#x}")
-        return self._status.value != 0
+        slot = self._turn() % _SLOTS
+        error: int = self._query(pointer, self._slots[slot])
+        return error, self._answers[slot]
+
+
+@functools.cache
+def _stream_status() -> _StreamStatus:
+    return _StreamStatus()
+
+
+def is_capturing(stream: int) -> bool:
+    """True in a capture, an invalidated one too; of stream 0, which CUDA does not capture, nobody needs to ask."""
+    error, status = _stream_status().error_or_status(stream)
+    if error:
+        raise RuntimeError(f"cuStreamIsCapturing failed with {error} for stream {stream:#x}")
+    return status != 0
+
+
+def may_record(stream: int) -> bool:
+    """Whether an event can be recorded on a raw stream without ending up in somebody's capture, or ending one."""
+    error, status = _stream_status().error_or_status(stream)
+    return not error and not status  # of stream 0 an error says that a stream which waits for it is capturing
+
+
+def record_event(stream: int, device: torch.device) -> torch.cuda.Event:
+    """An event recorded on a raw stream, for which :func:`may_record` is true."""
+    on = torch.cuda.ExternalStream(stream, device=device) if stream else torch.cuda.default_stream(device)
+    event = torch.cuda.Event()
+    event.record(on)
+    return event
+
+
+def event_passed(event: torch.cuda.Event) -> bool:
+    """Whether an event has passed, also while this thread or another captures in a mode that forbids to ask."""
+    mode = ctypes.c_int(_RELAXED)
+    exchange = _libcuda().cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))
+    try:
+        return bool(event.query())
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 class _Semaphore:

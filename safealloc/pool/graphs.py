@@ -11,9 +11,13 @@ from typing import Any
 import torch
 
 from safealloc.pool import driver
-from safealloc.pool.buffer import Buffer
+from safealloc.pool.buffer import Buffer, Drain
 from safealloc.pool.driver import Capture
+from safealloc.pool.inventory import Inventory
 from safealloc.pool.reports import GraphReport
+
+_PATIENCE = 1e-3
+"""Seconds that a capture waits for a stream that has nothing to do, to take over a buffer of it."""
 
 
 @dataclass(slots=True)
@@ -24,41 +28,50 @@ class CaptureUse:
         capture: as the driver knows it.
         handle: the graph memory-pool handle that its buffers belong to.
         since: requests that the pool had answered when it first saw the capture.
+        synchronized: whether the device had passed what was queued before the capture began.
         buffers: what the capture was given.
     """
 
     capture: Capture
     handle: Hashable
     since: int
+    synchronized: bool
     buffers: dict[Buffer, None]
 
     def may_reuse(self, stream: int) -> Callable[[Buffer], bool]:
-        """Whether the capture may have a buffer of its own handle, on one of its streams.
+        """Whether the capture may have a buffer of its own handle, that is claimed, on one of its streams.
 
         Graphs of one handle replay one after the other. Within one graph only the stream orders, and a reader on another
         stream joins at some point that is not known here.
         """
+        return lambda buffer: buffer.captures.get(self.capture.id, stream) == stream
+
+    def may_take_over(self, stream: int) -> Callable[[Buffer], bool]:
+        """Whether the capture may have a buffer, that is claimed, of eager work (a warm-up) or in stock.
+
+        A replay may write it on any stream, so that all that was queued has to have passed: events that were recorded while
+        nobody held it, here at the latest. On a stream that is capturing itself none can be recorded: there it takes whoever
+        begins captures to synchronize first (``torch.cuda.graph`` does), and to have said so.
+        """
 
         def allowed(buffer: Buffer) -> bool:
-            if buffer.held():
+            if buffer.drained():
+                return True
+            if buffer.readers or not isinstance(buffer.owner, int):
                 return False
-            return buffer.capture is not self.capture or (buffer.stream == stream and not buffer.readers)
+            if self.synchronized and buffer.owner == stream:
+                return buffer.last_use <= self.since
+            drain = Drain.on([buffer.owner], buffer.base.device)
+            if drain is None:
+                return False
+            buffer.drain_with(drain)
+            return buffer.base.is_cuda and drain.passes_within(_PATIENCE)
 
         return allowed
 
-    def may_take_over(self, buffer: Buffer) -> bool:
-        """Whether the capture may have a reserved buffer, or one that eager work (a warm-up) left before it began.
-
-        Whoever begins a capture lets the device pass what came before it (``torch.cuda.graph`` synchronizes), so that no
-        replay can meet it. What eager callers of other threads were handed since then is left alone.
-        """
-        return buffer.idle() and buffer.last_use <= self.since
-
     def give(self, buffer: Buffer, stream: int) -> None:
         """Note that the capture was given a buffer: it stays where it is as long as the graph lives."""
-        if buffer.capture is not self.capture:
-            buffer.readers.clear()
-        buffer.capture, buffer.stream = self.capture, stream
+        buffer.captures[self.capture.id] = stream
         self.capture.keep(buffer.base)
         self.buffers[buffer] = None
 
@@ -70,7 +83,10 @@ class GraphUses:
         self._pool = pool
         self._uses: dict[int, CaptureUse] = {}  # by the driver's number of the capture
         self._seen_destroyed = 0  # graphs of the process found destroyed when the pool last took buffers back
-        self._shared_handle: Hashable = None  # of captures that somebody else began, where they share one
+        self._shared: tuple[Hashable, bool] = (
+            None,
+            False,
+        )  # handle of captures that somebody else begins; synchronized
         self._reports: weakref.WeakKeyDictionary[Any, GraphReport] = weakref.WeakKeyDictionary()
 
     def use_of(self, capture: Capture, requests: int) -> CaptureUse:
@@ -82,34 +98,37 @@ class GraphUses:
         """
         use = self._uses.get(capture.id)
         if use is None:
-            handle = capture.handle or self._shared_handle or ("capture", capture.id)
-            use = self._uses[capture.id] = CaptureUse(capture, handle, requests, {})
+            shared, synchronized = self._shared
+            handle = capture.handle or shared or ("capture", capture.id)
+            use = CaptureUse(capture, handle, requests, synchronized and capture.handle is None, {})
+            use = self._uses.setdefault(capture.id, use)
         return use
 
-    def take_gone(self) -> set[Hashable]:
-        """The handles whose last graph was destroyed since the last call; they are forgotten here."""
+    def return_gone(self, inventory: Inventory) -> None:
+        """Let go of the buffers of handles whose last graph was destroyed since the last call."""
         destroyed = driver.destroyed()
         if destroyed == self._seen_destroyed:
-            return set()
-        self._seen_destroyed = destroyed
-        dead = [use for use in self._uses.values() if not use.capture.alive]
-        for use in dead:
-            del self._uses[use.capture.id]
-        return {use.handle for use in dead} - self.handles()
+            return
+        dead = {number for number, use in list(self._uses.items()) if not use.capture.alive}
+        living = {use.handle for number, use in list(self._uses.items()) if number not in dead}
+        inventory.return_from({use.handle for number, use in list(self._uses.items()) if number in dead} - living)
+        for number in dead:
+            self._uses.pop(number, None)
+        self._seen_destroyed = destroyed  # last: what is interrupted is looked at again
 
     def handles(self) -> set[Hashable]:
         """The handles of living graphs."""
-        return {use.handle for use in self._uses.values()}
+        return {use.handle for use in list(self._uses.values()) if use.capture.alive}
 
     def alive(self) -> int:
         """How many captures of living graphs were served."""
-        return sum(use.capture.alive for use in self._uses.values())
+        return sum(use.capture.alive for use in list(self._uses.values()))
 
-    def share(self) -> contextlib.ExitStack:
+    def share(self, synchronized: bool) -> contextlib.ExitStack:
         """Let captures that somebody else begins share one handle; closing the stack restores what was before."""
         restore = contextlib.ExitStack()
-        restore.callback(setattr, self, "_shared_handle", self._shared_handle)
-        self._shared_handle = ("shared captures of pool", self._pool)
+        restore.callback(setattr, self, "_shared", self._shared)
+        self._shared = ("shared captures of pool", self._pool), synchronized
         return restore
 
     def note(self, graph: torch.cuda.CUDAGraph, capture: Capture, nodes: dict[str, int] | None) -> None:

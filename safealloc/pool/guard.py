@@ -74,11 +74,13 @@ class Guard:
         self._made = 0
         if self._on_cuda and (missing := _optional.missing("triton")):
             raise SafeAllocError(f"verify_every needs Triton on CUDA: {missing}")
-        self._flags = torch.zeros(_SLOTS, dtype=torch.int32, pin_memory=self._on_cuda)
+        self._flags = torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
         _never_freed.append(self._flags)
         # reading a tensor's element costs a hundred times as much
         self._words = (ctypes.c_int32 * _SLOTS).from_address(self._flags.data_ptr())
         self._replays = ReplayChecks.make(device, self._flags) if self._on_cuda else None
+        if self._replays is not None:  # graphs outlive a pool that is forgotten, and buffers do not
+            weakref.finalize(self, self._replays.table.__setitem__, (0, 0), 0).atexit = False
 
     @property
     def alarmed(self) -> bool:
@@ -106,11 +108,11 @@ class Guard:
             watched = self._watched[buffer] = _Watched(1 + self._made % (_SLOTS - 1))
         if capture is not None:
             watched.suspect = None
-            assert self._replays is not None
-            if not watched.in_table:
-                watched.in_table = True
-                self._replays.add(buffer.spec, buffer.base, watched.slot)
-            self._replays.check_in(capture, self.every)
+            if self._replays is not None:
+                if not watched.in_table:
+                    self._replays.add(buffer.spec, buffer.base, watched.slot)
+                    watched.in_table = True
+                self._replays.check_in(capture, self.every)
         else:
             watched.handouts += 1
             if watched.handouts % self.every == 0:
@@ -158,7 +160,7 @@ class ReplayChecks:
         if torch.cuda.is_current_stream_capturing():
             raise SafeAllocError("verify_every: make the pool before the capture, not in it")
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        table = torch.zeros((1 + _PIECES, WORDS), dtype=torch.int64, pin_memory=True)
+        table = torch.zeros((1 + _PIECES, WORDS), dtype=torch.int64, device="cpu", pin_memory=True)
         counters = torch.zeros((_GRAPHS, -(-programs // 4) * 4), dtype=torch.int32, device=device)
         check_table(table, flags, counters[0], 1)  # compiles it: a capture must not
         torch.cuda.synchronize(device)  # whatever stream counts first
@@ -180,7 +182,7 @@ class ReplayChecks:
             return
         if pieces:
             rows = slice(1 + self.pieces, 1 + self.pieces + len(pieces))
-            self.table[rows] = torch.tensor([(*piece, slot) for piece in pieces], dtype=torch.int64)
+            self.table[rows] = torch.tensor([(*piece, slot) for piece in pieces], dtype=torch.int64, device="cpu")
         self.pieces += len(pieces)
         self.table[0, 0] = self.pieces  # last: a replay may be reading
 

@@ -1,29 +1,42 @@
-"""What a pool holds: buffers by shape and owner, bytes and limits, and the memory they are made of."""
+"""What a pool holds: buffers by shape and owner, limits, and the memory they are made of.
+
+``by_address`` is the truth. The lists that the hit path reads are hints: a buffer is in the list of its owner *before* its
+owner is set, and leaves the list of its last owner afterwards, and whoever claims it looks at the owner. So every change is
+committed by one store, and an interrupt at any line leaves a buffer where it was or where it should be:
+
+- made: hint, ``by_address``, owner. Without an owner it is adopted by the next who looks for its shape.
+- moved: claimed, hint, owner; the old hint goes.
+- forgotten: ``GONE`` as its owner, then out of ``by_address``; what was interrupted in between is swept by the next look.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from safealloc import _torch
 from safealloc.errors import PoolExhaustedError
 from safealloc.formats.spec import ScaleSpec
-from safealloc.pool.buffer import STOCK, Buffer, OneCallBuffer, zero_padded
+from safealloc.pool.buffer import GONE, RETURNING, STOCK, Buffer, Drain, OneCallBuffer, zero_padded
 from safealloc.pool.contents import remember
 from safealloc.pool.memory import PrivateMemory
 
+logger = logging.getLogger("safealloc.pool")
+
 
 class Inventory:
-    """Buffers of one pool. Nothing here decides who may have one; the pool's lock is held at each call.
+    """Buffers of one pool. Nothing here decides who may have one; slow paths come in one at a time, or nested.
 
     Args:
         device: where they live.
         max_bytes, cache_bytes: as in :class:`safealloc.ScalePool`.
         pool: the pool's number, for :func:`safealloc.pool.contents.spec_of`.
         poison: whether the valid bytes of new buffers are NaN.
-        ready: whether idle buffers may be handed out by the pool's hit path; else ``ready`` stays empty.
+        ready: whether buffers may be handed out by the pool's hit path; else ``ready`` stays empty.
     """
 
     def __init__(
@@ -42,67 +55,93 @@ class Inventory:
         self.pool = pool
         self.poison = poison
         # (rows, k, layout, padded_k, owner), as the hit path asks; of grouped scales ("grouped", k, layout, experts, owner)
-        self._filed: dict[tuple[Any, ...], list[Buffer]] = {}
-        self.ready = self._filed if ready else {}
+        self._hints: dict[tuple[Any, ...], list[Buffer]] = {}
+        self.ready = self._hints if ready else {}
         self.by_address: dict[int, Buffer] = {}
         self.one_call: list[OneCallBuffer] = []
-        self.bytes = 0
-        self.cached_bytes = 0
         self.evictions = 0
+        self._returning = False
         self._memory: PrivateMemory | None = None  # on CUDA
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def buffers(self) -> list[Buffer]:
+        """Every buffer; what an interrupt left half forgotten is forgotten here."""
+        found = list(self.by_address.values())
+        for buffer in found:
+            if buffer.owner is GONE:
+                self.by_address.pop(buffer.address, None)
+        return [buffer for buffer in found if buffer.owner is not GONE]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def streams(self) -> set[int]:
+        """The raw streams that own buffers."""
+        return {buffer.owner for buffer in self.buffers() if isinstance(buffer.owner, int)}
+
+    def unused(self, spec: ScaleSpec) -> int:
+        """How many buffers in stock serve a shape."""
+        return sum(not buffer.held() for buffer in self._serving(spec, STOCK) if buffer.owner is STOCK)
+
+    def _serving(self, spec: ScaleSpec, owner: Hashable) -> list[Buffer]:
+        """Buffers that serve a shape and may belong to ``owner``; the smallest that serves grouped scales comes first."""
+        found = [*self._hints.get(_key(spec, owner), ())]
+        if spec.experts is None:
+            return found
+        return sorted((one for one in found if one.spec.rows >= spec.rows), key=lambda one: one.spec.rows)
+
+    # --- taking -------------------------------------------------------------------------------------------------------
 
     def take(
         self, spec: ScaleSpec, owners: Iterable[Hashable], allowed: Callable[[Buffer], bool], taker: Hashable
-    ) -> Buffer | None:
-        """The first buffer of a shape that is allowed, filed under its taker; ``None`` where there is none.
+    ) -> tuple[Buffer, Tensor] | None:
+        """The first buffer of a shape that can be claimed and is allowed, with the claim; ``None`` where there is none.
 
         Args:
-            spec: the shape. A buffer of grouped scales serves fewer rows as well; the smallest that does comes first.
+            spec: the shape. A buffer of grouped scales serves fewer rows as well.
             owners: whose buffers are looked at, in this order.
-            allowed: whether a buffer may be taken.
+            allowed: whether a buffer that is claimed may be taken.
             taker: the new owner, a raw stream or a graph memory-pool handle.
         """
         for owner in owners:
-            for buffer in self.owned(spec, owner):
-                if allowed(buffer):
-                    self._change_owner(buffer, taker)
-                    return buffer
+            for buffer in self._serving(spec, owner):
+                claim = buffer.claim()
+                if claim is None:
+                    if not buffer.held() and buffer.altered():
+                        self._give_up(buffer)
+                    continue
+                if buffer.owner is None and self.by_address.get(buffer.address) is buffer:
+                    buffer.give_to(owner)  # an interrupt left it unfiled
+                if buffer.owner != owner:
+                    self._drop_hint(buffer, owner)
+                elif allowed(buffer):
+                    self._move(buffer, taker)
+                    return buffer, claim
+                del claim
         return None
 
-    def owned(self, spec: ScaleSpec, owner: Hashable) -> list[Buffer]:
-        """The buffers that serve a shape and belong to a raw stream, a graph memory-pool handle, or ``STOCK``."""
-        found = self._filed.get(_key(spec, owner), [])
-        return found if spec.experts is None else [buffer for buffer in found if buffer.spec.rows >= spec.rows]
-
-    def streams(self) -> set[Hashable]:
-        """The raw streams that own buffers."""
-        return {key[-1] for key in self._filed if isinstance(key[-1], int)}
-
-    def keep(self, buffer: Buffer) -> None:
-        """Take a buffer out of the cache: it stays until the pool is closed."""
-        if not buffer.kept:
-            self.cached_bytes -= buffer.nbytes
-            buffer.kept = True
-
-    def return_to_stock(self, owners: Collection[Hashable]) -> None:
-        """Give the buffers of graphs that are gone back to everybody, once the device has passed."""
-        returning = [buffer for buffer in self.by_address.values() if buffer.owner in owners]
-        if returning:
-            torch.cuda.synchronize(self.device)
-        for buffer in returning:
-            self._change_owner(buffer, STOCK)
-            buffer.capture, buffer.last_use = None, 0
-            buffer.readers.clear()
+    def _give_up(self, buffer: Buffer) -> None:
+        logger.warning(
+            "a holder resized, moved or shared the memory of a buffer, which is not used again: %s", buffer.spec
+        )
+        self.forget(buffer)
 
     # --- making -------------------------------------------------------------------------------------------------------
 
-    def make_cached(self, spec: ScaleSpec, owner: Hashable) -> Buffer | None:
+    def make_cached(self, spec: ScaleSpec, owner: Hashable) -> tuple[Buffer, Tensor] | None:
         """A new buffer in the cache, or ``None`` where the cache has no room for it; raises as :meth:`make`."""
-        room = spec.nbytes <= self.cache_bytes and self._evict(self.cached_bytes + spec.nbytes - self.cache_bytes)
-        return self.make(spec, owner, kept=False) if room else None
+        if not _torch.reusable or spec.nbytes > self.cache_bytes:
+            return None
+        cached = sum(buffer.nbytes for buffer in self.buffers() if not buffer.kept)
+        if not self._evict(cached + spec.nbytes - self.cache_bytes):
+            return None
+        return self.make(spec, owner, kept=False)
 
-    def make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> Buffer:
-        """A new buffer.
+    def make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> tuple[Buffer, Tensor]:
+        """A new buffer, with a claim on it.
 
         Raises:
             PoolExhaustedError: beyond ``max_bytes``.
@@ -114,33 +153,39 @@ class Inventory:
         except torch.OutOfMemoryError:
             self.trim()
             base = self._base_from_memory(spec)
-        buffer = Buffer(spec, base, owner, kept=kept)
+        buffer = Buffer(spec, base, kept=kept)
+        claim = base.data
         remember(base, spec, self.pool)
-        self._file(buffer)
+        self._hint(buffer, owner)
         self.by_address[buffer.address] = buffer
-        self.bytes += buffer.nbytes
-        if not kept:
-            self.cached_bytes += buffer.nbytes
-        return buffer
+        buffer.give_to(owner)
+        return buffer, claim
 
-    def make_all(self, specs: Sequence[ScaleSpec]) -> None:
-        """New buffers that are kept, in stock: all of them or none; raises as :meth:`make`."""
+    def make_all(self, specs: Sequence[ScaleSpec], stream: int) -> None:
+        """New buffers that are kept, in stock: all of them or none; raises as :meth:`make`.
+
+        Args:
+            specs: one for each.
+            stream: the raw stream that is current, on which they are filled.
+        """
         self.make_room(sum(spec.nbytes for spec in specs))
-        made: list[Buffer] = []
+        before = set(self.by_address)
         try:
-            for spec in specs:
-                made.append(self.make(spec, STOCK, kept=True))
+            made = [self.make(spec, STOCK, kept=True) for spec in specs]
+            drain = Drain.on([stream], self.device) if made else None
+            for buffer, _ in made:
+                assert drain is not None
+                buffer.drain_with(drain)
         except BaseException:
-            for buffer in made:
-                self.forget(buffer)
+            for address in set(self.by_address) - before:
+                self.forget(self.by_address[address])
             raise
 
     def make_for_one_call(self, spec: ScaleSpec) -> Tensor:
         """A buffer for one call, from the allocator that everybody uses; raises as :meth:`make`."""
         self.make_room(spec.nbytes)
         tensor = zero_padded(spec, self.device, poison=self.poison)
-        self.one_call = [buffer for buffer in self.one_call if buffer.alive()]
-        self.one_call.append(OneCallBuffer(spec, tensor))
+        self.one_call = [*(buffer for buffer in self.one_call if buffer.alive()), OneCallBuffer(spec, tensor)]
         remember(tensor, spec, self.pool)
         return tensor
 
@@ -155,8 +200,45 @@ class Inventory:
             return zero_padded(spec, self.device, poison=self.poison)
         if self._memory is None:
             self._memory = PrivateMemory(self.device)
-        with self._memory.active():
-            return zero_padded(spec, self.device, poison=self.poison)
+        return self._memory.allocate(lambda: zero_padded(spec, self.device, poison=self.poison))
+
+    # --- waiting for what was queued ----------------------------------------------------------------------------------
+
+    def start_drain(self) -> None:
+        """Of every buffer of eager work that nobody holds: record that from here on only what is queued has to pass."""
+        drains = {stream: Drain.on([stream], self.device) for stream in self.streams()}
+        for buffer in self.buffers():
+            claim = buffer.claim()
+            drain = drains.get(buffer.owner) if isinstance(buffer.owner, int) else None
+            if claim is not None and drain is not None and not buffer.drained():
+                buffer.drain_with(drain)
+            del claim
+
+    def return_from(self, handles: Collection[Hashable]) -> None:
+        """The graphs of these handles are gone: their buffers come back once nobody holds them and all has passed."""
+        self._returning = True
+        for buffer in self.buffers():
+            if buffer.owner in handles:
+                self._hint(buffer, RETURNING)
+                last, buffer.drain = buffer.owner, None
+                buffer.give_to(RETURNING)
+                self._drop_hint(buffer, last)
+
+    def collect_returning(self, streams: Collection[int]) -> None:
+        """Put back into stock what has come back; ``streams`` are all on which it may have been used."""
+        returning = [buffer for buffer in self.buffers() if buffer.owner is RETURNING] if self._returning else []
+        drain = None
+        for buffer in returning:
+            claim = buffer.claim()
+            if claim is not None and buffer.drain is None:
+                drain = drain or Drain.on(streams, self.device)
+                buffer.drain = drain
+            if claim is not None and buffer.drain is not None and buffer.drain.passed():
+                buffer.captures, buffer.readers = {}, {}
+                buffer.drain_with(buffer.drain)
+                self._move(buffer, STOCK)
+            del claim
+        self._returning = any(buffer.owner is RETURNING for buffer in returning)
 
     # --- giving up ----------------------------------------------------------------------------------------------------
 
@@ -165,86 +247,102 @@ class Inventory:
         if self.max_bytes is None:
             return
         one_call = sum(buffer.nbytes for buffer in self.one_call if buffer.alive())
-        if not self._evict(self.bytes + one_call + nbytes - self.max_bytes):
+        held = self.nbytes
+        if not self._evict(held + one_call + nbytes - self.max_bytes):
             raise PoolExhaustedError(
-                f"{nbytes} more bytes would take the pool beyond max_bytes={self.max_bytes}: it holds {self.bytes} in "
+                f"{nbytes} more bytes would take the pool beyond max_bytes={self.max_bytes}: it holds {held} in "
                 f"{len(self.by_address)} buffers, and callers hold {one_call} that were made for one call"
             )
 
     def trim(self) -> int:
         """Give up the cache's idle buffers, and what is free to the device; their bytes."""
-        before = self.bytes
+        before = self.nbytes
         self._forget_idle()  # apart, so that no variable here holds one when the memory is released
         self.release_memory()
-        return before - self.bytes
+        return before - self.nbytes
 
     def clear(self) -> None:
         """Forget every buffer; held tensors stay valid."""
-        while self.by_address:
-            self.forget(next(iter(self.by_address.values())))
+        self._forget_all()
+        self._hints.clear()
         self.one_call.clear()
         self.release_memory()
 
     def forget(self, buffer: Buffer) -> None:
         """Forget one buffer."""
+        owner = buffer.owner
+        buffer.give_to(GONE)
         buffer.release()
-        if not buffer.kept:
-            self.cached_bytes -= buffer.nbytes
-        self._unfile(buffer)
-        del self.by_address[buffer.address]
-        self.bytes -= buffer.nbytes
+        self.by_address.pop(buffer.address, None)
+        self._drop_hint(buffer, owner)
 
     def release_memory(self) -> None:
         """Give what is free to the device. Buffers that are left stay where they are, new ones come from elsewhere."""
-        if self._memory is not None:
-            self._memory.release()
+        memory = self._memory
+        if memory is not None:
             self._memory = None
+            memory.release()
             torch.cuda.empty_cache()
 
     def _evict(self, nbytes: int) -> bool:
         """Give up idle buffers of the cache of at least so many bytes, least recently used first; none if too few."""
         if nbytes <= 0:
             return True
-        cached = [buffer for buffer in self.by_address.values() if not buffer.kept]
-        victims, found = [], 0
-        for buffer in sorted(cached, key=lambda buffer: buffer.last_use):
+        claims, found = [], 0
+        for buffer in sorted((one for one in self.buffers() if not one.kept), key=lambda one: one.last_use):
             if found >= nbytes:
                 break
-            if not buffer.held():
-                victims.append(buffer)
+            claim = buffer.claim()
+            if claim is not None or (not buffer.held() and buffer.altered()):
+                claims.append((buffer, claim))
                 found += buffer.nbytes
         if found < nbytes:
             return False
-        for buffer in victims:
+        for buffer, _ in claims:
             self.forget(buffer)
-        self.evictions += len(victims)
+            self.evictions += 1
         return True
 
-    def _forget_idle(self) -> None:
-        for buffer in [buffer for buffer in self.by_address.values() if not buffer.kept and not buffer.held()]:
+    def _forget_all(self) -> None:
+        for buffer in self.buffers():
             self.forget(buffer)
 
-    # --- filing -------------------------------------------------------------------------------------------------------
+    def _forget_idle(self) -> None:
+        for buffer in self.buffers():
+            claim = None if buffer.kept else buffer.claim()
+            if claim is not None or (not buffer.held() and buffer.altered()):
+                self.forget(buffer)
+            del claim
 
-    def _change_owner(self, buffer: Buffer, owner: Hashable) -> None:
-        if buffer.owner == owner:
+    # --- hints --------------------------------------------------------------------------------------------------------
+
+    def _move(self, buffer: Buffer, owner: Hashable) -> None:
+        """Change the owner of a buffer that is claimed."""
+        last = buffer.owner
+        if last == owner:
+            buffer.give_to(owner)  # readers may have passed
             return
-        self._unfile(buffer)
         if self.device.type == "cuda" and isinstance(owner, int):  # its memory may be another stream's
             buffer.base.record_stream(torch.cuda.current_stream(self.device))
-        buffer.owner = owner
-        self._file(buffer)
+        self._hint(buffer, owner)
+        buffer.give_to(owner)
+        self._drop_hint(buffer, last)
 
-    def _file(self, buffer: Buffer) -> None:
-        filed = self._filed.setdefault(_key(buffer.spec, buffer.owner), [])
-        filed.append(buffer)
-        filed.sort(key=lambda buffer: buffer.spec.rows)
+    def _hint(self, buffer: Buffer, owner: Hashable) -> None:
+        hints = self._hints.setdefault(_key(buffer.spec, owner), [])
+        if buffer not in hints:
+            hints.append(buffer)
 
-    def _unfile(self, buffer: Buffer) -> None:
-        key = _key(buffer.spec, buffer.owner)
-        self._filed[key].remove(buffer)
-        if not self._filed[key]:
-            del self._filed[key]
+    def _drop_hint(self, buffer: Buffer, owner: Hashable) -> None:
+        """A hint that is not true any more goes; one that is stays."""
+        key = _key(buffer.spec, owner)
+        hints = self._hints.get(key)
+        if hints is not None and buffer.owner != owner:
+            if buffer in hints:
+                hints.remove(buffer)
+            if len(self._hints) > 1024 + 4 * len(self.by_address):  # an eager prefill brings thousands of shapes
+                for key in [key for key, hints in list(self._hints.items()) if not hints]:
+                    self._hints.pop(key, None)
 
 
 def _key(spec: ScaleSpec, owner: Hashable) -> tuple[Any, ...]:

@@ -13,8 +13,8 @@ whose graphs are alive, and :mod:`safealloc.pool.watch` checks what is handed ou
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import sys
 import threading
 import warnings
 from collections.abc import Iterable
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
+from safealloc import _torch
 from safealloc._checks import check_is_tensor, checked_bytes, checked_count, checked_device
 from safealloc.errors import CaptureGrowthError, PoolClosedError, SafeAllocError
 from safealloc.formats.layout import SfLayout
@@ -39,9 +40,10 @@ from safealloc.pool.reports import CaptureGrowthWarning, GraphReport, PoolStats
 from safealloc.pool.watch import Watch
 
 _NO_BUFFERS: list[Buffer] = []
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_use_count = torch._C._storage_Use_Count
-_references = sys.getrefcount
+_dispatch_modes = _torch.dispatch_modes
+_use_count = _torch.use_count
+_references = _torch.references
+_standard = _torch.standard_deleter
 
 
 class ScalePool(OfOneProcess):
@@ -87,7 +89,7 @@ class ScalePool(OfOneProcess):
         if self._on_cuda:
             torch.cuda.init()
         self._index = self.device.index or 0
-        self._raw_stream, self._capturing = driver.stream_queries(self.device)
+        self._raw_stream, self._capturing = driver.current_stream(self.device), driver.capture_query(self.device)
         self._number = next(_pool_numbers)
         self._lock = threading.RLock()
         self._unusable: str | None = None
@@ -97,7 +99,9 @@ class ScalePool(OfOneProcess):
         self._watch = Watch(self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair)
         self._graphs = GraphUses(self._number)
         self._warned: set[ScaleSpec] = set()
-        self._requests = self._fallbacks = 0
+        self._tick = itertools.count(1).__next__  # requests and looks, in an order that all threads agree on
+        self._looks = self._fallbacks = 0
+        self._streams: set[int] = set()  # on which buffers are used
         self.misses = 0
         """Acquires so far that had to make a buffer."""
         super().__init__()
@@ -125,25 +129,33 @@ class ScalePool(OfOneProcess):
             PoolClosedError: the pool was closed, or this process is a fork of the pool's.
             TypeError, ValueError: an argument of the wrong type or out of range.
         """
-        with self._lock:
-            stream = self._raw_stream(self._index)
-            if not stream or not self._capturing(stream):  # the default stream, 0, is never in a capture
-                try:  # what is there costs less so than by get()
-                    buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
-                except KeyError:
-                    buffers = _NO_BUFFERS
-                for buffer in buffers:
-                    # buffer.idle(), without the call
-                    if (
-                        _use_count(buffer.storage_address) == buffer.idle_uses
-                        and _references(buffer.storage) == buffer.idle_references
-                        and not buffer.readers
-                    ):
-                        if _dispatch_modes():  # fake tensors, perhaps
-                            self._check_usable()
-                        self._requests = buffer.last_use = self._requests + 1
-                        return buffer.base.data  # a fresh tensor, as detach() makes, without the dispatcher
-            return self._serve(ScaleSpec.checked(rows, k, layout, padded_k), stream)
+        stream = self._raw_stream(self._index)
+        if (
+            (not stream or not self._capturing(stream))  # the default stream, 0, is never in a capture
+            and type(rows) is type(k) is int  # 4.0 and True are equal to what is filed, and are errors
+            and type(layout) is SfLayout
+            and (padded_k is None or type(padded_k) is int)
+        ):
+            try:  # what is there costs less so than by get()
+                buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
+            except KeyError:
+                buffers = _NO_BUFFERS
+            for buffer in buffers:
+                tensor = buffer.base.data  # buffer.claim(), without the call: a fresh tensor, if it is the only one
+                if (
+                    _references(buffer.storage) == buffer.claimed_references
+                    and _use_count(buffer.cdata) == buffer.claimed_uses
+                    and _references(buffer.storage) == buffer.claimed_references
+                    and buffer.ready_for == stream
+                    and tensor.data_ptr() == buffer.address
+                    and _standard(buffer.cdata) == buffer.standard
+                ):
+                    if _dispatch_modes():  # fake tensors, perhaps
+                        self._check_usable()
+                    buffer.last_use = self._tick()
+                    return tensor
+                del tensor  # or nobody else could claim it
+        return self._serve(ScaleSpec.checked(rows, k, layout, padded_k), stream)
 
     # --- acquire: all the rest ----------------------------------------------------------------------------------------
 
@@ -167,41 +179,45 @@ class ScalePool(OfOneProcess):
             :meth:`acquire`.
         """
         spec = ScaleSpec.grouped(rows, k, layout, experts)
-        with self._lock:
-            return self._serve(spec, self._raw_stream(self._index))[: spec.padded_shape[0]]
+        return self._serve(spec, self._raw_stream(self._index))[: spec.padded_shape[0]]
 
     def _serve(self, spec: ScaleSpec, stream: int) -> Tensor:
         """What the hit path cannot answer: captures, misses, grouped scales, and all of a pool that is watched."""
-        self._check_usable()
-        capture = self._capture()
-        self._watch.before_handout(capture)
-        if capture is not None:
-            tensor = self._serve_capture(spec, stream, capture)
-        else:
-            self._take_back()
-            found = self._inventory.take(spec, (stream, STOCK), Buffer.passed, stream)
-            buffer = found or self._inventory.make_cached(spec, stream)
-            tensor = self._inventory.make_for_one_call(spec) if buffer is None else buffer.base.data
-            self._requests += 1
-            if buffer is not None:
-                buffer.last_use = self._requests
-            if found is None:
-                self.misses += 1
-        self._watch.handed_out(tensor, capture)
+        with self._lock:
+            self._check_usable()
+            self._streams.add(stream)
+            capture = self._capture()
+            self._watch.before_handout(capture)
+            serve = self._serve_eager if capture is None else functools.partial(self._serve_capture, capture)
+            tensor = serve(spec, stream)
+            self._watch.handed_out(tensor, capture)
+            return tensor
+
+    def _serve_eager(self, spec: ScaleSpec, stream: int) -> Tensor:
+        self._take_back()
+        found = self._inventory.take(spec, (stream,), Buffer.passed_readers, stream)
+        found = found or self._inventory.take(spec, (STOCK,), Buffer.drained, stream)
+        given = found or self._inventory.make_cached(spec, stream)
+        tensor = given[1] if given else self._inventory.make_for_one_call(spec)
+        request = self._tick()
+        if given:
+            given[0].last_use = request
+        if not found:
+            self.misses += 1
         return tensor
 
-    def _serve_capture(self, spec: ScaleSpec, stream: int, capture: Capture) -> Tensor:
-        use = self._graphs.use_of(capture, self._requests)
-        buffer = self._inventory.take(spec, (use.handle,), use.may_reuse(stream), use.handle)
-        if buffer is None:
-            eager = (STOCK, *self._inventory.streams())
-            buffer = self._inventory.take(spec, eager, use.may_take_over, use.handle)
-        if buffer is None:
+    def _serve_capture(self, capture: Capture, spec: ScaleSpec, stream: int) -> Tensor:
+        use = self._graphs.use_of(capture, self._now())
+        eager = (STOCK, *self._inventory.streams())
+        found = self._inventory.take(spec, (use.handle,), use.may_reuse(stream), use.handle)
+        found = found or self._inventory.take(spec, eager, use.may_take_over(stream), use.handle)
+        if found is None:
             return self._grow_in_capture(spec)
-        self._inventory.keep(buffer)
+        buffer, tensor = found
+        buffer.kept = True
         use.give(buffer, stream)
-        self._requests += 1
-        return buffer.base.data
+        self._tick()
+        return tensor
 
     def _grow_in_capture(self, spec: ScaleSpec) -> Tensor:
         named = {"padded_k": spec.padded_k, "experts": spec.experts}
@@ -213,7 +229,7 @@ class ScalePool(OfOneProcess):
                 "that are held at once, or that belong to different graph memory-pool handles)"
             )
         tensor = self._inventory.make_in_capture(spec)
-        self._requests += 1
+        self._tick()
         self.misses += 1
         self._fallbacks += 1
         if spec not in self._warned:
@@ -260,9 +276,8 @@ class ScalePool(OfOneProcess):
             self._take_back()
             missing: list[ScaleSpec] = []
             for spec in specs:
-                unused = sum(not buffer.held() for buffer in self._inventory.owned(spec, STOCK))
-                missing += [spec] * (copies - unused)
-            self._inventory.make_all(missing)
+                missing += [spec] * (copies - self._inventory.unused(spec))
+            self._inventory.make_all(missing, self._raw_stream(self._index))
             if missing and self._on_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
 
@@ -329,18 +344,28 @@ class ScalePool(OfOneProcess):
                 raise ValueError(f"the stream is on {stream.device}, the pool on {self.device}")
             if buffer is None:  # made for one call: PyTorch's allocator frees it
                 tensor.record_stream(stream)
-            elif stream.cuda_stream != (buffer.owner if isinstance(buffer.owner, int) else buffer.stream):
-                buffer.readers[stream.cuda_stream] = stream
+                return
+            reader, capture = stream.cuda_stream, self._capture()
+            self._streams.add(reader)
+            if capture is not None and capture.id in buffer.captures:
+                if buffer.captures[capture.id] != reader:
+                    buffer.captures[capture.id] = None
+            elif reader != buffer.owner:
+                buffer.read_by(reader)
 
-    def shared_captures(self) -> contextlib.AbstractContextManager[Any]:
+    def shared_captures(self, *, synchronized: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Treat captures that were not begun by :func:`safealloc.capture` as sharing one graph memory-pool handle.
 
         True where one framework captures them all into one pool, and so replays them one after the other. Without it
         each is on its own. Holds from the call on; as a context manager, until its end.
+
+        Args:
+            synchronized: who begins those captures synchronizes the device first, as ``torch.cuda.graph`` does: then a
+                capture may take over what a warm-up has left on its own stream.
         """
         with self._lock:
             self._check_usable()
-            return self._graphs.share()
+            return self._graphs.share(synchronized)
 
     def graph_report(self, graph: torch.cuda.CUDAGraph) -> GraphReport:
         """What a graph that :func:`safealloc.capture` captured with this pool uses.
@@ -379,15 +404,20 @@ class ScalePool(OfOneProcess):
             self._check_usable()
             if self._capture() is None:
                 self._take_back()
+                self._inventory.start_drain()  # what follows may be a capture, and take over what a warm-up has left
 
     def _capture(self) -> Capture | None:
         """The capture under way on the current stream of the pool's device."""
         return driver.under_way(self._raw_stream(self._index)) if self._on_cuda else None
 
     def _take_back(self) -> None:
-        gone = self._graphs.take_gone()
-        if gone:
-            self._inventory.return_to_stock(gone)
+        self._graphs.return_gone(self._inventory)
+        self._inventory.collect_returning(self._streams)
+
+    def _now(self) -> int:
+        """A number between those of the requests before and after."""
+        self._looks += 1
+        return self._tick()
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -452,20 +482,21 @@ class ScalePool(OfOneProcess):
         """
         spec = ScaleSpec.checked(rows, k, layout, padded_k)
         with self._lock:
-            return sum(buffer.held() for buffer in self._inventory.by_address.values() if buffer.spec == spec)
+            return sum(buffer.held() for buffer in self._inventory.buffers() if buffer.spec == spec)
 
     def stats(self) -> PoolStats:
         """The pool's counters now."""
         with self._lock:
             self.take_back()
-            buffers = self._inventory.by_address.values()
+            buffers = self._inventory.buffers()
+            requests = self._now() - self._looks
             handles = self._graphs.handles()
             return PoolStats(
                 buffers=len(buffers),
-                bytes=self._inventory.bytes,
+                bytes=sum(buffer.nbytes for buffer in buffers),
                 live=sum(buffer.held() for buffer in buffers),
                 captured=sum(buffer.owner in handles for buffer in buffers),
-                hits=self._requests - self.misses,
+                hits=requests - self.misses,
                 misses=self.misses,
                 evictions=self._inventory.evictions,
                 capture_fallbacks=self._fallbacks,
@@ -492,7 +523,7 @@ class ScalePool(OfOneProcess):
         self.close()
 
     def __repr__(self) -> str:
-        state = self._unusable or f"{len(self._inventory.by_address)} buffers, {self._inventory.bytes} bytes"
+        state = self._unusable or f"{len(self._inventory.by_address)} buffers, {self._inventory.nbytes} bytes"
         return f"<ScalePool on {self.device}: {state}>"
 
     def _leave_to_parent(self, parent: int) -> None:

@@ -74,7 +74,7 @@ class Watch:
             PaddingCorruptionError: padding is not zero, without ``repair``.
         """
         self._synchronize()
-        buffers = [(buffer.spec, buffer.base) for buffer in self._inventory.by_address.values()]
+        buffers = [(buffer.spec, buffer.base) for buffer in self._inventory.buffers() if not buffer.altered()]
         one_call = [(buffer.spec, buffer.tensor()) for buffer in self._inventory.one_call]
         buffers += [(spec, tensor) for spec, tensor in one_call if tensor is not None]
         del one_call

@@ -523,10 +523,10 @@ def test_the_promise_does_not_name_a_constant_use_count():
     spec = ScaleSpec(8, 512, SfLayout.layout_8x4)
     base = zero_padded(spec, torch.device("cpu"))
     alias = base.view(torch.float8_e4m3fn)
-    buffer = Buffer(spec, base, 0, kept=False)
-    assert buffer.idle()
+    buffer = Buffer(spec, base, kept=False)
+    assert buffer.claim() is not None
     view = base.detach()
-    assert not buffer.idle()
+    assert buffer.claim() is None
     del view
-    assert buffer.idle()
+    assert buffer.claim() is not None
     del alias
