@@ -21,14 +21,16 @@ class LayoutMismatchError(SafeAllocError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """A buffer whose padding is not zero.
+    """A buffer whose padding is not zero, or around which somebody wrote.
 
     Attributes:
         spec: shape and layout of the buffer.
         address: device address of its first byte.
-        row, column: the first byte that is not zero, in scale rows and columns of the padded matrix.
+        row, column: the first byte that is not zero, in scale rows and columns of the padded matrix; 0 outside of it.
         value: that byte.
-        count: how many padding bytes are not zero.
+        count: how many such bytes there are.
+        outside: in a red zone, where the first such byte lies: bytes from the buffer's first one if negative, else from its
+            end; ``None`` for padding.
         handed_to: who was given the buffer last, where a guard (:mod:`safealloc.pool.guard`) watches.
     """
 
@@ -38,10 +40,17 @@ class Corruption:
     column: int
     value: int
     count: int
+    outside: int | None = None
     handed_to: str | None = None
 
     def __str__(self) -> str:
         last = "" if self.handed_to is None else f"; last handed to {self.handed_to}"
+        if self.outside is not None:
+            side = f"{-self.outside} bytes before it" if self.outside < 0 else f"{self.outside} bytes behind its end"
+            return (
+                f"buffer at 0x{self.address:x} ({self.spec}): {self.count} bytes outside of it were written, first 0x"
+                f"{self.value:02X} {side}{last}"
+            )
         return (
             f"buffer at 0x{self.address:x} ({self.spec}): {self.count} padding bytes are not zero, first 0x{self.value:02X} "
             f"at scale row {self.row}, column {self.column}{last}"

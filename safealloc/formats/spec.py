@@ -125,6 +125,13 @@ class ScaleSpec:
         for padding in self.padding_views(buffer):
             padding.zero_()
 
+    @property
+    def reserve_call(self) -> str:
+        """The call that makes such a buffer, for messages."""
+        named = {"padded_k": self.padded_k, "experts": self.experts}
+        further = "".join(f", {name}={value}" for name, value in named.items() if value is not None)
+        return f"reserve({self.rows}, {self.k}, SfLayout.{self.layout.name}{further})"
+
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
         experts = "" if self.experts is None else f", experts={self.experts}"

@@ -32,6 +32,12 @@ from safealloc.pool import driver
 ALIGNMENT = 512
 """Bytes; what CUDA's allocators give, and what TMA and the 128x4 tile ask for at most."""
 
+RED_ZONE = 512
+"""Bytes before and behind each buffer of a pool with ``debug``, which nobody may write."""
+
+RED_ZONE_BYTE = 0xA5
+"""What they hold."""
+
 STOCK = "stock"
 """Owner of a buffer that no stream and no graph has touched since it was made or came back."""
 
@@ -232,15 +238,21 @@ class OneCallBuffer:
         return empty.set_(storage, self._offset, (padded_rows, padded_cols), (padded_cols, 1))
 
 
-def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False) -> Tensor:
+def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False, red_zones: bool = False) -> Tensor:
     """New scales, uint8 ``[padded_rows, padded_cols]``, aligned, padding zero.
 
     The valid bytes are whatever was there, or with ``poison`` NaN. Grouped scales are all zero, and so is their record: no
-    row is valid yet.
+    row is valid yet. With ``red_zones`` they lie between two zones of ``RED_ZONE`` bytes.
     """
     # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        memory = _aligned(spec.nbytes, device)
+        if red_zones:
+            memory = _aligned(spec.nbytes + 2 * RED_ZONE, device)
+            memory[:RED_ZONE] = RED_ZONE_BYTE
+            memory[RED_ZONE + spec.nbytes :] = RED_ZONE_BYTE
+            memory = memory[RED_ZONE : RED_ZONE + spec.nbytes]
+        else:
+            memory = _aligned(spec.nbytes, device)
         scales = spec.scales_in(memory)
         if spec.record:
             memory.zero_()
@@ -249,6 +261,18 @@ def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False) 
                 memory.fill_(NAN_SCALE)
             spec.zero_padding(scales)
     return scales
+
+
+def red_zones_of(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes before and behind a buffer that was made with red zones, uint8 ``[RED_ZONE]`` each.
+
+    Args:
+        spec: of the buffer.
+        scales: all its scales.
+    """
+    start = scales.storage_offset()
+    before = scales.as_strided((RED_ZONE,), (1,), start - RED_ZONE)
+    return before, scales.as_strided((RED_ZONE,), (1,), start + spec.nbytes)
 
 
 def _aligned(nbytes: int, device: torch.device) -> Tensor:

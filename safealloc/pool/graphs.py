@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from safealloc.formats.spec import ScaleSpec
 from safealloc.pool import driver
-from safealloc.pool.buffer import Buffer, Drain
+from safealloc.pool.buffer import STOCK, Buffer, Drain
 from safealloc.pool.driver import Capture
 from safealloc.pool.inventory import Inventory
 from safealloc.pool.reports import GraphReport
@@ -69,11 +71,20 @@ class CaptureUse:
 
         return allowed
 
-    def give(self, buffer: Buffer, stream: int) -> None:
-        """Note that the capture was given a buffer: it stays where it is as long as the graph lives."""
+    def take(self, inventory: Inventory, spec: ScaleSpec, stream: int) -> Tensor | None:
+        """A buffer for the capture, which stays where it is as long as the graph lives; ``None`` where there is none."""
+        found = inventory.take(spec, (self.handle,), self.may_reuse(stream), self.handle)
+        if found is None:
+            eager = (STOCK, *inventory.streams())
+            found = inventory.take(spec, eager, self.may_take_over(stream), self.handle)
+        if found is None:
+            return None
+        buffer, tensor = found
+        buffer.kept = True
         buffer.captures[self.capture.id] = stream
         self.capture.keep(buffer.base)
         self.buffers[buffer] = None
+        return tensor
 
 
 class GraphUses:

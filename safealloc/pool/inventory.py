@@ -36,6 +36,7 @@ class Inventory:
         max_bytes, cache_bytes: as in :class:`safealloc.ScalePool`.
         pool: the pool's number, for :func:`safealloc.pool.contents.spec_of`.
         poison: whether the valid bytes of new buffers are NaN.
+        red_zones: whether new buffers lie between red zones.
         ready: whether buffers may be handed out by the pool's hit path; else ``ready`` stays empty.
     """
 
@@ -47,6 +48,7 @@ class Inventory:
         pool: int = 0,
         *,
         poison: bool = False,
+        red_zones: bool = False,
         ready: bool = False,
     ) -> None:
         self.device = device
@@ -54,6 +56,7 @@ class Inventory:
         self.cache_bytes = cache_bytes
         self.pool = pool
         self.poison = poison
+        self.red_zones = red_zones
         # (rows, k, layout, padded_k, owner), as the hit path asks; of grouped scales ("grouped", k, layout, experts, owner)
         self._hints: dict[tuple[Any, ...], list[Buffer]] = {}
         self.ready = self._hints if ready else {}
@@ -184,7 +187,7 @@ class Inventory:
     def make_for_one_call(self, spec: ScaleSpec) -> Tensor:
         """A buffer for one call, from the allocator that everybody uses; raises as :meth:`make`."""
         self.make_room(spec.nbytes)
-        tensor = zero_padded(spec, self.device, poison=self.poison)
+        tensor = self._zero_padded(spec)
         self.one_call = [*(buffer for buffer in self.one_call if buffer.alive()), OneCallBuffer(spec, tensor)]
         remember(tensor, spec, self.pool)
         return tensor
@@ -197,10 +200,13 @@ class Inventory:
 
     def _base_from_memory(self, spec: ScaleSpec) -> Tensor:
         if self.device.type != "cuda":
-            return zero_padded(spec, self.device, poison=self.poison)
+            return self._zero_padded(spec)
         if self._memory is None:
             self._memory = PrivateMemory(self.device)
-        return self._memory.allocate(lambda: zero_padded(spec, self.device, poison=self.poison))
+        return self._memory.allocate(lambda: self._zero_padded(spec))
+
+    def _zero_padded(self, spec: ScaleSpec) -> Tensor:
+        return zero_padded(spec, self.device, poison=self.poison, red_zones=self.red_zones)
 
     # --- waiting for what was queued ----------------------------------------------------------------------------------
 

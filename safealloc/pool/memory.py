@@ -9,7 +9,19 @@ from typing import TypeVar
 
 import torch
 
+from safealloc.errors import SafeAllocError
+
 _T = TypeVar("_T")
+
+
+def check_allocator() -> None:
+    """Raises: SafeAllocError: PyTorch allocates CUDA memory otherwise than by its native caching allocator."""
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":
+        raise SafeAllocError(
+            f"a pool needs PyTorch's native CUDA allocator, this process has {backend!r} (PYTORCH_CUDA_ALLOC_CONF or "
+            "torch.cuda.memory.change_current_allocator), which has no private memory pools"
+        )
 
 
 class PrivateMemory:

@@ -13,7 +13,6 @@ whose graphs are alive, and :mod:`safealloc.pool.watch` checks what is handed ou
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import threading
 import warnings
@@ -35,6 +34,7 @@ from safealloc.pool.contents import spec_of
 from safealloc.pool.driver import Capture
 from safealloc.pool.graphs import GraphUses
 from safealloc.pool.inventory import Inventory
+from safealloc.pool.memory import check_allocator
 from safealloc.pool.process import OfOneProcess
 from safealloc.pool.reports import CaptureGrowthWarning, GraphReport, PoolStats
 from safealloc.pool.watch import Watch
@@ -55,7 +55,7 @@ class ScalePool(OfOneProcess):
         cache_bytes: what it may hold in shapes that were neither reserved nor captured; the least recently used go
             first, and what does not fit is made for the one call.
         growth_in_capture: ``"zeros"`` or ``"error"``: what a capture gets for which no buffer is there.
-        debug: verify all padding at each acquire, which synchronizes.
+        debug: verify all padding at each acquire, which synchronizes, and the bytes around each buffer too.
         verify_every: check each buffer at every N-th handout, and at every N-th replay of each graph, asynchronously; 0 is
             never.
         verify_repair: zero and log dirty padding that such a check finds, instead of raising.
@@ -63,7 +63,7 @@ class ScalePool(OfOneProcess):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
-        SafeAllocError: ``verify_every`` on CUDA without Triton, or in a capture.
+        SafeAllocError: ``verify_every`` on CUDA without Triton, or in a capture; another allocator than PyTorch's native one.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class ScalePool(OfOneProcess):
         self._on_cuda = self.device.type == "cuda"
         if self._on_cuda:
             torch.cuda.init()
+            check_allocator()
         self._index = self.device.index or 0
         self._raw_stream, self._capturing = driver.current_stream(self.device), driver.capture_query(self.device)
         self._number = next(_pool_numbers)
@@ -95,7 +96,9 @@ class ScalePool(OfOneProcess):
         self._unusable: str | None = None
         watched = debug or verify_every > 0  # every handout is seen, so that none is answered by the hit path
         limits = self.max_bytes, self.cache_bytes
-        self._inventory = Inventory(self.device, *limits, self._number, poison=poison, ready=not watched)
+        self._inventory = Inventory(
+            self.device, *limits, self._number, poison=poison, red_zones=debug, ready=not watched
+        )
         self._watch = Watch(self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair)
         self._graphs = GraphUses(self._number)
         self._warned: set[ScaleSpec] = set()
@@ -188,8 +191,7 @@ class ScalePool(OfOneProcess):
             self._streams.add(stream)
             capture = self._capture()
             self._watch.before_handout(capture)
-            serve = self._serve_eager if capture is None else functools.partial(self._serve_capture, capture)
-            tensor = serve(spec, stream)
+            tensor = self._serve_eager(spec, stream) if capture is None else self._serve_capture(spec, stream, capture)
             self._watch.handed_out(tensor, capture)
             return tensor
 
@@ -206,36 +208,25 @@ class ScalePool(OfOneProcess):
             self.misses += 1
         return tensor
 
-    def _serve_capture(self, capture: Capture, spec: ScaleSpec, stream: int) -> Tensor:
+    def _serve_capture(self, spec: ScaleSpec, stream: int, capture: Capture) -> Tensor:
         use = self._graphs.use_of(capture, self._now())
-        eager = (STOCK, *self._inventory.streams())
-        found = self._inventory.take(spec, (use.handle,), use.may_reuse(stream), use.handle)
-        found = found or self._inventory.take(spec, eager, use.may_take_over(stream), use.handle)
-        if found is None:
-            return self._grow_in_capture(spec)
-        buffer, tensor = found
-        buffer.kept = True
-        use.give(buffer, stream)
-        self._tick()
-        return tensor
-
-    def _grow_in_capture(self, spec: ScaleSpec) -> Tensor:
-        named = {"padded_k": spec.padded_k, "experts": spec.experts}
-        further = "".join(f", {name}={value}" for name, value in named.items() if value is not None)
-        remedy = f"call pool.reserve({spec.rows}, {spec.k}, SfLayout.{spec.layout.name}{further}) before the capture"
-        if self.growth_in_capture == "error":
+        tensor = use.take(self._inventory, spec, stream)
+        if tensor is None and self.growth_in_capture == "error":
             raise CaptureGrowthError(
-                f"no idle buffer for {spec} in this capture, and a pool does not grow in one: {remedy} (copies=N for N "
-                "that are held at once, or that belong to different graph memory-pool handles)"
+                f"no idle buffer for {spec} in this capture, and a pool does not grow in one: call pool.{spec.reserve_call} "
+                "before the capture (copies=N for N held at once, or on different graph memory-pool handles)"
             )
-        tensor = self._inventory.make_in_capture(spec)
         self._tick()
+        if tensor is not None:
+            return tensor
+        tensor = self._inventory.make_in_capture(spec)
         self.misses += 1
         self._fallbacks += 1
         if spec not in self._warned:
             self._warned.add(spec)
-            message = f"no idle buffer for {spec}: this graph zeroes one at every replay; {remedy} to save that"
-            warnings.warn(message, CaptureGrowthWarning, stacklevel=5)
+            message = f"no idle buffer for {spec}: this graph zeroes one at every replay"
+            remedy = f"call pool.{spec.reserve_call} before the capture to save that"
+            warnings.warn(f"{message}; {remedy}", CaptureGrowthWarning, stacklevel=4)
         return tensor
 
     # --- making buffers and giving them up ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from safealloc.errors import Corruption
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
+from safealloc.pool.buffer import RED_ZONE, RED_ZONE_BYTE, red_zones_of
 
 
 def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corruption]:
@@ -68,3 +69,32 @@ def _describe(spec: ScaleSpec, buffer: Tensor) -> Corruption | None:
         return None
     row, column = (int(index) for index in positions[0])
     return Corruption(spec, buffer.data_ptr(), row, column, int(logical[row, column]), len(positions))
+
+
+def find_written_red_zones(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corruption]:
+    """The buffers around which somebody wrote; one synchronization if all is well.
+
+    Args:
+        buffers: as in :func:`find_corruptions`, all made with red zones.
+    """
+    zones = [(spec, buffer, red_zones_of(spec, buffer)) for spec, buffer in buffers]
+    written = [torch.cat(both).ne(RED_ZONE_BYTE).any() for _, _, both in zones]
+    if not written or not bool(torch.stack(written).any()):
+        return []
+    found = []
+    for spec, buffer, both in zones:
+        for zone, first in zip(both, (-RED_ZONE, 0), strict=True):
+            at = zone.ne(RED_ZONE_BYTE).nonzero().view(-1)
+            if len(at):
+                value, outside = int(zone[at[0]]), first + int(at[0])
+                found.append(Corruption(spec, buffer.data_ptr(), 0, 0, value, len(at), outside))
+    return found
+
+
+def repair_red_zones(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Sequence[Corruption]) -> None:
+    """Restore the red zones of those buffers around which somebody wrote."""
+    written = {corruption.address for corruption in corruptions if corruption.outside is not None}
+    for spec, buffer in buffers:
+        if buffer.data_ptr() in written:
+            for zone in red_zones_of(spec, buffer):
+                zone.fill_(RED_ZONE_BYTE)

@@ -19,7 +19,7 @@ from safealloc.pool.buffer import Buffer
 from safealloc.pool.driver import Capture
 from safealloc.pool.guard import Guard
 from safealloc.pool.inventory import Inventory
-from safealloc.pool.verify import find_corruptions, repair_padding
+from safealloc.pool.verify import find_corruptions, find_written_red_zones, repair_padding, repair_red_zones
 
 logger = logging.getLogger("safealloc.pool")
 
@@ -101,9 +101,11 @@ class Watch:
 
     def _raise_or_repair(self, buffers: list[tuple[ScaleSpec, Tensor]], repair: bool) -> bool:
         """Whether any was dirty. Empties the list, which the traceback of the error would hold."""
-        corruptions = [self._with_suspect(corruption) for corruption in find_corruptions(buffers)]
+        corruptions = [self._with_suspect(corruption) for corruption in self._find(buffers)]
         if corruptions and repair:
             repair_padding(buffers, corruptions)
+            if self._inventory.red_zones:
+                repair_red_zones(buffers, corruptions)
             self._synchronize()
         buffers.clear()
         if corruptions and not repair:
@@ -111,6 +113,9 @@ class Watch:
         for corruption in corruptions:
             logger.warning("zeroed padding that somebody wrote: %s", corruption)
         return bool(corruptions)
+
+    def _find(self, buffers: list[tuple[ScaleSpec, Tensor]]) -> list[Corruption]:
+        return find_corruptions(buffers) + (find_written_red_zones(buffers) if self._inventory.red_zones else [])
 
     def _with_suspect(self, corruption: Corruption) -> Corruption:
         buffer: Buffer | None = self._inventory.by_address.get(corruption.address)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from support.fake_captures import FakeWorld
+from support.internals import buffers_of
 
 from safealloc import CaptureGrowthError, CaptureGrowthWarning, ScalePool, SfLayout
 from safealloc.pool import buffer as buffer_module
 from safealloc.pool import driver
-from support.fake_captures import FakeWorld
-from support.internals import buffers_of
 
 LAYOUT = SfLayout.layout_8x4
 pytestmark = pytest.mark.filterwarnings("ignore::safealloc.CaptureGrowthWarning")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.internals import buffers_of
 
 from safealloc import ScalePool, SfLayout
 from safealloc.pool import pool as pool_module
-from support.internals import buffers_of
 
 LAYOUT = SfLayout.layout_8x4
 POOL_FILES = str(Path(pool_module.__file__).parent)
@@ -244,7 +244,9 @@ def test_finalizers_that_call_a_pool_while_notes_are_purged(pool: ScalePool) -> 
             gc.collect()
 
 
-@pytest.mark.parametrize("given", [(4.0, 64, LAYOUT), (True, 64, LAYOUT), (4, 64.0, LAYOUT), (4, 64, True), (4, 64, 1.0)])
+@pytest.mark.parametrize(
+    "given", [(4.0, 64, LAYOUT), (True, 64, LAYOUT), (4, 64.0, LAYOUT), (4, 64, True), (4, 64, 1.0)]
+)
 def test_a_warm_pool_answers_as_a_cold_one(given: tuple[object, ...]) -> None:
     answers = []
     for warm in (False, True):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from safealloc import SafeAllocError, ScalePool, SfLayout
-from safealloc.pool import pool as pool_module
 from support.fake_captures import FakeCapture, FakeWorld
 from support.internals import buffers_of, inventory_of
+
+from safealloc import SafeAllocError, SfLayout
+from safealloc.pool import pool as pool_module
 
 LAYOUT = SfLayout.layout_8x4
 POOL_FILES = str(Path(pool_module.__file__).parent)
