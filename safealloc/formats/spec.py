@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,26 @@ class ScaleSpec:
     def nbytes(self) -> int:
         """Bytes of the whole buffer: scales and record."""
         return self.record_offset + 4 * self.record if self.record else self.scale_bytes
+
+    def row_tiles(self, offset: int, nbytes: int) -> ScaleSpec | None:
+        """What a part of the scales holds, if it is whole row tiles: a matrix of the rows that lie in it.
+
+        Args:
+            offset: where the part starts, in bytes from the first scale.
+            nbytes: its size.
+
+        Returns:
+            ``None`` where it is no whole number of row tiles, or holds no row of the matrix.
+        """
+        padded_rows, padded_cols = self.padded_shape
+        tile = self.layout.tile.rows * padded_cols
+        if offset == 0 and nbytes == padded_rows * padded_cols:
+            return self
+        if offset < 0 or nbytes < 1 or offset % tile or nbytes % tile or offset + nbytes > padded_rows * padded_cols:
+            return None
+        first = offset // padded_cols
+        rows = min(self.rows - first, nbytes // padded_cols)
+        return replace(self, rows=rows) if rows > 0 else None
 
     def scales_in(self, memory: Tensor) -> Tensor:
         """The scales of a buffer, uint8 ``[padded_rows, padded_cols]``, without the record behind them.

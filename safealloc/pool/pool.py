@@ -30,7 +30,7 @@ from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec, specs_for
 from safealloc.pool import driver
 from safealloc.pool.buffer import STOCK, Buffer
-from safealloc.pool.contents import spec_of
+from safealloc.pool.contents import note_of, spec_of
 from safealloc.pool.driver import Capture
 from safealloc.pool.graphs import GraphUses
 from safealloc.pool.inventory import Inventory
@@ -314,19 +314,20 @@ class ScalePool(OfOneProcess):
         capture and join it. A no-op on a CPU.
 
         Args:
-            tensor: any tensor or view that starts at a buffer of this pool.
+            tensor: any tensor or view of a buffer of this pool.
             stream: a CUDA stream of the pool's device.
 
         Raises:
-            ValueError: ``tensor`` does not start at a buffer of this pool, or ``stream`` is on another device.
+            ValueError: ``tensor`` lies in no buffer of this pool, or ``stream`` is on another device.
             PoolClosedError: the pool was closed.
         """
         check_is_tensor(tensor)
         with self._lock:
             self._check_usable()
-            buffer = self._inventory.by_address.get(tensor.data_ptr())
-            if buffer is None and spec_of(tensor, self._number) is None:
-                raise ValueError("the tensor does not start at a buffer of this pool")
+            note = note_of(tensor, self._number)
+            if note is None:
+                raise ValueError("the tensor lies in no buffer of this pool")
+            buffer = self._inventory.by_address.get(note.address)
             if not self._on_cuda:
                 return
             if not isinstance(stream, torch.cuda.Stream):
@@ -413,10 +414,10 @@ class ScalePool(OfOneProcess):
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def spec(self, tensor: Tensor) -> ScaleSpec | None:
-        """Shape and layout of the buffer that ``tensor`` starts at; ``None`` where it is none of this pool's.
+        """What ``tensor`` holds, if it is a buffer of this pool or whole row tiles of one; ``None`` for anything else.
 
         Args:
-            tensor: any tensor, view or dtype view.
+            tensor: any tensor, view or dtype view. Of whole row tiles, the rows that lie in the view count.
 
         Raises:
             TypeError: not a tensor.
