@@ -237,7 +237,9 @@ def checked_shape(rows: int, k: int, padded_k: int | None) -> tuple[int, int, in
     columns = k if padded_k is None else padded_k
     if rows * columns // BLOCK_SIZE > MAX_SCALES:
         name = "k" if padded_k is None else "padded_k"
-        raise ValueError(f"rows={rows} of {name}={columns} have more than {MAX_SCALES} scales (1 TiB): no device holds them")
+        raise ValueError(
+            f"rows={rows} of {name}={columns} have more than {MAX_SCALES} scales (1 TiB): no device holds them"
+        )
     return rows, k, padded_k
 
 

@@ -77,7 +77,7 @@ def close(y: Tensor, right: Tensor) -> bool:
 
 
 @pytest.mark.parametrize(("m", "k"), [(5, 512), (40, 512), (5, 480)])
-@pytest.mark.parametrize("name", [name for name, row in GEMMS.items() if row.flashinfer])
+@pytest.mark.parametrize("name", [name for name, row in GEMMS.items() if row.package])
 def test_a_gemm_on_pool_buffers_and_on_poisoned_ones(name, m, k, pool, generator):
     """As the reference: on the pool's buffer, and on NaN padding, copied to the pool or zeroed as a foreign buffer."""
     skip_unless(name, L128)
