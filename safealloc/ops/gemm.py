@@ -15,7 +15,7 @@ from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import library
-from safealloc.pool.buffer import remember, spec_of
+from safealloc.pool.contents import remember, spec_of
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"

@@ -12,7 +12,7 @@ from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, library
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 

@@ -19,7 +19,7 @@ from safealloc.integrations.vllm.allocator import allocator, is_raised, logger
 from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.ops.gemm import check_agrees
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
 """Replaces the attribute of a module, so that ``Patches.restore`` undoes it."""
