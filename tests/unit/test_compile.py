@@ -42,7 +42,6 @@ N, K = 24, 80
 ONE = torch.ones(1)
 ALPHA = torch.tensor([0.5])
 NAN = 0x7F
-L128, L8, LINEAR = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
 ROWS = (5, 9, 2, 32, 33, 128, 140)
 ops = torch.ops.safealloc
 
@@ -52,8 +51,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 
 def _weight() -> tuple[Tensor, Tensor]:
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(1)).bfloat16()
-    fp4, scales = torch.empty(N, K // 2, dtype=torch.uint8), torch.zeros(L128.padded_shape(N, K), dtype=torch.uint8)
-    reference.quantize(w, ONE, fp4, scales, L128)
+    fp4, scales = (
+        torch.empty(N, K // 2, dtype=torch.uint8),
+        torch.zeros(SfLayout.layout_128x4.padded_shape(N, K), dtype=torch.uint8),
+    )
+    reference.quantize(w, ONE, fp4, scales, SfLayout.layout_128x4)
     return fp4, scales
 
 
@@ -150,7 +152,7 @@ def test_quantize_and_mm_with_dynamic_rows(pool: ScalePool, layout: SfLayout) ->
 
 
 @pytest.mark.parametrize("padded_k", [None, 128, 192])
-@pytest.mark.parametrize("layout", [L128, L8], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name)
 def test_acquire_with_symbolic_numbers(pool: ScalePool, layout: SfLayout, padded_k: int | None) -> None:
     """A fused producer that mutates the buffer writes the pool's memory, not a copy of Inductor's."""
 
@@ -176,7 +178,7 @@ def test_acquire_with_symbolic_numbers(pool: ScalePool, layout: SfLayout, padded
 
 def test_valid_rows(pool: ScalePool) -> None:
     def model(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        x_fp4, scales = nvfp4_quantize(x, ONE, layout=L8, valid_rows=valid)
+        x_fp4, scales = nvfp4_quantize(x, ONE, layout=SfLayout.layout_8x4, valid_rows=valid)
         return x_fp4, scales
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -224,7 +226,7 @@ def test_wrong_arguments_raise_at_the_call(pool: ScalePool) -> None:
 
 def test_a_contradicting_flag_raises_at_the_call(pool: ScalePool) -> None:
     def model(x: Tensor) -> Tensor:
-        x_fp4, scales = nvfp4_quantize(x, ONE, layout=L8)
+        x_fp4, scales = nvfp4_quantize(x, ONE, layout=SfLayout.layout_8x4)
         return mm_fp4(x_fp4, W_FP4.T, scales, W_SCALES.T, use_8x4_sf_layout=False)
 
     with pytest.raises(LayoutMismatchError, match="written in layout_8x4"):
@@ -240,7 +242,7 @@ def test_foreign_scales_are_zeroed_in_place(pool: ScalePool) -> None:
 
     a, scales = nvfp4_quantize(activation(9), ONE)
     dirty = scales.clone()
-    dirty.view(-1)[L128.padding_mask(9, K)] = NAN
+    dirty.view(-1)[SfLayout.layout_128x4.padding_mask(9, K)] = NAN
     assert torch.equal(torch.compile(model, fullgraph=True)(a, dirty), model(a, scales))
     assert torch.equal(dirty, scales)
 
@@ -277,7 +279,7 @@ def test_the_gemm_gets_the_pool_buffer_itself(
     """
 
     def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        return use(*nvfp4_quantize(x, ONE, layout=L8))
+        return use(*nvfp4_quantize(x, ONE, layout=SfLayout.layout_8x4))
 
     got = torch.compile(model, backend=backend, fullgraph=True)(activation(rows))
     for result, expected in zip(got, model(activation(rows)), strict=True):
@@ -304,13 +306,13 @@ def test_opcheck_quantize(pool: ScalePool, layout: SfLayout, valid: int | None) 
     check_op(ops.nvfp4_quantize.default, activation(9), ONE, int(layout), "auto", count)
 
 
-@pytest.mark.parametrize("layout", [L128, L8], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name)
 def test_opcheck_mm(pool: ScalePool, layout: SfLayout) -> None:
     """With the layout in the flag: opcheck calls the op on copies, which are of no pool."""
     a, scales = nvfp4_quantize(activation(9), ONE, layout=layout)
     for a_descale in (scales, scales.clone()):
         for out_dtype, alpha in ((torch.bfloat16, None), (torch.float32, ALPHA), (torch.float16, torch.ones(9))):
-            rest = (alpha, out_dtype, layout is L8, "reference", True, False)
+            rest = (alpha, out_dtype, layout is SfLayout.layout_8x4, "reference", True, False)
             check_op(ops.mm_fp4.default, a, W_FP4.T, a_descale, W_SCALES.T, *rest, a_descale)
 
 
@@ -357,13 +359,13 @@ def test_a_pool_under_fake_tensors(warm: bool) -> None:
     """Says what to call instead, whether or not there is a buffer that could be handed out."""
     with ScalePool("cpu") as pool:
         if warm:
-            pool.acquire(9, K, L8)
+            pool.acquire(9, K, SfLayout.layout_8x4)
         with FakeTensorMode(), pytest.raises(SafeAllocError, match=r"torch\.ops\.safealloc\.acquire"):
-            pool.acquire(9, K, L8)
+            pool.acquire(9, K, SfLayout.layout_8x4)
         with FakeTensorMode(), pytest.raises(SafeAllocError, match="fake tensors"):
-            pool.reserve(9, K, L8)
+            pool.reserve(9, K, SfLayout.layout_8x4)
         assert pool.stats().buffers == int(warm)
-        assert pool.acquire(9, K, L8).shape == (16, 8)
+        assert pool.acquire(9, K, SfLayout.layout_8x4).shape == (16, 8)
 
 
 def test_two_equal_acquires_stay_two(pool: ScalePool) -> None:
@@ -476,7 +478,7 @@ def test_the_real_model_keeps_padding_zero(pool: ScalePool) -> None:
     def model() -> Tensor:
         x = torch.full((5, 64), 1.5, dtype=torch.bfloat16)
         weight, scales = torch.zeros(128, 32, dtype=torch.uint8), torch.zeros(128, 4, dtype=torch.uint8)
-        y = nvfp4_linear(x, weight, scales, torch.ones(1), None, layout=L128)
+        y = nvfp4_linear(x, weight, scales, torch.ones(1), None, layout=SfLayout.layout_128x4)
         return total(temporary_after(y.float().sum()))
 
     assert torch.equal(torch.compile(model, fullgraph=True)(), FILLED)

@@ -32,7 +32,6 @@ from safealloc.kernels import reference, reference_grouped
 from safealloc.ops import backends
 from safealloc.pool import buffer
 
-W, N, L = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
 K = 80  # 5 scale columns, of which tiles make 8
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 
@@ -76,7 +75,7 @@ def expected(
         own = x[first : first + count]
         linear = torch.empty(count, k // 16, dtype=torch.uint8)
         packed = torch.empty(count, k // 2, dtype=torch.uint8)
-        reference.quantize(own, global_scales[expert : expert + 1], packed, linear, L)
+        reference.quantize(own, global_scales[expert : expert + 1], packed, linear, SfLayout.layout_linear)
         for row in range(count):
             if not dead(first + row):
                 data[first + row] = packed[row]
@@ -127,23 +126,23 @@ def test_a_routing_needs_that_many(layout: SfLayout, rows: int, experts: int) ->
 
 def test_what_vllm_would_allocate_for_deepseek_r1() -> None:
     """8 experts a token of 256: 587 MB a call at k 7168, in every batch."""
-    spec = ScaleSpec.grouped(512 * 8, 7168, W, 256)
+    spec = ScaleSpec.grouped(512 * 8, 7168, SfLayout.layout_128x4, 256)
     assert 163840 * 8 * 448 == 587_202_560
     assert spec.padded_shape == (36608, 448)
     assert spec.scale_bytes == (512 * 8 + 127 * 256) * 448
     assert spec.nbytes == spec.scale_bytes + 4 * 512 * 8
-    assert W.grouped_rows(8, 256) == 8 * 128
+    assert SfLayout.layout_128x4.grouped_rows(8, 256) == 8 * 128
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((0, 64, W, 2), "rows must be at least 1"),
-        ((4, 60, W, 2), "k must be a positive multiple of 16"),
+        ((0, 64, SfLayout.layout_128x4, 2), "rows must be at least 1"),
+        ((4, 60, SfLayout.layout_128x4, 2), "k must be a positive multiple of 16"),
         ((4, 64, 3, 2), "layout must be one of"),
-        ((4, 64, W, 0), "experts must be at least 1"),
-        ((4, 64, W, 2.0), "experts must be an integer"),
-        ((4, 64, W, True), "experts must be an integer"),
+        ((4, 64, SfLayout.layout_128x4, 0), "experts must be at least 1"),
+        ((4, 64, SfLayout.layout_128x4, 2.0), "experts must be an integer"),
+        ((4, 64, SfLayout.layout_128x4, True), "experts must be an integer"),
     ],
 )
 def test_wrong_numbers(pool: ScalePool, arguments: tuple[Any, ...], error: str) -> None:
@@ -192,9 +191,9 @@ def test_a_quantizer_that_does_not_clean_is_found_out(pool: ScalePool, monkeypat
     row = backends.GROUPED_QUANTIZERS["reference"]
     careless = dataclasses.replace(row, run=lambda *given: row.run(*given[:5], None, *given[6:]))
     monkeypatch.setitem(backends.GROUPED_QUANTIZERS, "reference", careless)
-    check(pool, [3, 9], N)
+    check(pool, [3, 9], SfLayout.layout_8x4)
     with pytest.raises(AssertionError):
-        check(pool, [9, 3], N)
+        check(pool, [9, 3], SfLayout.layout_8x4)
     with pytest.raises(PaddingCorruptionError, match="experts=2"):
         pool.verify()
     assert pool.verify(repair=True) == 1
@@ -225,15 +224,24 @@ def test_dead_rows_reach_nobody(pool: ScalePool, silu: bool) -> None:
     clean = x.clone()
     x[row_tokens >= 3] = float("nan")
     function = silu_and_mul_nvfp4_quantize_grouped if silu else nvfp4_quantize_grouped
-    one, given_offsets = torch.ones(2), offsets(counts, N)
+    one, given_offsets = torch.ones(2), offsets(counts, SfLayout.layout_8x4)
     valid_rows = torch.tensor([3], dtype=torch.int32)
-    data, scales = function(x, one, *given_offsets, layout=N, pool=pool, valid_rows=valid_rows, row_tokens=row_tokens)
+    data, scales = function(
+        x, one, *given_offsets, layout=SfLayout.layout_8x4, pool=pool, valid_rows=valid_rows, row_tokens=row_tokens
+    )
     of = reference_grouped.multiply(clean) if silu else clean
-    wanted_data, wanted = expected(of, one, counts, N, dead=lambda row: int(row_tokens[row]) >= 3)
+    wanted_data, wanted = expected(of, one, counts, SfLayout.layout_8x4, dead=lambda row: int(row_tokens[row]) >= 3)
     assert torch.equal(data, wanted_data)
-    assert torch.equal(logical(pool, scales, N), wanted)
+    assert torch.equal(logical(pool, scales, SfLayout.layout_8x4), wanted)
     # Without the tokens, a row is one.
-    data, _ = function(x[:3].contiguous(), one, *offsets([3, 0], N), layout=N, pool=pool, valid_rows=valid_rows)
+    data, _ = function(
+        x[:3].contiguous(),
+        one,
+        *offsets([3, 0], SfLayout.layout_8x4),
+        layout=SfLayout.layout_8x4,
+        pool=pool,
+        valid_rows=valid_rows,
+    )
     assert (data[1] == 0x77).all()  # NaN in the row, as it is valid
 
 
@@ -241,10 +249,14 @@ def test_rows_that_are_routed_nowhere(pool: ScalePool) -> None:
     """With experts on other ranks, the rest of the rows hold whatever was there."""
     x = activation(6)
     x[4:] = float("nan")
-    data, scales = nvfp4_quantize_grouped(x, torch.ones(2), *offsets([0, 4], N), layout=N, pool=pool)
+    data, scales = nvfp4_quantize_grouped(
+        x, torch.ones(2), *offsets([0, 4], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
+    )
     assert not data[4:].any()
     assert data[:4].any()
-    assert torch.equal(logical(pool, scales, N), expected(x, torch.ones(2), [0, 4], N)[1])
+    assert torch.equal(
+        logical(pool, scales, SfLayout.layout_8x4), expected(x, torch.ones(2), [0, 4], SfLayout.layout_8x4)[1]
+    )
 
 
 # --- beside another producer ------------------------------------------------------------------------------------------
@@ -282,22 +294,22 @@ def test_cleaning(pool: ScalePool, layout: SfLayout, first: bool) -> None:
 
 def test_without_cleaning_it_is_found_out(pool: ScalePool) -> None:
     for counts in ([3, 9], [9, 3]):
-        produce(activation(12), pool.acquire_grouped(12, K, 2, N), counts, N)
+        produce(activation(12), pool.acquire_grouped(12, K, 2, SfLayout.layout_8x4), counts, SfLayout.layout_8x4)
     with pytest.raises(PaddingCorruptionError):
         pool.verify()
 
 
 def test_what_a_producer_wrote_elsewhere_is_healed(pool: ScalePool) -> None:
-    scales = check(pool, [3, 9], N)
-    before = logical(pool, scales, N)
+    scales = check(pool, [3, 9], SfLayout.layout_8x4)
+    before = logical(pool, scales, SfLayout.layout_8x4)
     dirty = scales.view(-1)
-    at = N.offsets(scales.shape[0], K)[3, 1]  # a row behind the first expert's
+    at = SfLayout.layout_8x4.offsets(scales.shape[0], K)[3, 1]  # a row behind the first expert's
     dirty[at] = 0x7F
-    dirty[N.padding_mask(scales.shape[0], K).nonzero()[0]] = 0x7F  # a padding column of a real row
+    dirty[SfLayout.layout_8x4.padding_mask(scales.shape[0], K).nonzero()[0]] = 0x7F  # a padding column of a real row
     with pytest.raises(PaddingCorruptionError, match="2 padding bytes are not zero"):
         pool.verify()
     pool.verify(repair=True)
-    assert torch.equal(logical(pool, scales, N), before)
+    assert torch.equal(logical(pool, scales, SfLayout.layout_8x4), before)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +326,9 @@ def test_what_a_producer_wrote_elsewhere_is_healed(pool: ScalePool) -> None:
     ],
 )
 def test_wrong_arguments_of_cleaning(pool: ScalePool, change: dict[str, Any], error: str) -> None:
-    expert_offsets, blockscale_offsets = offsets([3, 9], N)
+    expert_offsets, blockscale_offsets = offsets([3, 9], SfLayout.layout_8x4)
     given = {
-        "scales": check(pool, [3, 9], N),
+        "scales": check(pool, [3, 9], SfLayout.layout_8x4),
         "expert_offsets": expert_offsets,
         "blockscale_offsets": blockscale_offsets,
         "rows": 12,
@@ -329,8 +341,8 @@ def test_wrong_arguments_of_cleaning(pool: ScalePool, change: dict[str, Any], er
 
 def test_a_dense_buffer_has_no_record(pool: ScalePool) -> None:
     with pytest.raises(ValueError, match="no record to clean by"):
-        clean_grouped_scales(pool.acquire(12, K, N), *offsets([3, 9], N))
-    assert pool.record(pool.acquire(12, K, N)) is None
+        clean_grouped_scales(pool.acquire(12, K, SfLayout.layout_8x4), *offsets([3, 9], SfLayout.layout_8x4))
+    assert pool.record(pool.acquire(12, K, SfLayout.layout_8x4)) is None
     assert pool.record(torch.zeros(3)) is None
 
 
@@ -338,76 +350,86 @@ def test_a_dense_buffer_has_no_record(pool: ScalePool) -> None:
 
 
 def test_one_buffer_serves_all_row_counts(pool: ScalePool) -> None:
-    pool.reserve(range(1, 41), K, N, experts=3)
+    pool.reserve(range(1, 41), K, SfLayout.layout_8x4, experts=3)
     assert pool.stats().buffers == 1
-    assert pool.stats().bytes == ScaleSpec.grouped(40, K, N, 3).nbytes
+    assert pool.stats().bytes == ScaleSpec.grouped(40, K, SfLayout.layout_8x4, 3).nbytes
     addresses = set()
     for rows in (40, 1, 17, 3):
-        scales = pool.acquire_grouped(rows, K, 3, N)
-        assert scales.shape == (N.grouped_rows(rows, 3), 8)
+        scales = pool.acquire_grouped(rows, K, 3, SfLayout.layout_8x4)
+        assert scales.shape == (SfLayout.layout_8x4.grouped_rows(rows, 3), 8)
         assert scales.is_contiguous()
         assert scales.data_ptr() % 512 == 0
-        assert pool.spec(scales) == ScaleSpec.grouped(40, K, N, 3)
+        assert pool.spec(scales) == ScaleSpec.grouped(40, K, SfLayout.layout_8x4, 3)
         addresses.add(scales.data_ptr())
         del scales
     assert len(addresses) == 1
     assert pool.misses == 0
-    held = [pool.acquire_grouped(2, K, 3, N) for _ in range(2)]
+    held = [pool.acquire_grouped(2, K, 3, SfLayout.layout_8x4) for _ in range(2)]
     assert len({scales.data_ptr() for scales in held}) == 2
     assert pool.misses == 1
-    pool.reserve(40, K, N, copies=2, experts=3)
+    pool.reserve(40, K, SfLayout.layout_8x4, copies=2, experts=3)
     assert pool.stats().buffers == 4
 
 
 def test_the_smallest_that_fits(pool: ScalePool) -> None:
     for rows in (40, 8, 24):
-        pool.reserve(rows, K, N, copies=1, experts=2)
+        pool.reserve(rows, K, SfLayout.layout_8x4, copies=1, experts=2)
     assert pool.stats().buffers == 1  # the first one does for the others
     with ScalePool("cpu") as ascending:
         for rows in (8, 24, 40):
-            ascending.reserve(rows, K, N, experts=2)
+            ascending.reserve(rows, K, SfLayout.layout_8x4, experts=2)
         assert ascending.stats().buffers == 3
-        found = [ascending.spec(ascending.acquire_grouped(rows, K, 2, N)) for rows in (7, 9, 25, 24)]
+        found = [ascending.spec(ascending.acquire_grouped(rows, K, 2, SfLayout.layout_8x4)) for rows in (7, 9, 25, 24)]
         assert [spec.rows for spec in found if spec] == [8, 24, 40, 24]
 
 
 def test_buffers_differ_by_experts_k_and_layout(pool: ScalePool) -> None:
-    for experts, k, layout in ((2, K, N), (3, K, N), (2, 96, N), (2, K, W)):
+    for experts, k, layout in (
+        (2, K, SfLayout.layout_8x4),
+        (3, K, SfLayout.layout_8x4),
+        (2, 96, SfLayout.layout_8x4),
+        (2, K, SfLayout.layout_128x4),
+    ):
         pool.reserve(12, k, layout, experts=experts)
     assert pool.stats().buffers == 4
 
 
 def test_limits(pool: ScalePool) -> None:
-    spec = ScaleSpec.grouped(12, K, N, 2)
+    spec = ScaleSpec.grouped(12, K, SfLayout.layout_8x4, 2)
     with ScalePool("cpu", max_bytes=spec.nbytes) as small:
-        held = small.acquire_grouped(12, K, 2, N)
+        held = small.acquire_grouped(12, K, 2, SfLayout.layout_8x4)
         with pytest.raises(PoolExhaustedError):
-            small.acquire_grouped(12, K, 2, N)
+            small.acquire_grouped(12, K, 2, SfLayout.layout_8x4)
         del held
     with ScalePool("cpu", cache_bytes=0) as none:  # each is made for the one call
         for seed in range(2):
             x = activation(12, seed=seed)
-            _, scales = nvfp4_quantize_grouped(x, torch.ones(2), *offsets([3, 9], N), layout=N, pool=none)
-            assert torch.equal(N.logical(scales, scales.shape[0], K), expected(x, torch.ones(2), [3, 9], N)[1])
+            _, scales = nvfp4_quantize_grouped(
+                x, torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=none
+            )
+            assert torch.equal(
+                SfLayout.layout_8x4.logical(scales, scales.shape[0], K),
+                expected(x, torch.ones(2), [3, 9], SfLayout.layout_8x4)[1],
+            )
             assert none.verify() == 1
         assert none.stats().buffers == 0
     with pytest.raises(PoolClosedError):
-        small.acquire_grouped(12, K, 2, N)
+        small.acquire_grouped(12, K, 2, SfLayout.layout_8x4)
     with pytest.raises(ValueError, match="no padded_k"):
-        pool.reserve(12, K, N, padded_k=96, experts=2)
+        pool.reserve(12, K, SfLayout.layout_8x4, padded_k=96, experts=2)
 
 
 def test_debug_verifies_at_each_acquire() -> None:
     with ScalePool("cpu", debug=True) as pool:
-        scales = check(pool, [3, 9], N)
+        scales = check(pool, [3, 9], SfLayout.layout_8x4)
         scales[-1] = 0x7F
         with pytest.raises(PaddingCorruptionError):
-            pool.acquire_grouped(12, K, 2, N)
+            pool.acquire_grouped(12, K, 2, SfLayout.layout_8x4)
 
 
 def test_a_dense_gemm_refuses(pool: ScalePool) -> None:
     x = activation(8)
-    data, scales = nvfp4_quantize_grouped(x, torch.ones(1), *offsets([8], W), pool=pool)
+    data, scales = nvfp4_quantize_grouped(x, torch.ones(1), *offsets([8], SfLayout.layout_128x4), pool=pool)
     b, b_scales = torch.zeros(16, K // 2, dtype=torch.uint8), torch.zeros(128, 8, dtype=torch.uint8)
     with pytest.raises(LayoutMismatchError, match="only a grouped GEMM reads"):
         mm_fp4(data, b.T, scales, b_scales.T, backend="reference")
@@ -418,9 +440,9 @@ def test_freshly_made_buffers_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     aligned = buffer._aligned
     monkeypatch.setattr(buffer, "_aligned", lambda *given: aligned(*given).fill_(0x7F))
     with ScalePool("cpu", cache_bytes=0) as pool:
-        assert not pool.acquire_grouped(12, K, 2, N).any()
-        pool.reserve(12, K, N, experts=2)
-        scales = pool.acquire_grouped(12, K, 2, N)
+        assert not pool.acquire_grouped(12, K, 2, SfLayout.layout_8x4).any()
+        pool.reserve(12, K, SfLayout.layout_8x4, experts=2)
+        scales = pool.acquire_grouped(12, K, 2, SfLayout.layout_8x4)
         assert not scales.any()
         record = pool.record(scales)
         assert record is not None
@@ -457,13 +479,13 @@ def test_freshly_made_buffers_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_arguments(pool: ScalePool, change: dict[str, Any], error: str) -> None:
-    expert_offsets, blockscale_offsets = offsets([3, 9], N)
+    expert_offsets, blockscale_offsets = offsets([3, 9], SfLayout.layout_8x4)
     given = {
         "x": activation(12),
         "global_scales": torch.ones(2),
         "expert_offsets": expert_offsets,
         "blockscale_offsets": blockscale_offsets,
-        "layout": N,
+        "layout": SfLayout.layout_8x4,
         "pool": pool,
     }
     with pytest.raises((ValueError, TypeError), match=error):
@@ -473,7 +495,9 @@ def test_wrong_arguments(pool: ScalePool, change: dict[str, Any], error: str) ->
 
 def test_silu_and_mul_needs_two_halves(pool: ScalePool) -> None:
     with pytest.raises(ValueError, match="2 \\* k with k a multiple of 16"):
-        silu_and_mul_nvfp4_quantize_grouped(activation(12), torch.ones(2), *offsets([3, 9], N), layout=N, pool=pool)
+        silu_and_mul_nvfp4_quantize_grouped(
+            activation(12), torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
+        )
     assert pool.stats().buffers == 0
 
 
@@ -492,21 +516,32 @@ def test_compiled(pool: ScalePool, silu: bool) -> None:
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(x: Tensor, one: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        data, scales = function(x, one, first, second, layout=N)
+        data, scales = function(x, one, first, second, layout=SfLayout.layout_8x4)
         return data, scales.to(torch.int32)
 
     with use_pool(pool):
         for counts in ([3, 9], [9, 8], [40, 1]):
             x = activation(sum(counts), 2 * K if silu else K)
-            data, wide = compiled(x, torch.ones(2), *offsets(counts, N))
-            wanted_data, wanted = expected(reference_grouped.multiply(x) if silu else x, torch.ones(2), counts, N)
+            data, wide = compiled(x, torch.ones(2), *offsets(counts, SfLayout.layout_8x4))
+            wanted_data, wanted = expected(
+                reference_grouped.multiply(x) if silu else x, torch.ones(2), counts, SfLayout.layout_8x4
+            )
             assert torch.equal(data, wanted_data)
-            assert torch.equal(N.logical(wide.to(torch.uint8), wide.shape[0], K), wanted)
+            assert torch.equal(SfLayout.layout_8x4.logical(wide.to(torch.uint8), wide.shape[0], K), wanted)
     assert pool.stats().buffers >= 1
 
 
 def test_the_op(pool: ScalePool) -> None:
-    given = (activation(12), torch.ones(2), *offsets([3, 9], N), int(N), "auto", None, None, False)
+    given = (
+        activation(12),
+        torch.ones(2),
+        *offsets([3, 9], SfLayout.layout_8x4),
+        int(SfLayout.layout_8x4),
+        "auto",
+        None,
+        None,
+        False,
+    )
     with use_pool(pool):
         torch.library.opcheck(
             torch.ops.safealloc.nvfp4_quantize_grouped.default,
@@ -516,7 +551,9 @@ def test_the_op(pool: ScalePool) -> None:
 
     @torch.compile(backend="eager", fullgraph=True)
     def with_a_pool(x: Tensor) -> Tensor:
-        return nvfp4_quantize_grouped(x, torch.ones(2), *offsets([3, 9], N), layout=N, pool=pool)[0]
+        return nvfp4_quantize_grouped(
+            x, torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
+        )[0]
 
     with pytest.raises(Exception, match="leave pool out"):
         with_a_pool(activation(12))
@@ -525,4 +562,6 @@ def test_the_op(pool: ScalePool) -> None:
 def test_errors_are_safeallocs(pool: ScalePool) -> None:
     pool.close()
     with pytest.raises(SafeAllocError):
-        nvfp4_quantize_grouped(activation(12), torch.ones(2), *offsets([3, 9], N), layout=N, pool=pool)
+        nvfp4_quantize_grouped(
+            activation(12), torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
+        )

@@ -276,7 +276,7 @@ def _provide(monkeypatch: pytest.MonkeyPatch, name: str, module: object) -> None
     """Let ``optional`` find ``module``, and pretend that the device can run it."""
     real = _optional.load
     monkeypatch.setattr(_optional, "load", lambda wanted: module if wanted.split(".")[0] == name else real(wanted))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: _optional.missing(package))
+    monkeypatch.setattr(backends, "package_refusal", lambda call, package, runs_on: _optional.missing(package))
 
 
 @layouts
