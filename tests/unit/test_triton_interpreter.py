@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "gpu"
-DENSE = ("TestLayout", "TestQuantize", "TestCompact", "TestZeroPadding", "TestInKernel", "TestMm")
-CLASSES = dict.fromkeys(DENSE, "test_kernels.py") | {
+FOLDER = Path(__file__).parents[1] / "gpu"
+CLASSES = {
+    "TestLayout": "test_kernels.py",
+    "TestQuantize": "test_kernels.py",
+    "TestZeroPadding": "test_kernels.py",
+    "TestInKernel": "test_kernels.py",
+    "TestMm": "test_gemm_kernel.py",
     "TestGrouped": "test_grouped_kernels.py",
     "TestGuard": "test_guard_kernels.py",
 }
