@@ -93,7 +93,7 @@ class TestMm:
             assert expected.isnan().sum() == 40
 
     @layouts
-    def test_nan_in_real_scales_of_zero_data(self, layout: SfLayout) -> None:
+    def test_nan_in_valid_scales_of_zero_data(self, layout: SfLayout) -> None:
         a, b = Operand(9, 80, layout), Operand(40, 80, SfLayout.layout_128x4)
         a.data[4], a.logical[4, 2] = 0, NAN_SCALE
         expected = check_mm(a, b)

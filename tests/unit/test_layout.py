@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safealloc import ScaleSpec, SfLayout
+from safealloc.formats.format import NAN_SCALE
 from safealloc.formats.layout import checked_layout
 
 ROWS = range(1, 141)
@@ -114,6 +115,7 @@ def test_padding_views_of_a_full_tile_are_none() -> None:
     assert SfLayout.layout_linear.padding_views(torch.zeros(3, 5), 3, 80) == []
 
 
+@pytest.mark.slow
 @given(**sizes, extra=st.integers(0, 9), data=st.data())
 @example(rows=5000, blocks=1875, layout=SfLayout.layout_128x4, extra=0, data=None)
 @settings(max_examples=150, deadline=None)
@@ -133,6 +135,7 @@ def test_large_shapes_at_spots(rows: int, blocks: int, layout: SfLayout, extra: 
     assert set(zip(rows_set.tolist(), columns_set.tolist(), strict=True)) == spots
 
 
+@pytest.mark.slow
 @given(**sizes)
 @settings(max_examples=60, deadline=None)
 def test_large_shapes_pad_and_round_trip(rows: int, blocks: int, layout: SfLayout) -> None:
@@ -231,6 +234,9 @@ BAD_SHAPES = [
     ((4, 64.0), TypeError, "k must be an integer"),
     (("4", 64), TypeError, "rows must be an integer"),
     ((4, None), TypeError, "k must be an integer"),
+    ((2**40, 16), ValueError, "rows=1099511627776 of k=16 have more than 1099511627775 scales"),
+    ((2**60, 64), ValueError, "rows=1152921504606846976 of k=64 have more than"),
+    ((1, 2**44), ValueError, "rows=1 of k=17592186044416 have more than"),
 ]
 BAD_PADDED_K = [(48, ValueError), (65, ValueError), (72, ValueError), (64.0, TypeError), (True, TypeError)]
 
@@ -257,6 +263,15 @@ def test_bad_padded_k(layout: SfLayout, padded_k: Any, error: type[Exception]) -
             function(4, 64, padded_k=padded_k)
     with pytest.raises(error, match="padded_k must be"):
         ScaleSpec.checked(4, 64, layout, padded_k)
+
+
+def test_the_largest_matrix() -> None:
+    assert SfLayout.layout_linear.padded_shape(2**40 - 1, 16) == (2**40 - 1, 1)
+    assert SfLayout.layout_128x4.padded_shape(2**20, 2**23) == (2**20, 2**19)
+    with pytest.raises(ValueError, match="rows=1048576 of padded_k=16777216 have more than"):
+        ScaleSpec.checked(2**20, 2**23, SfLayout.layout_128x4, 2**24)
+    with pytest.raises(ValueError, match="no device holds them"):
+        ScaleSpec.grouped(2**40, 64, SfLayout.layout_128x4, 2)
 
 
 @pytest.mark.parametrize("nbytes", [1, 511, 513, 1024])
@@ -304,6 +319,33 @@ def test_spec_is_a_value() -> None:
     for padding in spec.padding_views(buffer):
         padding.fill_(1)
     assert torch.equal(buffer.view(-1).bool(), expected_mask(SfLayout.layout_8x4, 5, 4, 8))
+
+
+@layouts
+@pytest.mark.parametrize(
+    ("rows", "k", "padded_k"), [(1, 16, None), (9, 80, None), (9, 80, 192), (128, 64, None), (130, 48, 64)]
+)
+def test_zero_padding_zeroes_the_padding_only(layout: SfLayout, rows: int, k: int, padded_k: int | None) -> None:
+    buffer = torch.full(layout.padded_shape(rows, k, padded_k=padded_k), NAN_SCALE, dtype=torch.uint8)
+    ScaleSpec(rows, k, layout, padded_k).zero_padding(buffer)
+    expected = torch.where(expected_mask(layout, rows, k // 16, (padded_k or k) // 16), 0, NAN_SCALE)
+    assert torch.equal(buffer.view(-1), expected.to(torch.uint8))
+
+
+@layouts
+def test_zero_padding_keeps_the_rows_that_the_record_names(layout: SfLayout) -> None:
+    """Numbers that name no row of the buffer are not followed."""
+    spec = ScaleSpec.grouped(6, 80, layout, 2)
+    memory = torch.full((spec.nbytes,), NAN_SCALE, dtype=torch.uint8)
+    scales = spec.scales_in(memory)
+    record = spec.record_in(scales)
+    assert record is not None
+    record.copy_(torch.tensor([1, 3, -1, 0, spec.stored_rows + 1, 3], dtype=torch.int32))
+    spec.zero_padding(scales)
+    assert spec.valid_rows_in(record).nonzero().flatten().tolist() == [0, 2]
+    valid = layout.logical(scales, spec.stored_rows, 80) == NAN_SCALE
+    assert valid.nonzero().tolist() == [[row, col] for row in (0, 2) for col in range(5)]
+    assert int(scales.count_nonzero()) == 10
 
 
 def test_integers_of_other_libraries_count() -> None:
