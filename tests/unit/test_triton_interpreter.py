@@ -34,7 +34,7 @@ ONE_OF_EACH = (
 
 
 def interpreted(*tests: str) -> subprocess.Popen[str]:
-    """pytest over tests of ``FOLDER``, slow ones too, in a process whose Triton interprets."""
+    """A process of pytest over tests of ``FOLDER``, slow ones too, whose Triton interprets."""
     options = ("-q", "--tb=short", "--color=no", "-m", "slow or not slow", "-p", "no:cacheprovider")
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "-W", "ignore::RuntimeWarning", *(f"{FOLDER}/{it}" for it in tests)],
