@@ -79,17 +79,16 @@ class Table(MutableMapping[str, Backend]):
             TypeError: ``name`` is no string.
             ValueError: no such backend, or it cannot run this call; says why.
         """
-        try:  # the first thing, as every eager call waits for it
-            return self._chosen[name, call]
-        except (KeyError, TypeError):  # a name that is no string may have no hash
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be a string, got {name!r}")
+        row = self._chosen.get((name, call))
+        if row is None:
             row = self._choose(name, call)
-        if call.device.type == "cuda":
-            self._chosen[name, call] = row
+            if call.device.type == "cuda":
+                self._chosen[name, call] = row
         return row
 
     def _choose(self, name: str, call: Call) -> Backend:
-        if not isinstance(name, str):
-            raise TypeError(f"backend must be a string, got {name!r}")
         if name == "auto":
             return next(row for row in self.values() if row.automatic and row.refusal(call) is None)
         row = self.get(name)

@@ -105,7 +105,9 @@ def test_without_the_lowering_inductor_reuses_the_buffer(
 
 
 @pytest.mark.parametrize(("consumer", "op", "module"), CONSUMERS)
-def test_with_the_lowering_inductor_does_not_reuse_the_buffer(pool: ScalePool, consumer: Callable[[], Tensor], op: Any, module: str) -> None:
+def test_with_the_lowering_inductor_does_not_reuse_the_buffer(
+    pool: ScalePool, consumer: Callable[[], Tensor], op: Any, module: str
+) -> None:
     (_, result), code = compiled_code(consumer)
     assert torch.equal(result, FILLED)
     assert f"{buffer_of(code)}  # reuse" not in code
