@@ -54,7 +54,7 @@ dtypes = pytest.mark.parametrize(
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays by the program: sweeps there run wider ones (test_tilings has those of the rule)."""
+    """Fewer, wider programs in the interpreter, whose time follows their number (test_tilings has the real tilings)."""
     if INTERPRETED:
         monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: TILINGS[0]._replace(blocks=512))
 
@@ -189,15 +189,16 @@ class TestQuantize:
             row[32:] = 1.5  # what lies beside it
         check_quantize(x, scalar(g), layout)
 
+    @pytest.mark.slow
     @dtypes
     @tilings
     @pytest.mark.parametrize("g", [1.0, 0.37, 1000.0, 2.0**-115, 1e-45, 3e30])
     def test_every_value(
         self, dtype: torch.dtype, g: float, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """All bit patterns, in blocks of near ones and in blocks of any."""
+        """All bit patterns, in blocks of neighbors and in shuffled blocks."""
         if INTERPRETED:
-            tiling = tiling._replace(blocks=512)  # it pays by the program
+            tiling = tiling._replace(blocks=512)  # its time follows the number of programs
         monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
         bits = torch.arange(1 << 16, dtype=torch.int32, device=DEVICE)
         if INTERPRETED and dtype is torch.bfloat16:  # the interpreter does not convert its subnormals right

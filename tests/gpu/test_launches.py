@@ -28,7 +28,7 @@ pytestmark = MARKS
 
 @gpu_only
 class TestLaunch:
-    """What a launch may not do: need the current device, synchronize, allocate."""
+    """A launch must not need the current device, synchronize or allocate."""
 
     def buffers(self, rows: int, k: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (
@@ -75,7 +75,7 @@ class TestLaunch:
             assert not out[valid_rows:].any()
 
     def test_a_dependent_launch_waits_for_what_came_before(self) -> None:
-        """Slow kernels that write x, and that read the last results, right before: each needs the one ahead to be done."""
+        """The kernels before it are slow: one writes x, one reads the previous results, and it has to wait for both."""
         rows, k, layout = 8, 8192, SfLayout.layout_128x4
         parts = torch.zeros(512, rows * k, dtype=torch.bfloat16, device=DEVICE)
         x, g = torch.zeros(rows, k, dtype=torch.bfloat16, device=DEVICE), scalar(20.0)

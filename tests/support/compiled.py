@@ -36,7 +36,7 @@ library = torch.library.Library("safealloc_tests", "FRAGMENT")
 library.define("total(Tensor t) -> Tensor")  # opaque: its argument has to be in memory
 library.impl("total", lambda t: t.float().sum().reshape(1), "CPU")
 torch.library.register_fake("safealloc_tests::total", lambda t: t.new_empty((1,), dtype=torch.float32), lib=library)
-library.define("produce(Tensor x, Tensor(a!) scales) -> ()")  # a fused producer: writes real scales and nothing else
+library.define("produce(Tensor x, Tensor(a!) scales) -> ()")  # a fused producer: writes valid scales and nothing else
 
 
 def _produce(x: Tensor, scales: Tensor) -> None:

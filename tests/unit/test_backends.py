@@ -118,7 +118,7 @@ def test_a_changed_row_is_chosen_from_then_on() -> None:
         ([], TypeError, r"backend must be a string, got \[\]"),
     ],
 )
-def test_who_asks_for_a_backend_is_told_why_not(name: Any, error: type[Exception], message: str) -> None:
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(name: Any, error: type[Exception], message: str) -> None:
     rows = Rows()
     rows.refusal = "it is closed"
     for device in ("cuda:0", "cpu"):
@@ -127,7 +127,7 @@ def test_who_asks_for_a_backend_is_told_why_not(name: Any, error: type[Exception
 
 
 @capabilities
-def test_gemms(on: On, capability: str) -> None:
+def test_gemms_run_on_their_compute_capabilities(on: On, capability: str) -> None:
     device = on(capability)
     for name in [*RUNS_ON, "flashinfer"]:
         one = GEMMS[name].refusal(Call(device, SfLayout.layout_128x4, BF16))
@@ -146,11 +146,11 @@ def test_gemms(on: On, capability: str) -> None:
 
 @capabilities
 @pytest.mark.parametrize("package", ["flashinfer", "vllm"])
-def test_quantizers(on: On, package: str, capability: str) -> None:
+def test_vendor_quantizers_run_on_blackwell(on: On, package: str, capability: str) -> None:
     assert QUANTIZERS[package].refusal(Call(on(capability), SfLayout.layout_128x4)) == refused(BLACKWELL, capability)
 
 
-def test_the_installed_flashinfer_says_the_same() -> None:
+def test_compute_capabilities_match_the_installed_flashinfer() -> None:
     flashinfer = _optional.load("flashinfer")
     if isinstance(flashinfer, str):
         pytest.skip(f"compares with flashinfer.mm_fp4: {flashinfer}")
@@ -160,7 +160,7 @@ def test_the_installed_flashinfer_says_the_same() -> None:
 
 
 @capabilities
-def test_auto(on: On, capability: str) -> None:
+def test_auto_takes_flashinfer_where_it_runs(on: On, capability: str) -> None:
     """FlashInfer's choice wherever it has one, else ours; never trtllm, whose weight is shuffled."""
     device = on(capability)
     for layout, row_alpha, theirs in (
@@ -173,7 +173,7 @@ def test_auto(on: On, capability: str) -> None:
 
 
 @capabilities
-def test_doctor(on: On, capability: str) -> None:
+def test_doctor_reports_the_same_refusals(on: On, capability: str) -> None:
     calls = [Call(on(capability), layout, BF16) for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)]
     found = {row.name: row for row in doctor._backends(GEMMS, calls)}
     for name, runs_on in ONE_ALPHA.items():
@@ -184,7 +184,7 @@ def test_doctor(on: On, capability: str) -> None:
 
 
 @capabilities
-def test_repro(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_repro_refuses_a_backend_that_cannot_run(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     device = on(capability)
     monkeypatch.setattr(repro, "checked_device", lambda asked: device)
     for name, runs_on in ONE_ALPHA.items():
@@ -197,7 +197,7 @@ def test_repro(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None
 
 
 @capabilities
-def test_audit(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_audit_reports_the_same_refusals(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     device = on(capability)
     monkeypatch.setattr(_optional, "load", lambda name: SimpleNamespace(**dict.fromkeys(NORMS)))
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(**dict.fromkeys(OPS)), raising=False)

@@ -44,7 +44,7 @@ def pool() -> Iterator[ScalePool]:
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(1, 8, 16), (9, 24, 80), (33, 130, 64), (128, 16, 176)], ids=str)
-def test_result(
+def test_result_is_close_to_the_exact_product(
     pool: ScalePool, layout: SfLayout, out_dtype: torch.dtype, backend: str, shape: tuple[int, int, int]
 ) -> None:
     operands = Operands(pool, layout, *shape)
@@ -60,7 +60,7 @@ def test_bfloat16_is_the_default(pool: ScalePool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (M,), (M, 1)], ids=str)
-def test_alpha(pool: ScalePool, shape: tuple[int, ...]) -> None:
+def test_alpha_scales_the_result_or_each_row(pool: ScalePool, shape: tuple[int, ...]) -> None:
     operands = Operands(pool)
     alpha = torch.rand(shape) + 0.5
     out = mm_fp4(*operands.arguments, alpha, torch.float32, backend="reference")
@@ -74,7 +74,7 @@ def test_out_is_written_and_returned(pool: ScalePool) -> None:
     assert torch.equal(out, mm_fp4(*operands.arguments, None, torch.float16))
 
 
-def test_dtype_views(pool: ScalePool) -> None:
+def test_fp4_and_fp8_dtypes_are_accepted(pool: ScalePool) -> None:
     """FP4 and FP8 dtypes, as frameworks carry them, in every position."""
     operands = Operands(pool, SfLayout.layout_8x4)
     expected = mm_fp4(*operands.arguments)
@@ -110,7 +110,7 @@ def test_signature_is_flashinfers() -> None:
     assert ours["skip_check"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def test_signature_against_the_installed_flashinfer() -> None:
+def test_signature_matches_the_installed_flashinfer() -> None:
     flashinfer = _optional.load("flashinfer")
     if isinstance(flashinfer, str):
         pytest.skip(f"compares with flashinfer.mm_fp4: {flashinfer}")
@@ -141,7 +141,7 @@ def test_the_flag_may_be_left_out_or_agree(pool: ScalePool, layout: SfLayout) ->
     ],
 )
 @pytest.mark.parametrize("m", [M, 128])
-def test_a_contradicting_flag(pool: ScalePool, layout: SfLayout, flag: bool, m: int) -> None:
+def test_a_contradicting_flag_is_refused(pool: ScalePool, layout: SfLayout, flag: bool, m: int) -> None:
     """128 rows of k = 64 take as many bytes in each layout: no size check can see that contradiction."""
     operands = Operands(pool, layout, m, N, 64)
     for dtype in (torch.uint8, FP8):
@@ -164,7 +164,7 @@ def test_mismatch_is_also_a_value_error(pool: ScalePool) -> None:
 
 @layouts
 @pytest.mark.parametrize("m", [M - 1, M + 1, 1, 128])
-def test_another_row_count(pool: ScalePool, layout: SfLayout, m: int) -> None:
+def test_another_row_count_is_refused(pool: ScalePool, layout: SfLayout, m: int) -> None:
     """Also where the buffer would have the same size: the script of vLLM issue 37563 does that."""
     operands = Operands(pool, layout)
     a = torch.zeros(m, K // 2, dtype=torch.uint8)
@@ -173,7 +173,7 @@ def test_another_row_count(pool: ScalePool, layout: SfLayout, m: int) -> None:
 
 @layouts
 @pytest.mark.parametrize("k", [64, 144, 16])
-def test_another_k(pool: ScalePool, layout: SfLayout, k: int) -> None:
+def test_another_k_is_refused(pool: ScalePool, layout: SfLayout, k: int) -> None:
     operands, other = Operands(pool, layout), Operands(pool, layout, M, N, k)
     check_refused(
         pool,
@@ -194,7 +194,7 @@ def padded_weight(n: int, k: int, padded_k: int) -> tuple[Tensor, Tensor, Tensor
 
 @swizzles
 @pytest.mark.parametrize("padded_k", [96, 112, 128])
-def test_a_padded_in_k_after_quantization(pool: ScalePool, layout: SfLayout, padded_k: int) -> None:
+def test_a_may_be_padded_in_k_after_quantization(pool: ScalePool, layout: SfLayout, padded_k: int) -> None:
     """Any k whose scale columns round up to the buffer's."""
     operands = Operands(pool, layout)
     w_fp4, w_scales, w_values = padded_weight(N, K, padded_k)
@@ -205,7 +205,7 @@ def test_a_padded_in_k_after_quantization(pool: ScalePool, layout: SfLayout, pad
 
 @layouts
 @pytest.mark.parametrize("padded_k", [128, 192, 256])
-def test_a_buffer_acquired_for_a_padded_k(pool: ScalePool, layout: SfLayout, padded_k: int) -> None:
+def test_a_buffer_acquired_for_a_padded_k_is_read(pool: ScalePool, layout: SfLayout, padded_k: int) -> None:
     scales = pool.acquire(M, K, layout, padded_k=padded_k)
     x = torch.randn(M, K).bfloat16()
     a = torch.empty(M, K // 2, dtype=torch.uint8)
@@ -221,7 +221,7 @@ def test_a_buffer_acquired_for_a_padded_k(pool: ScalePool, layout: SfLayout, pad
 
 
 @layouts
-def test_part_of_a_buffer(pool: ScalePool, layout: SfLayout) -> None:
+def test_part_of_a_buffer_is_refused(pool: ScalePool, layout: SfLayout) -> None:
     operands = Operands(pool, layout, 130)
     a, b, a_descale, b_descale = operands.arguments
     check_refused(pool, ValueError, "must be the whole buffer", a, b, a_descale[:-1], b_descale)

@@ -95,7 +95,7 @@ BAD = [
     [pytest.param(*case[1:], id=case[0], marks=[NO_TRITON] if case[0].startswith("triton") else []) for case in BAD],
 )
 @pytest.mark.parametrize("whose", ["pool", "foreign"])
-def test_bad_input(
+def test_wrong_arguments_write_nothing(
     pool: ScalePool,
     foreign: Callable[[Any], Any],
     changes: Callable[[Operands], dict[str, Any]],
@@ -116,7 +116,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("k", [0, 8, 24, 72])
-def test_k_is_a_multiple_of_16(pool: ScalePool, k: int) -> None:
+def test_k_must_be_a_multiple_of_16(pool: ScalePool, k: int) -> None:
     a, w = torch.zeros(M, k // 2, dtype=torch.uint8), torch.zeros(N, k // 2, dtype=torch.uint8)
     scales = torch.full((128, 8), NAN_SCALE, dtype=torch.uint8)
     check_refused(pool, ValueError, "k a multiple of 16", a, w.T, scales, torch.zeros(8, 128, dtype=torch.uint8).T)

@@ -141,7 +141,7 @@ def test_flashinfer_gets_its_arguments(
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *FLASHINFER_NAMES])
-def test_8x4_goes_to_trtllm_only(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
+def test_only_trtllm_reads_8x4(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
     operands = Operands(pool, SfLayout.layout_8x4)
     if name == "trtllm":
         out = mm_fp4(*operands.arguments, backend=name)
@@ -154,7 +154,7 @@ def test_8x4_goes_to_trtllm_only(pool: ScalePool, flashinfer: FakeFlashInfer, na
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *FLASHINFER_NAMES])
-def test_linear_goes_to_none_of_them(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
+def test_linear_scales_are_refused(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
     check_refused(
         pool,
         ValueError,
@@ -185,7 +185,9 @@ def test_cake_takes_no_single_alpha(pool: ScalePool, flashinfer: FakeFlashInfer,
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *FLASHINFER_NAMES])
-def test_the_alpha_of_a_single_row_is_both(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
+def test_the_alpha_of_a_single_row_is_accepted_everywhere(
+    pool: ScalePool, flashinfer: FakeFlashInfer, name: str
+) -> None:
     mm_fp4(*Operands(pool, m=1).arguments, ONE, backend=name)
     assert flashinfer.calls[0]["alpha"] is ONE
 
@@ -204,7 +206,7 @@ def test_a_backend_of_another_capability_launches_nothing(
 
 
 @pytest.mark.parametrize("name", ["flashinfer", *FLASHINFER_NAMES])
-def test_float32_goes_to_none_of_them(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
+def test_a_float32_result_is_refused(pool: ScalePool, flashinfer: FakeFlashInfer, name: str) -> None:
     arguments = (*Operands(pool).arguments, None, torch.float32)
     check_refused(pool, ValueError, r"it returns torch\.bfloat16.*, not torch\.float32", *arguments, backend=name)
     assert not flashinfer.calls
@@ -265,7 +267,7 @@ def test_mxfp4_passes_through_untouched(
     )
 
 
-def test_mxfp4_without_flashinfer(monkeypatch: pytest.MonkeyPatch, pool: ScalePool) -> None:
+def test_mxfp4_without_flashinfer_is_refused(monkeypatch: pytest.MonkeyPatch, pool: ScalePool) -> None:
     """A backend that cannot run is a ValueError that says why, here as elsewhere."""
     real = _optional.load
     reason = "flashinfer is not installed"

@@ -43,7 +43,7 @@ def foreign() -> Iterator[Callable[[Any], Any]]:
 @swizzles
 @pytest.mark.parametrize("m", [1, 7, 8, M, 33, 130])
 @pytest.mark.parametrize("dtype", [torch.uint8, FP8], ids=str)
-def test_foreign_scales_are_zeroed(
+def test_padding_is_zeroed_in_place(
     pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout, m: int, dtype: torch.dtype
 ) -> None:
     operands = Operands(pool, layout, m)
@@ -51,10 +51,10 @@ def test_foreign_scales_are_zeroed(
     a, b, _, b_descale = operands.arguments
     out = mm_fp4(a, b, scales.view(dtype), b_descale, use_8x4_sf_layout=layout is SfLayout.layout_8x4)
     assert torch.equal(out, mm_fp4(*operands.arguments))
-    assert torch.equal(scales, operands.a_descale), "real bytes must stay, padding must be zero"
+    assert torch.equal(scales, operands.a_descale), "valid scales must stay, padding must be zero"
 
 
-def test_foreign_scales_without_a_flag_are_128x4(pool: ScalePool, foreign: Callable[[Any], Any]) -> None:
+def test_without_a_flag_the_layout_is_128x4(pool: ScalePool, foreign: Callable[[Any], Any]) -> None:
     """FlashInfer's default."""
     operands = Operands(pool)
     a, b, _, b_descale = operands.arguments
@@ -62,7 +62,7 @@ def test_foreign_scales_without_a_flag_are_128x4(pool: ScalePool, foreign: Calla
 
 
 @swizzles
-def test_foreign_scales_trusted(pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout) -> None:
+def test_trust_reads_padding_as_it_is(pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout) -> None:
     operands = Operands(pool, layout)
     a, b, _, b_descale = operands.arguments
     flag = layout is SfLayout.layout_8x4
@@ -76,7 +76,7 @@ def test_foreign_scales_trusted(pool: ScalePool, foreign: Callable[[Any], Any], 
 
 
 @swizzles
-def test_foreign_scales_refused(pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout) -> None:
+def test_error_refuses_them(pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout) -> None:
     operands = Operands(pool, layout)
     a, b, _, b_descale = operands.arguments
     foreign("error")
@@ -88,7 +88,7 @@ def test_foreign_scales_refused(pool: ScalePool, foreign: Callable[[Any], Any], 
 
 
 @pytest.mark.parametrize("mode", ["zeros", "", None, 0, ["zero"]])
-def test_no_such_mode(foreign: Callable[[Any], Any], mode: Any) -> None:
+def test_an_unknown_mode_is_refused(foreign: Callable[[Any], Any], mode: Any) -> None:
     with pytest.raises(ValueError, match='mode must be "zero", "trust" or "error"'):
         foreign(mode)
     assert foreign("zero") == "zero"
@@ -104,7 +104,7 @@ def test_no_such_mode(foreign: Callable[[Any], Any], mode: Any) -> None:
         (SfLayout.layout_linear, None, "layout_linear"),
     ],
 )
-def test_foreign_scales_of_another_layouts_size(
+def test_the_size_of_another_layout_is_refused(
     pool: ScalePool, foreign: Callable[[Any], Any], mode: str, layout: SfLayout, flag: bool | None, fits: str
 ) -> None:
     operands = Operands(pool, layout)
@@ -117,7 +117,7 @@ def test_foreign_scales_of_another_layouts_size(
 @swizzles
 @pytest.mark.parametrize("mode", ["zero", "trust", "error"])
 @pytest.mark.parametrize("change", [-512, -1, 1, 512])
-def test_foreign_scales_too_small_or_too_large(
+def test_another_size_is_refused(
     pool: ScalePool, foreign: Callable[[Any], Any], layout: SfLayout, mode: str, change: int
 ) -> None:
     operands = Operands(pool, layout, 130)

@@ -53,7 +53,7 @@ def pool() -> Iterator[ScalePool]:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_result(
+def test_result_equals_quantize_and_mm(
     pool: ScalePool, layout: SfLayout | None, backend: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
     """Bit for bit what the two calls give, and near the exact product."""
@@ -72,14 +72,14 @@ def test_result(
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (33, K), (2, 3, K), (2, 1, 4, K)], ids=str)
-def test_leading_dimensions(pool: ScalePool, shape: tuple[int, ...]) -> None:
+def test_leading_dimensions_are_kept(pool: ScalePool, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).bfloat16()
     y = nvfp4_linear(x, W_FP4, W_SCALES, G, ALPHA)
     assert y.shape == (*shape[:-1], N)
     assert torch.equal(y.view(-1, N), nvfp4_linear(x.view(-1, K), W_FP4, W_SCALES, G, ALPHA))
 
 
-def test_alpha_none_and_one_per_row(pool: ScalePool) -> None:
+def test_alpha_may_be_none_or_one_per_row(pool: ScalePool) -> None:
     x = torch.randn(9, K).bfloat16()
     one = nvfp4_linear(x, W_FP4, W_SCALES, G, torch.ones(1), out_dtype=torch.float32)
     assert torch.equal(nvfp4_linear(x, W_FP4, W_SCALES, G, None, out_dtype=torch.float32), one)
@@ -88,7 +88,7 @@ def test_alpha_none_and_one_per_row(pool: ScalePool) -> None:
     assert torch.equal(rows, one * alpha[:, None])
 
 
-def test_float8_weight_scales(pool: ScalePool) -> None:
+def test_float8_weight_scales_are_accepted(pool: ScalePool) -> None:
     x = torch.randn(9, K).bfloat16()
     expected = nvfp4_linear(x, W_FP4, W_SCALES, G, ALPHA)
     assert torch.equal(nvfp4_linear(x, W_FP4, W_SCALES.view(FP8), G, ALPHA), expected)
@@ -98,7 +98,7 @@ def test_float8_weight_scales(pool: ScalePool) -> None:
     ("rows", "layout"),
     [(1, SfLayout.layout_8x4), (32, SfLayout.layout_8x4), (33, SfLayout.layout_128x4), (140, SfLayout.layout_128x4)],
 )
-def test_8x4_for_few_rows(pool: ScalePool, rows: int, layout: SfLayout) -> None:
+def test_few_rows_use_8x4(pool: ScalePool, rows: int, layout: SfLayout) -> None:
     """Where the backend reads it, and the reference does."""
     pool.reserve(rows, K, SfLayout.layout_8x4)
     pool.reserve(rows, K, SfLayout.layout_128x4)
@@ -234,7 +234,9 @@ BAD = {
         for name, case in BAD.items()
     ],
 )
-def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(
+    pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     """Raised before anything runs: the pool has not even been asked."""
     before = pool.stats()
     names = ("x", "weight_fp4", "weight_scale", "input_global_scale", "alpha")
@@ -244,7 +246,7 @@ def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Excepti
     assert pool.stats() == before
 
 
-def test_closed_pool() -> None:
+def test_a_closed_pool_is_refused() -> None:
     pool = ScalePool("cpu")
     with use_pool(pool):
         pool.close()
