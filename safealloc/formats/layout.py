@@ -235,10 +235,11 @@ def checked_shape(rows: int, k: int, padded_k: int | None) -> tuple[int, int, in
         if padded_k < k or padded_k % BLOCK_SIZE:
             raise ValueError(f"padded_k must be a multiple of {BLOCK_SIZE} and at least k={k}, got {padded_k}")
     columns = k if padded_k is None else padded_k
-    if rows * columns // BLOCK_SIZE > MAX_SCALES:
+    scales = rows * columns // BLOCK_SIZE
+    if scales > MAX_SCALES:
         name = "k" if padded_k is None else "padded_k"
         raise ValueError(
-            f"rows={rows} of {name}={columns} have more than {MAX_SCALES} scales (1 TiB): no device holds them"
+            f"rows={rows} with {name}={columns} need {scales} scale bytes, and no device holds 1 TiB of them"
         )
     return rows, k, padded_k
 
