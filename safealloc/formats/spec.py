@@ -11,6 +11,8 @@ from torch import Tensor
 
 from safealloc.formats.layout import SfLayout, checked_integer, checked_layout, checked_shape
 
+_LINEAR_ROWS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class ScaleSpec:
@@ -91,8 +93,16 @@ class ScaleSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole buffer: scales and record."""
-        return self.record_offset + 4 * self.record if self.record else self.scale_bytes
+        """Bytes of the whole buffer: scales and record.
+
+        In linear, whole tiles of 16 rows, as FlashInfer allocates: its TMA kernels write every row of their last tile.
+        """
+        if self.record:
+            return self.record_offset + 4 * self.record
+        if self.layout is SfLayout.layout_linear:
+            padded_rows, padded_cols = self.padded_shape
+            return -(-padded_rows // _LINEAR_ROWS) * _LINEAR_ROWS * padded_cols
+        return self.scale_bytes
 
     def row_tiles(self, offset: int, nbytes: int) -> ScaleSpec | None:
         """What a part of the scales holds, if it is whole row tiles: a matrix of the rows that lie in it.

@@ -300,7 +300,7 @@ def mm(
         b: ``[n, k // 2]``, contiguous.
         a_scales: contiguous, at least ``layout``'s bytes for ``[m, k]``.
         b_scales: contiguous, at least layout_128x4's bytes for ``[n, k]``.
-        alpha: float32, contiguous, of one element or one per row, or ``None`` for 1.
+        alpha: float32, any strides, of one element or one per row, or ``None`` for 1.
         out: bfloat16, float16 or float32 ``[m, n]``, any strides, written.
         layout: order of the bytes in ``a_scales``.
         enable_pdl, skip_check: FlashInfer's, without meaning here: dependent launches are used where the device has them.
@@ -313,8 +313,13 @@ def mm(
     tiles = _tiles(m, n, tiling.block_m, tiling.block_n)
     shares = shares_for(tiles, steps, multiprocessors)
     steps = -(-steps // shares)
+    alpha = None if alpha is None else alpha.reshape(-1)
+    alpha_stride = 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0)
+    a_aligned = a_scales.data_ptr() % 4 == 0 and (layout is not SfLayout.layout_linear or cols % 4 == 0)
+    b_aligned = b_scales.data_ptr() % 4 == 0
+    _check_addressable("a_scales", layout.nbytes(m, cols * BLOCK_SIZE), a_aligned)
+    _check_addressable("b_scales", SfLayout.layout_128x4.nbytes(n, cols * BLOCK_SIZE), b_aligned)
     partial = torch.empty((shares, m, n), dtype=torch.float32, device=a.device) if shares > 1 else None
-    alpha_stride = 0 if alpha is None or alpha.numel() == 1 else 1
     dependent = dependent_launch(a.device)
     with device_of(a):
         _mm[(tiles, shares)](
@@ -337,8 +342,8 @@ def mm(
             BLOCK_N=tiling.block_n,
             TILES=_TILES,
             WHOLE_STEPS=cols % (4 * _TILES) == 0,
-            A_ALIGNED=a_scales.data_ptr() % 4 == 0 and (layout is not SfLayout.layout_linear or cols % 4 == 0),
-            B_ALIGNED=b_scales.data_ptr() % 4 == 0,
+            A_ALIGNED=a_aligned,
+            B_ALIGNED=b_aligned,
             WARPS=tiling.num_warps,
             STAGES=tiling.num_stages,
             PTX=a.is_cuda,
@@ -363,6 +368,16 @@ def mm(
                 enable_fp_fusion=False,
                 **dependent,
             )
+
+
+def _check_addressable(name: str, nbytes: int, aligned: bool) -> None:
+    """Raises: ValueError: more scales than the kernel's 32-bit offsets reach, in words of 4 where they are aligned."""
+    most = (1 << 33) if aligned else 1 << 31
+    if nbytes > most - (1 << 20):  # the loop's last step may look that far beyond
+        raise ValueError(
+            f"{name} has {nbytes} bytes, the Triton GEMM addresses less than 2**{most.bit_length() - 1}"
+            f"{'' if aligned else ', where rows of scales are no whole 4-byte words'}: split the rows"
+        )
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, uint8
 
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.triton_layout import device_of, scale_offset
 
 _WORDS = 512
@@ -63,7 +64,7 @@ def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: 
     Args:
         scales: contiguous buffer of at least ``layout.nbytes(rows, k, padded_k=padded_k)`` bytes, of any dtype.
         layout: order of its bytes.
-        rows, k, padded_k: the matrix, as in :meth:`SfLayout.padded_shape`; fewer than ``2**31`` words of padding.
+        rows, k, padded_k: the matrix, as in :meth:`SfLayout.padded_shape`.
     """
     padded_rows, padded_cols = layout.padded_shape(rows, k, padded_k=padded_k)
     tile_cols = layout.tile.cols
@@ -71,6 +72,9 @@ def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: 
     row_programs = -(-padding_rows * col_tiles // _WORDS)
     col_programs = -(-rows * (col_tiles - cols // tile_cols) // _WORDS)
     if not row_programs + col_programs:
+        return
+    if (row_programs + col_programs) * _WORDS >= 1 << 31:  # what the kernel counts in 32 bits
+        ScaleSpec(rows, k, layout, padded_k).zero_padding(scales.view(-1).view(uint8)[: padded_rows * padded_cols])
         return
     if scales.dtype is not uint8:
         scales = scales.view(-1).view(uint8)

@@ -15,7 +15,7 @@ from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import library
-from safealloc.pool.contents import remember, spec_of
+from safealloc.pool.contents import note_of, remember, spec_of
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"
@@ -119,7 +119,7 @@ def mm_fp4(
     layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
     row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m))
     if foreign:
-        _treat_foreign(a_descale, layout, m, k)
+        a_descale = _treat_foreign(a_descale, layout, m, k)
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     row.run(a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check)
@@ -158,10 +158,13 @@ def check_weight(
     check_tensor(scales_name, scales, BYTES, "[padded_n, padded_cols]", device)
     check_contiguous(scales_name, scales)
     spec = ScaleSpec(n, k, SfLayout.layout_128x4)
-    if scales.numel() != spec.nbytes:
+    if scales.numel() != spec.scale_bytes:
         raise ValueError(
             f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
         )
+    known = _known_spec(scales_name, scales)
+    if known is not None and (known.experts is not None or (known.rows, known.layout) != (n, spec.layout)):
+        raise LayoutMismatchError(f"{scales_name} holds scales of {known}, a weight of {spec} was given with them")
     return n, k
 
 
@@ -203,9 +206,9 @@ def _layout_of(
     asked = None
     if use_8x4_sf_layout is not None:
         asked = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    spec = spec_of(a_descale)
+    spec = _known_spec("a_descale", a_descale)
     if spec is not None:
-        _check_spec(spec, a_descale, m, k, asked)
+        check_agrees(spec, m, k, asked)
         return spec.layout, False
     layout = SfLayout.layout_128x4 if asked is None else asked
     needed = layout.nbytes(m, k)
@@ -219,10 +222,22 @@ def _layout_of(
     return layout, True
 
 
-def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, asked: SfLayout | None) -> None:
-    check_agrees(spec, m, k, asked)
-    if a_descale.numel() != spec.scale_bytes:
-        raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
+def _known_spec(name: str, scales: Tensor) -> ScaleSpec | None:
+    """What scales hold, if that is known: a buffer of a pool, or whole row tiles of one.
+
+    Raises:
+        LayoutMismatchError: any other view of a buffer, whose bytes are no matrix of their own.
+    """
+    note = note_of(scales)
+    if note is None:
+        return None
+    spec = note.spec_in(scales)
+    if spec is None:
+        raise LayoutMismatchError(
+            f"{name} is a view inside of a pool's buffer ({note.spec}) that is no whole number of row tiles: give the "
+            f"buffer, or rows of it from a multiple of {note.spec.layout.tile.rows} on"
+        )
+    return spec
 
 
 def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> None:
@@ -257,14 +272,23 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> Non
         )
 
 
-def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:
+def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> Tensor:
+    """Scales that no pool made, with zero padding: themselves, or a copy where their storage holds more than them."""
     if _foreign_scales == "error":
         raise SafeAllocError(
             "a_descale is from no pool, and set_foreign_scales is 'error': take it from safealloc.nvfp4_quantize, or have "
             "the producer write into pool.acquire(rows, k, layout)"
         )
-    if _foreign_scales == "zero":
-        zero_padding(a_descale, layout, m, k)
+    if _foreign_scales == "trust" or not ScaleSpec(m, k, layout).padding_views(a_descale.view(torch.uint8)):
+        return a_descale
+    if not _is_whole_storage(a_descale):
+        a_descale = a_descale.clone()  # what is padding here may be another matrix's scales
+    zero_padding(a_descale, layout, m, k)
+    return a_descale
+
+
+def _is_whole_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 # A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: a_descale, by which
@@ -290,12 +314,12 @@ def _op(
     foreign_descale: Tensor,
 ) -> Tensor:
     spec = spec_of(a_descale)
-    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr():
+    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
         remember(foreign_descale, spec)  # it is a copy, which later ops of the graph may get
     return mm_fp4(
         a,
         b,
-        foreign_descale if spec is None else a_descale,
+        foreign_descale if note_of(a_descale) is None else a_descale,
         b_descale,
         alpha,
         out_dtype,

@@ -11,7 +11,7 @@ import safealloc
 PACKAGE = Path(safealloc.__file__).parent
 LAYERS = ("formats", "kernels", "pool", "ops", "audit", "integrations", "commands")
 """Lowest first: a layer imports itself and those before it."""
-SHARED = ("_checks", "_optional", "_version", "errors", "settings")
+SHARED = ("_checks", "_optional", "_torch", "_version", "errors", "settings")
 """Modules beside the layers, which every layer may import."""
 
 
