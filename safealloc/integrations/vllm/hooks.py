@@ -225,7 +225,7 @@ def _profile(patches: Patches, module: ModuleType, name: str) -> None:
 
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> Any:
-        _log_errors(allocator.begin, self.vllm_config, self.device)
+        log_errors(allocator.begin, self.vllm_config, self.device)
         return original(self)
 
     patches.set(worker, method, determine_available_memory)
@@ -238,7 +238,7 @@ def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
     @functools.wraps(original)
     def compile_or_warm_up_model(self: Any) -> Any:
         result = original(self)
-        _log_errors(_log_sites, self)
+        log_errors(_log_sites, self)
         return result
 
     patches.set(worker, method, compile_or_warm_up_model)
@@ -304,7 +304,7 @@ def _keep_original(patches: Patches, attribute: str, original: Any) -> None:
     patches.undo_by(lambda: setattr(allocator, attribute, before))
 
 
-def _log_errors(function: Callable[..., None], *given: Any) -> None:
+def log_errors(function: Callable[..., None], *given: Any) -> None:
     """Call a function whose errors are no reason for a worker not to start."""
     try:
         function(*given)
