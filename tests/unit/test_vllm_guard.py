@@ -128,7 +128,7 @@ def test_a_debug_pool_raises_dirty_padding_too(monkeypatch: pytest.MonkeyPatch) 
             dense(allocator)
 
 
-# --- the worker's step ------------------------------------------------------------------------------------------------------
+# --- the worker's step ------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -277,7 +277,7 @@ def test_whether_padding_is_watched(monkeypatch: pytest.MonkeyPatch, text: str |
     assert settings.watching() is expected
 
 
-# --- the doctor -------------------------------------------------------------------------------------------------------------
+# --- the doctor -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

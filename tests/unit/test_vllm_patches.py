@@ -1,4 +1,4 @@
-"""Replacing names in other packages' modules, now or at import, and restoring them; modules are written to a temporary path."""
+"""Replacing names in other packages' modules, now or at import, and restoring them: modules are in a temporary folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def replace_f(patches, replacement):
     return lambda module: patches.rebind(module.f, replacement, "f")
 
 
-# --- rebind ---------------------------------------------------------------------------------------------------------------
+# --- rebind -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_object_is_replaced_under_every_name_in_every_module(write, patches, replacement):
@@ -127,7 +127,7 @@ def test_a_lazy_module_is_not_loaded(write, patches, monkeypatch, replacement):
     patches.rebind(importlib.import_module("one").f, replacement, "f")
 
 
-# --- set ------------------------------------------------------------------------------------------------------------------
+# --- set --------------------------------------------------------------------------------------------------------------
 
 
 class Base:
@@ -192,7 +192,7 @@ def test_an_undo_that_fails_does_not_stop_the_others(patches):
         patches.restore()
 
 
-# --- when_imported --------------------------------------------------------------------------------------------------------
+# --- when_imported ----------------------------------------------------------------------------------------------------
 
 
 def test_an_imported_module_is_handled_at_once(write, patches, replace_f, replacement):
@@ -396,7 +396,7 @@ def test_a_loader_that_is_not_from_importlib_works(write, patches, replace_f, re
         sys.meta_path.remove(finder)
 
 
-# --- threads --------------------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------
 
 
 def together(*calls):

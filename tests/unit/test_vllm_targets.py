@@ -193,7 +193,7 @@ def test_a_source_that_cannot_be_read_is_reported_as_the_reason():
     assert found[targets.SCALES].status == "hooked"
 
 
-# --- who zeroes padding ---------------------------------------------------------------------------------------------------
+# --- who zeroes padding -----------------------------------------------------------------------------------------------
 
 
 def test_whether_vllm_allocates_scales_with_zeros_or_empty():
@@ -214,7 +214,7 @@ def test_whether_the_kernel_zeroes_padding_is_read_from_a_comment():
     assert targets.kernel_zeroes_padding({}.get) is None
 
 
-# --- versions and digests -------------------------------------------------------------------------------------------------
+# --- versions and digests ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_different_bodies_have_different_digests(old, new):
     assert first != second
 
 
-# --- the committed scan of every release ---------------------------------------------------------------------------------
+# --- the committed scan of every release ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def grouped_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blocksc
 
 
 @functools.cache
-def _bypassed_in_compiled_code() -> str | None:
+def bypassed_in_compiled_code() -> str | None:
     """Why compiled code gets vLLM's own memory, which Inductor may reuse, or ``None`` where it gets pool buffers."""
     try:
         forbid_reuse(torch.ops.safealloc.vllm_scales.default)
@@ -74,7 +74,7 @@ library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tens
 
 
 def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return allocator.scales(m, n, device, padded_n, _bypassed_in_compiled_code())
+    return allocator.scales(m, n, device, padded_n, bypassed_in_compiled_code())
 
 
 def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
@@ -82,16 +82,16 @@ def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None =
 
 
 def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    return allocator.quantized_8x4(a, a_global_sf, _bypassed_in_compiled_code())
+    return allocator.quantized_8x4(a, a_global_sf, bypassed_in_compiled_code())
 
 
 def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    _bypassed_in_compiled_code()
+    bypassed_in_compiled_code()
     return empty_scales(m, n, SfLayout.layout_128x4, device, padded_n).view(torch.int32)
 
 
 def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    _bypassed_in_compiled_code()
+    bypassed_in_compiled_code()
     m, n = a.shape
     return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, SfLayout.layout_8x4, a.device)
 
