@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -127,3 +129,26 @@ class ScaleSpec:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
         experts = "" if self.experts is None else f", experts={self.experts}"
         return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{experts}"
+
+
+def specs_for(
+    rows: int | Iterable[int],
+    k: int | Iterable[int],
+    layout: SfLayout | int,
+    padded_k: int | None = None,
+    experts: int | None = None,
+) -> list[ScaleSpec]:
+    """Every shape of a request for several: all pairs of rows and k, once each; with ``experts`` the most rows of each k.
+
+    Raises:
+        TypeError, ValueError: as :meth:`ScaleSpec.checked`; ``experts`` beside ``padded_k``.
+    """
+    all_rows = list(rows) if isinstance(rows, Iterable) else [rows]
+    all_k = list(k) if isinstance(k, Iterable) else [k]
+    if experts is None:
+        pairs = itertools.product(all_rows, all_k)
+        return list(dict.fromkeys(ScaleSpec.checked(row, k, layout, padded_k) for row, k in pairs))
+    if padded_k is not None:
+        raise ValueError(f"buffers for experts have no padded_k, got padded_k={padded_k}")
+    grouped = [[ScaleSpec.grouped(row, k, layout, experts) for row in all_rows] for k in dict.fromkeys(all_k)]
+    return [max(specs, key=lambda spec: spec.rows) for specs in grouped if specs]

@@ -16,7 +16,7 @@ from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.vendors import flashinfer_mm
 from safealloc.ops.backends import GEMMS, Backend, Call, choose, zero_padding
 from safealloc.ops.library import library
-from safealloc.pool.buffer import remember, spec_of
+from safealloc.pool.contents import remember, spec_of
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"

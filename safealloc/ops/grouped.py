@@ -12,7 +12,7 @@ from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, choose
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import library
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 

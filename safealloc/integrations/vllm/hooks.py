@@ -20,7 +20,7 @@ from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.serve import allocator, is_raised
 from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.gemm import check_agrees
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
 """Replaces an attribute of a module by its name; ``Patches.restore`` undoes it."""
