@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import vllm.utils.flashinfer as vllm_flashinfer
@@ -56,11 +57,12 @@ def with_source(monkeypatch: pytest.MonkeyPatch, module: str, old: str, new: str
 
 
 def run(program: str, **environment: str) -> str:
-    """Run a program in a Python process of its own; its output."""
+    """Run a program in a Python process of its own, which may import ``support`` too; its output."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAFEALLOC", "VLLM"))}
     result = subprocess.run(
         [sys.executable, "-c", program],
-        env=kept | {"VLLM_PLUGINS": "safealloc"} | environment,
+        env=kept | {"PYTHONPATH": paths, "VLLM_PLUGINS": "safealloc"} | environment,
         capture_output=True,
         text=True,
         timeout=300,

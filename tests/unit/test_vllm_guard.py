@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
-import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from support.guard import replay_checks
-from support.vllm_source import VERSION, stand_in
+from support.internals import check_all
 from torch import Tensor
 
 from safealloc import PaddingCorruptionError, PoolClosedError, ScalePool, SfLayout, settings
-from safealloc.commands import doctor_vllm
 from safealloc.integrations.vllm import hooks, ops, serve, targets
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.serve import Allocator
@@ -85,7 +79,7 @@ def test_dirty_padding_is_raised_by_every_kind_of_call(
     assert pool.spec(scales) is not None
     scales.view(torch.uint8).view(-1)[-1] = 0x38
     del scales
-    replay_checks(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError):
         site(allocator)
     assert caplog.records == []
@@ -99,7 +93,7 @@ def test_dirty_padding_is_raised_by_the_op_of_compiled_code(
     allocator, pool = guarded()
     monkeypatch.setattr(ops, "allocator", allocator)
     torch.ops.safealloc.vllm_scales(5, 64, CPU, None).view(torch.uint8).view(-1)[-1] = 0x38
-    replay_checks(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError):
         torch.ops.safealloc.vllm_scales(5, 64, CPU, None)
     assert caplog.records == []
@@ -112,7 +106,7 @@ def test_dirty_padding_is_repaired_by_every_kind_of_call(
     allocator, pool = guarded(repair=True)
     for site in (dense, in_8x4):
         site(allocator).view(torch.uint8).view(-1)[-1] = 0x38
-        replay_checks(pool)
+        check_all(pool)
         assert pool.spec(site(allocator)) is not None
         assert pool.verify() > 0
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
@@ -192,7 +186,7 @@ def test_a_step_of_replays_alone_raises_dirty_padding(
     scales = dense(allocator)
     dirty(scales, 64, 127, 3)
     stepping.execute_model(1)
-    replay_checks(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError, match="scale row 127, column 3") as raised:
         stepping.execute_model(2)
     assert "last handed to " in str(raised.value)
@@ -207,7 +201,7 @@ def test_a_step_of_replays_alone_repairs_dirty_padding(
     allocator, pool = guarded(repair=True)
     stepping = worker(allocator)
     dirty(dense(allocator), 64, 127, 3)
-    replay_checks(pool)
+    check_all(pool)
     assert stepping.execute_model(1) == (stepping, 1)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
@@ -224,7 +218,7 @@ def test_other_pool_errors_do_not_stop_a_step(
     allocator, pool = guarded()
     stepping = worker(allocator)
     dense(allocator).view(torch.uint8).view(-1)[-1] = 0x38
-    replay_checks(pool)
+    check_all(pool)
     pool.close()
     for step in range(3):
         assert stepping.execute_model(step) == (stepping, step)
@@ -275,54 +269,3 @@ def test_whether_padding_is_watched(monkeypatch: pytest.MonkeyPatch, text: str |
     if text is not None:
         monkeypatch.setenv(VERIFY, text)
     assert settings.watching() is expected
-
-
-# --- the doctor -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[doctor_vllm.VllmFinding, str]]:
-    """Looks at a vLLM that every hook fits; what it finds and prints."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(targets, "installed", lambda: (VERSION, stand_in().get))
-
-    def look() -> tuple[doctor_vllm.VllmFinding, str]:
-        found = doctor_vllm.look(None)
-        out = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
-        doctor_vllm.show(found, out)
-        return found, re.sub(" +", " ", out.file.getvalue())  # type: ignore[attr-defined]
-
-    return look
-
-
-def test_the_doctor_lists_the_variables_of_the_guard(
-    doctor: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, text = doctor()
-    assert not {VERIFY, VERIFY_REPAIR, POISON} & set(found.plugin.environment)
-    assert f"\n{targets.STEP.name} - registered with SAFEALLOC_VERIFY only, which is not set\n" in text
-    assert "\nSAFEALLOC_VERIFY not set padding is not checked\n" in text
-    assert "\nSAFEALLOC_VERIFY_REPAIR not set what SAFEALLOC_VERIFY finds is raised\n" in text
-    assert "\nSAFEALLOC_POISON not set the real bytes of new buffers are undefined\n" in text
-    environment = {VERIFY: "100", VERIFY_REPAIR: "1", POISON: "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    found, text = doctor()
-    assert found.plugin.environment.items() >= environment.items()
-    assert f"\n{targets.STEP.name} yes\n" in text
-    assert "\nSAFEALLOC_VERIFY 100 padding is checked once in 100 calls or replays\n" in text
-    assert "\nSAFEALLOC_VERIFY_REPAIR 1 what SAFEALLOC_VERIFY finds is zeroed and logged\n" in text
-    assert "\nSAFEALLOC_POISON 1 the real bytes of new buffers are NaN\n" in text
-    monkeypatch.setenv(VERIFY, "1")
-    assert "\nSAFEALLOC_VERIFY 1 padding is checked at each call and replay\n" in doctor()[1]
-
-
-@pytest.mark.parametrize("name", [VERIFY, VERIFY_REPAIR, POISON])
-def test_the_doctor_reports_values_that_no_pool_takes(
-    doctor: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "often")
-    _, text = doctor()
-    assert f"\n{name} often no pool can be made: {name} must be " in text
-    assert text.count("no pool can be made") == 1

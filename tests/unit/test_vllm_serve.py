@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.internals import buffers_of, inventory_of
 from torch import Tensor
 
 from safealloc import SafeAllocError, ScalePool, ScaleSpec, SfLayout
@@ -64,7 +65,7 @@ def config(*rows: int, max_num_seqs: int = 4, **parallel: bool) -> SimpleNamespa
 
 def specs(pool: ScalePool) -> list[ScaleSpec]:
     """Of all buffers that the pool holds."""
-    return sorted((buffer.spec for buffer in pool._inventory.by_address.values()), key=lambda spec: (spec.k, spec.rows))
+    return sorted((buffer.spec for buffer in buffers_of(pool)), key=lambda spec: (spec.k, spec.rows))
 
 
 def shapes(pool: ScalePool) -> list[tuple[int, int, SfLayout]]:
@@ -180,7 +181,7 @@ def test_a_failed_reservation_is_logged_once(
 ) -> None:
     monkeypatch.setenv("SAFEALLOC_STRICT", "0")
     monkeypatch.setattr(logger, "propagate", True)
-    pool.max_bytes = pool._inventory.max_bytes = 0
+    inventory_of(pool).max_bytes = 0
     allocator.begin(config(1, 2, 4), CUDA)
     for _ in range(3):
         assert pool.spec(allocator.scales(4, 64, CPU, None)) is None
@@ -363,7 +364,7 @@ def test_a_failed_grouped_reservation_is_logged_once(
     allocator: Allocator, pool: ScalePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logger, "propagate", True)
-    pool.max_bytes = pool._inventory.max_bytes = 0
+    inventory_of(pool).max_bytes = 0
     allocator.begin(config(1, 2, 4), CUDA)
     with pytest.raises(SafeAllocError, match="max_bytes"):
         grouped_scales(allocator, 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import vllm.envs
 import vllm.v1.worker.gpu_worker
-from support.guard import replay_checks
+from support.internals import check_all
 from support.vllm_cpu_ops import activation, vllm_quantize
 from support.vllm_registration import LOADED, run
 from vllm.v1.worker.gpu_worker import Worker
@@ -73,7 +73,7 @@ def quantize_and_dirty(pool: ScalePool) -> None:
     assert pool.spec(scales) is not None
     scales.view(torch.uint8).view(-1)[SfLayout.layout_128x4.offsets(128, 128)[127, 7]] = 0x38
     del scales
-    replay_checks(pool)
+    check_all(pool)
 
 
 @pytest.mark.parametrize(("setting", "hooked"), [(None, False), ("", False), ("0", False), ("1", True), ("50", True)])
@@ -201,13 +201,16 @@ def test_a_spawned_process_has_the_guard(tmp_path: Any) -> None:
     (tmp_path / "spawned_program.py").write_text(
         LOADED
         + """
+from support.internals import guard_of, watch_of
+
 def guarded():
     import vllm.plugins
     vllm.plugins.load_general_plugins()
     allocate()
     from vllm.v1.worker.gpu_worker import Worker
     pool = default_pool("cpu")
-    return "safe point at each step" in plugin.registered(), Worker.execute_model.__module__, pool._guard.every, pool._repair
+    hooked = "safe point at each step" in plugin.registered()
+    return hooked, Worker.execute_model.__module__, guard_of(pool).every, watch_of(pool)._repair
 
 if __name__ == "__main__":
     import vllm.v1.worker.gpu_worker as imported
