@@ -18,7 +18,7 @@ from vllm.model_executor.layers.fused_moe.experts import cutlass_moe
 
 from safealloc import ScaleSpec
 from safealloc.kernels import reference
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
 TILE = 128
 

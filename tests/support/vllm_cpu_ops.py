@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from safealloc import ScaleSpec, SfLayout
 from safealloc.kernels import reference
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

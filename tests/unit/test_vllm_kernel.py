@@ -29,7 +29,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     """What the plugin logs, as in a process that has not logged anything yet."""
-    kernel._log_triton.cache_clear()
+    kernel.log_triton.cache_clear()
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -39,7 +39,7 @@ def logged() -> Iterator[list[str]]:
     yield lines
     kernel.logger.removeHandler(handler)
     kernel.logger.setLevel(level)
-    kernel._log_triton.cache_clear()
+    kernel.log_triton.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (10, 7)])
@@ -49,10 +49,10 @@ def test_trtllm_takes_weights_of_whole_tiles_of_rows(
     """Others run on Triton, and the reason is logged once."""
     on(*capability)
     for rows in (128, 5632, 1024):
-        assert kernel._backend(GPU, rows) == "trtllm"
+        assert kernel.backend_for(GPU, rows) == "trtllm"
     assert logged == []
     for rows in (5664, 64, 5664):
-        assert kernel._backend(GPU, rows) == "triton"
+        assert kernel.backend_for(GPU, rows) == "triton"
     assert [line.partition("trtllm cannot run: ")[2] for line in logged] == [
         "it takes weights of a multiple of 128 rows, one has 5664",
         "it takes weights of a multiple of 128 rows, one has 64",
@@ -65,7 +65,7 @@ def test_triton_runs_where_trtllm_has_no_kernels(
     on: Callable[[int, int], None], logged: list[str], capability: tuple[int, int]
 ) -> None:
     on(*capability)
-    assert {kernel._backend(GPU, rows) for rows in (64, 128, 5664, 1024)} == {"triton"}
+    assert {kernel.backend_for(GPU, rows) for rows in (64, 128, 5664, 1024)} == {"triton"}
     reason = "it runs on compute capability 10.0, 10.3, 10.7 only, cuda:0 has {}.{}".format(*capability)
     assert [line.partition("trtllm cannot run: ")[2] for line in logged] == [reason]
     assert kernel.trtllm_refusal(GPU, 64) == reason
@@ -87,8 +87,8 @@ def test_weights_are_shuffled_for_trtllm_only(
     """The product is right in either case."""
     on(10, 0)
     on_cpu = torch.device("cpu")
-    real = kernel._backend
-    monkeypatch.setattr(kernel, "_backend", lambda device, rows: real(GPU, rows))
+    real = kernel.backend_for
+    monkeypatch.setattr(kernel, "backend_for", lambda device, rows: real(GPU, rows))
     called: list[str] = []
     order = torch.arange(rows).flip(0)  # a shuffle that shows in the result
 

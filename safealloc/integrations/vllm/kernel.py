@@ -62,7 +62,7 @@ def make(base: type) -> type:
             return True, None
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            self.backend = _backend(layer.weight.device, layer.weight.shape[0])
+            self.backend = backend_for(layer.weight.device, layer.weight.shape[0])
             scales = SfLayout.layout_128x4.swizzle(layer.weight_scale.data.view(torch.uint8))
             weight = layer.weight.data.contiguous()
             if self.backend == "trtllm":
@@ -86,19 +86,19 @@ def make(base: type) -> type:
     return SafeallocNvFp4LinearKernel
 
 
-def _backend(device: torch.device, rows: int) -> str:
+def backend_for(device: torch.device, rows: int) -> str:
     """The backend of a layer whose weight has so many rows; logged where it is not one to serve with."""
     if device.type != "cuda":
         return "reference"
     reason = trtllm_refusal(device, rows)
     if reason is None:
         return "trtllm"
-    _log_triton(reason)
+    log_triton(reason)
     return "triton"
 
 
 @functools.cache
-def _log_triton(reason: str) -> None:
+def log_triton(reason: str) -> None:
     """Once per reason."""
     logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation; trtllm cannot run: %s", reason)
 

@@ -1,8 +1,8 @@
 """Which of vLLM's calls get a pool buffer.
 
-A call is answered at run time, since compiled code serves all batch sizes: with a pool buffer for a step that a CUDA graph
-may hold, with vLLM's own allocation for everything else. For MoE layers vLLM allocates for the largest number of rows there
-could ever be, and nobody zeroes that: there, what the pool does not serve is as large as it has to be, and zeroed per call.
+That is decided per call, since the same compiled code serves all batch sizes: a step that a CUDA graph may hold gets a pool
+buffer, everything else vLLM's own allocation. MoE layers are different: vLLM allocates for the largest possible number of
+rows, and does not zero that, so that calls which the pool does not serve get zeroed memory of the size that they need.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from safealloc.pool.pool import ScalePool
 
 
 class Allocator:
-    """One process's answers.
+    """Answers the calls of one process.
 
     Attributes:
         vllm_scale_tensor, vllm_quantize_8x4: vLLM's own functions, which the hooks set.
@@ -49,9 +49,9 @@ class Allocator:
         max_rows: the pool serves calls of up to so many rows.
         loading: loads of weights that are under way.
         linear_ks: columns of the input by layer, of the layers on our linear kernel.
-        pool: what it hands out from, once it has.
-        start_up: from before vLLM measures memory until after its last capture.
-        logs_growth: whether growth of the pool is worth a warning.
+        pool: where the last buffer came from, or ``None``.
+        start_up: set from before vLLM measures memory until after its last capture.
+        logs_growth: whether to log a warning when the pool grows.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Allocator:
         self.logs_growth = self._error_logged = False
         self._misses = 0  # of the pool, when its growth was last looked at
 
-    # --- answers ------------------------------------------------------------------------------------------------------
+    # --- calls --------------------------------------------------------------------------------------------------------
 
     def scales(self, m: int, n: int, device: torch.device, padded_n: int | None, bypassed: str | None = None) -> Tensor:
         """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``.
@@ -91,7 +91,7 @@ class Allocator:
                 if self.logs_growth and pool.misses != self._misses:
                     self._log_growth(pool, f"{m} rows, k={n}, layout_128x4")
             except Exception as error:
-                bypassed = self._handle(error)
+                bypassed = self._handle_error(error)
         if bypassed is not None:
             tensor = self.vllm_scale_tensor(m, padded_n or n, device, True)
         if self.start_up is not None:
@@ -99,7 +99,7 @@ class Allocator:
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
-        """The same, zeroed per step, for a producer that leaves rows unwritten."""
+        """Like :meth:`scales`, but zeroed per call and not from the pool, for a producer that leaves rows unwritten."""
         tensor = _zeros(m, padded_n or n, device)
         if self.start_up is not None:
             self._in_start_up(self.start_up.count, ATTENTION_FUSION)
@@ -108,7 +108,7 @@ class Allocator:
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
         """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
 
-        FlashInfer's quantizer allocates by itself, so ours writes here.
+        FlashInfer's quantizer allocates its result, so ours is called instead.
         """
         m, n = a.shape
         bypassed = bypassed or self._bypassed(m)
@@ -119,7 +119,7 @@ class Allocator:
                 if self.logs_growth and pool.misses != self._misses:
                     self._log_growth(pool, f"{m} rows, k={n}, layout_8x4")
             except Exception as error:
-                bypassed = self._handle(error)
+                bypassed = self._handle_error(error)
         if bypassed is not None:
             if self.vllm_quantize_8x4 is None:
                 raise RuntimeError("vLLM's own 8x4 quantizer is not known: the hook is not registered")
@@ -153,13 +153,13 @@ class Allocator:
             try:
                 pool = self._pool(expert_offsets.device)
                 tensor = pool.acquire_grouped(rows, k, experts, SfLayout.layout_128x4)
-                # Before the producer: what it leaves if it fails is in the record, for the next step to clear.
+                # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
                 clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
                 tensor = tensor.view(torch.int32)
                 if self.logs_growth and pool.misses != self._misses:
                     self._log_growth(pool, f"{rows} rows grouped by {experts} experts, k={k}, layout_128x4")
             except Exception as error:
-                bypassed = self._handle(error)
+                bypassed = self._handle_error(error)
         if bypassed is not None:
             tensor = _zeros(SfLayout.layout_128x4.grouped_rows(rows, experts), k, expert_offsets.device)
         if self.start_up is not None:
@@ -176,7 +176,7 @@ class Allocator:
             try:
                 self.pool.safe_point()
             except Exception as error:
-                self._handle(error)
+                self._handle_error(error)
 
     def _bypassed(self, m: int) -> str | None:
         """Why a call is left to vLLM, or ``None``."""
@@ -199,8 +199,8 @@ class Allocator:
                 self.start_up.pool = pool
         return pool
 
-    def _handle(self, error: Exception) -> str:
-        """Raise a pool error, or log the first one; the reason why vLLM allocates instead."""
+    def _handle_error(self, error: Exception) -> str:
+        """Raise a pool error, or log it if it is the first; returns why vLLM allocates instead."""
         if is_raised(error):
             raise error
         if not self._error_logged:
@@ -212,10 +212,10 @@ class Allocator:
             )
         return POOL_ERROR
 
-    # --- a worker's life ----------------------------------------------------------------------------------------------
+    # --- start-up -----------------------------------------------------------------------------------------------------
 
     def begin(self, vllm_config: Any, device: torch.device) -> None:
-        """Before vLLM measures memory: what it will capture is known, so each shape is reserved when it is first seen."""
+        """Call before vLLM measures memory: from here on each shape is reserved when it is first seen."""
         self.steps = Steps.of(vllm_config)
         self.max_rows = self.steps.max_rows
         self.start_up, self.logs_growth = None, False
@@ -224,7 +224,7 @@ class Allocator:
             self.start_up.reserve_linear()
 
     def ready(self) -> Sites:
-        """After vLLM's last capture: what its graphs went through. From here on growth is logged."""
+        """Call after vLLM's last capture; returns the sites that its graphs went through. From here on growth is logged."""
         start_up, self.start_up = self.start_up, None
         sites = Sites() if start_up is None else start_up.sites()
         sites.served += len(self.linear_ks)
@@ -239,10 +239,10 @@ class Allocator:
         try:
             method(*given)
         except Exception as error:
-            self._handle(error)
+            self._handle_error(error)
 
     def _log_growth(self, pool: ScalePool, shape: str) -> None:
-        """Once, after vLLM's own memory has stopped growing."""
+        """Log a warning, once, if vLLM has stopped growing its own memory."""
         self._misses = pool.misses
         if workspace_locked():
             self.logs_growth = False

@@ -1,7 +1,7 @@
 """A worker's start-up, from before vLLM measures memory until after its last capture.
 
-What the engine will capture is known from its configuration. Which shapes its layers ask for is seen in the profile run and
-the warm-up: the first time a shape is seen, buffers are reserved for every batch size that will be captured.
+The batch sizes that will be captured are known from the configuration. The shapes that layers ask for are seen in the profile
+run and the warm-up: when one is first seen, buffers are reserved for every batch size that will be captured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Steps:
 
     Attributes:
         rows: batch sizes of its CUDA graphs, in tokens.
-        max_rows: the pool serves calls of up to so many rows; prefill above it is vLLM's.
+        max_rows: the pool serves calls of up to this many rows; prefill above it is vLLM's.
         copies: micro-batches that run at once.
         ranks: data-parallel ranks, whose tokens an expert layer gathers.
     """
@@ -64,7 +64,7 @@ class Steps:
 
     @property
     def most_rows(self) -> int:
-        """Tokens of the largest step that is prepared for: a captured one, if there are any."""
+        """Tokens of the largest step that buffers are reserved for: a captured one, if there are any."""
         return min(max(self.rows, default=self.max_rows), self.max_rows)
 
 
@@ -114,8 +114,8 @@ class StartUp:
         self._linear_ks = linear_ks
         self._copies: Counter[Site] = Counter()  # buffers of a site that are reserved for each captured batch size
         self._grouped: set[GroupedSite] = set()  # for each, one buffer per micro-batch is reserved
-        self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # of a site, while somebody holds them
-        self._passes: list[Counter[str | None]] = []  # captured steps: sites that were bypassed by reason, or served
+        self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # while their storage is alive
+        self._passes: list[Counter[str | None]] = []  # per captured step: calls by reason; None is served
         self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str | None]]] = {}  # by id of the forward context
 
     def reserve_linear(self) -> None:
@@ -125,12 +125,12 @@ class StartUp:
             self._reserve(Site(k, SfLayout.layout_128x4, None), 1)
 
     def observe(self, rows: int, site: Site, tensor: Tensor, bypassed: str | None) -> None:
-        """One answered call: in a capture count it, before one reserve as many buffers as the site holds at once.
+        """Note an answered call: in a capture it is counted, before one as many buffers are reserved as the site holds at once.
 
         Args:
             rows: of the call.
             site: of the call.
-            tensor: the scales that the caller got.
+            tensor: the scales that were returned.
             bypassed: why they are vLLM's own, or ``None``.
         """
         if torch.cuda.is_current_stream_capturing():
@@ -147,7 +147,7 @@ class StartUp:
             self._reserve(site, held)
 
     def reserve_grouped(self, site: GroupedSite) -> None:
-        """Before a capture, the first time a site is seen: the buffer of the largest step serves all others too."""
+        """Outside a capture, reserve when a site is first seen; the buffer of the largest step serves all others too."""
         if site in self._grouped or torch.cuda.is_current_stream_capturing():
             return
         self._grouped.add(site)
@@ -155,7 +155,7 @@ class StartUp:
         self.pool.reserve(rows, site.k, SfLayout.layout_128x4, self._steps.copies, experts=site.experts)
 
     def count(self, bypassed: str | None) -> None:
-        """One answered call, if it is in a capture."""
+        """In a capture, count an answered call."""
         if not torch.cuda.is_current_stream_capturing():
             return
         context = forward_context()
@@ -166,7 +166,7 @@ class StartUp:
         known[1][bypassed] += 1
 
     def sites(self) -> Sites:
-        """Sites per captured step: of all steps the largest number, in all and by reason."""
+        """Served sites, and bypassed ones by reason: of each the largest number in any captured step."""
         found = Sites(served=max((counts[None] for counts in self._passes), default=0))
         for counts in self._passes:
             for reason, count in counts.items():
@@ -175,7 +175,7 @@ class StartUp:
         return found
 
     def _vllm_tensors_held(self, site: Site, tensor: Tensor) -> int:
-        """How many tensors of vLLM's own, this one among them, are held; their storage goes with the last holder."""
+        """How many tensors that vLLM allocated for a site are alive, including this one."""
         held = [storage for storage in self._vllm_tensors.get(site, ()) if not storage.expired()]
         self._vllm_tensors[site] = [*held, StorageWeakRef(tensor.untyped_storage())]
         return len(held) + 1

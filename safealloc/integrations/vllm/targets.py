@@ -186,7 +186,7 @@ def own_allocation(source: Source) -> str | None:
 
 
 def kernel_zeroes_padding(source: Source) -> bool | None:
-    """Whether vLLM says, in ``create_fp4_scale_tensor``, that its quantization kernel zeroes padding (vLLM's PR 53568).
+    """Whether a comment in ``create_fp4_scale_tensor`` states that the quantization kernel zeroes padding (vLLM's PR 53568).
 
     The kernel itself is compiled. ``None`` if the function is not found.
     """
