@@ -305,7 +305,7 @@ def _keep_original(patches: Patches, attribute: str, original: Any) -> None:
 
 
 def log_errors(function: Callable[..., None], *given: Any) -> None:
-    """Call a function whose errors are no reason for a worker not to start."""
+    """Call a function; its errors are logged, so that a worker starts, unless :func:`is_raised` says otherwise."""
     try:
         function(*given)
     except Exception as error:

@@ -125,7 +125,7 @@ class StartUp:
             self._reserve(Site(k, SfLayout.layout_128x4, None), 1)
 
     def observe(self, rows: int, site: Site, tensor: Tensor, bypassed: str | None) -> None:
-        """Note an answered call: in a capture it is counted, before one as many buffers are reserved as the site holds at once.
+        """Note an answered call: count it in a capture; before one, reserve as many buffers as the site holds at once.
 
         Args:
             rows: of the call.
