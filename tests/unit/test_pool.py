@@ -330,8 +330,9 @@ def test_trim_frees_idle_cache_and_nothing_else(pool):
 def test_spec_of_views_and_of_others(pool):
     buffer = pool.acquire(8, 512, SfLayout.layout_8x4)
     spec = ScaleSpec(8, 512, SfLayout.layout_8x4)
-    assert pool.spec(buffer) == pool.spec(buffer.view(torch.float8_e4m3fn)) == pool.spec(buffer[:2]) == spec
+    assert pool.spec(buffer) == pool.spec(buffer.view(torch.float8_e4m3fn)) == pool.spec(buffer.view(-1)) == spec
     assert pool.spec(buffer.view(torch.int32)) == spec
+    assert pool.spec(buffer[:2]) is None
     assert pool.spec(buffer[1:]) is None
     assert pool.spec(torch.zeros(8)) is None
     with ScalePool("cpu") as other:
@@ -530,3 +531,21 @@ def test_the_promise_does_not_name_a_constant_use_count():
     del view
     assert buffer.claim() is not None
     del alias
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "view", "held"),
+    [
+        (SfLayout.layout_128x4, 300, slice(0, 128), 128),
+        (SfLayout.layout_128x4, 300, slice(128, 384), 172),
+        (SfLayout.layout_128x4, 300, slice(256, 384), 44),
+        (SfLayout.layout_128x4, 300, slice(64, 192), None),
+        (SfLayout.layout_128x4, 300, slice(0, 100), None),
+        (SfLayout.layout_8x4, 20, slice(8, 24), 12),
+        (SfLayout.layout_8x4, 20, slice(4, 12), None),
+        (SfLayout.layout_linear, 20, slice(3, 7), 4),
+    ],
+)
+def test_a_view_of_whole_row_tiles_holds_the_rows_that_lie_in_it(pool, layout, rows, view, held):
+    spec = pool.spec(pool.acquire(rows, 80, layout)[view])
+    assert spec == (None if held is None else ScaleSpec(held, 80, layout))

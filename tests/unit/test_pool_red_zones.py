@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safealloc import PaddingCorruptionError, ScalePool, SfLayout
+from safealloc import PaddingCorruptionError, ScalePool, ScaleSpec, SfLayout
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20], ids=["for one call", "cached"])
@@ -22,7 +22,7 @@ from safealloc import PaddingCorruptionError, ScalePool, SfLayout
 def test_a_write_outside_of_a_buffer_is_named(layout: SfLayout, offset: int, words: str, cache_bytes: int) -> None:
     with ScalePool("cpu", debug=True, cache_bytes=cache_bytes) as pool:
         scales = pool.acquire(5, 80, layout)
-        at = scales.storage_offset() + (offset if offset < 0 else scales.numel() + offset)
+        at = scales.storage_offset() + (offset if offset < 0 else ScaleSpec(5, 80, layout).nbytes + offset)
         scales.as_strided((1,), (1,), at).fill_(0x38)
         with pytest.raises(
             PaddingCorruptionError, match=rf"rows=5, k=80.*1 bytes outside of it were written, first 0x38 {words}"
