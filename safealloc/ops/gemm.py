@@ -229,7 +229,7 @@ def _known_spec(name: str, scales: Tensor) -> ScaleSpec | None:
         LayoutMismatchError: any other view of a buffer, whose bytes are no matrix of their own.
     """
     note = note_of(scales)
-    if note is None:
+    if note is None or not scales.numel():
         return None
     spec = note.spec_in(scales)
     if spec is None:

@@ -58,7 +58,7 @@ BAD = [
     ("a_descale int32", _change("a_descale", lambda o: o.a_descale.view(torch.int32)), TypeError, "a_descale must be"),
     ("a_descale on meta", _change("a_descale", lambda o: o.a_descale.to("meta")), ValueError, "a_descale is on meta"),
     ("a_descale transposed", _change("a_descale", lambda o: o.a_descale.T), ValueError, "a_descale must be contiguous"),
-    ("a_descale empty", _change("a_descale", lambda o: o.a_descale[:0]), ValueError, r"bytes, got 0|no whole number of row tiles"),
+    ("a_descale empty", _change("a_descale", lambda o: o.a_descale[:0]), ValueError, "bytes, got 0"),
     ("b_descale None", _change("b_descale", lambda o: None), TypeError, "b_descale must be a tensor"),
     ("b_descale float32", _change("b_descale", lambda o: o.w_scales.T.float()), TypeError, "b_descale must be"),
     ("b_descale 1-D", _change("b_descale", lambda o: o.w_scales.view(-1)), ValueError, "b_descale must be"),
