@@ -10,7 +10,8 @@ import torch
 
 from safealloc import SfLayout, _optional
 from safealloc.audit.known import CONSUMERS, PRODUCERS
-from safealloc.commands import doctor, report, repro
+from safealloc.commands import doctor, report
+from safealloc.commands.repro import command as repro
 from safealloc.ops import backends
 from safealloc.ops.backends import GEMMS, QUANTIZERS, Call
 

@@ -1,4 +1,4 @@
-"""Padding columns: k whose scale columns are no multiple of 4, in a buffer that is read in the layout it was written in."""
+"""Padding columns: k whose scale columns are not a multiple of 4, in a buffer that is written and read in one layout."""
 
 from __future__ import annotations
 

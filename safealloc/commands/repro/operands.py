@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from safealloc import _optional, mm_fp4, set_foreign_scales
+from safealloc import mm_fp4, set_foreign_scales
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
+from safealloc.kernels import vendors
 from safealloc.ops.backends import QUANTIZERS, Call, triton_refusal
 
 ONE = 0x38
@@ -29,7 +30,7 @@ class Row(Protocol):
         """Whether what was measured is what was stated."""
 
     def cells(self) -> Sequence[str]:
-        """The row as printed, a cell a heading."""
+        """The row as printed, one cell per heading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +85,8 @@ class Weight:
         return cls(fp4.to(device), scales.to(device), torch.ones(1, device=device))
 
     def shuffled(self) -> Weight:
-        """As FlashInfer's trtllm takes it: rows shuffled for an epilogue of 128 rows (vLLM's weight preparation)."""
-        flashinfer = _optional.require("flashinfer")
-        n, k = self.fp4.shape[0], 2 * self.fp4.shape[1]
-        linear = SfLayout.layout_128x4.unswizzle(self.scales, n, k)
-        scales = flashinfer.shuffle_matrix_sf_a(linear, 128).view(torch.uint8).reshape(self.scales.shape)
-        return Weight(flashinfer.shuffle_matrix_a(self.fp4, 128), scales, self.alpha)
+        """As FlashInfer's trtllm takes it."""
+        return Weight(*vendors.shuffle_for_trtllm(self.fp4, self.scales), self.alpha)
 
     def multiply(self, x_fp4: Tensor, scales: Tensor, backend: str, *, use_8x4: bool | None) -> Tensor:
         """``mm_fp4`` of an activation and this weight, bfloat16 ``[m, n]``."""
@@ -104,7 +101,7 @@ def random_activation(rows: int, k: int, device: torch.device, generator: torch.
 def quantize_into(
     x: Tensor, scales: Tensor, layout: SfLayout, backend: str, global_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with scales in a buffer of the caller's; the real bytes are written and nothing else."""
+    """Quantize with scales in a buffer of the caller's; only valid scales are written."""
     x_fp4 = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8, device=x.device)
     QUANTIZERS[backend].run(x, global_scale, x_fp4, scales, layout, None)
     return x_fp4, scales

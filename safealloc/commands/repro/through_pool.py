@@ -29,7 +29,7 @@ from safealloc.ops.backends import GEMMS, Call
 COLUMNS_K = (48, 496)
 COLUMNS_ROWS = (1, 33)
 ROUNDING = 2.0**-8
-"""Half a step of bfloat16, relative to the value; what a correct float32 product may be off after rounding."""
+"""Half a step of bfloat16, relative to the value: how far a correct float32 product may be off after rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class SafeallocRow:
         section: whose row this is again.
         backend: of the published run, or "-".
         m, k: of the activation.
-        layout: written, and read without being told.
-        nan_rows: of the m rows. The buffer's real bytes were 0x7F before this call: it served a matrix of NaN.
-        bitwise_equal: to the same GEMM over a fresh zeroed buffer with the same real scales.
+        layout: written, and read without a flag.
+        nan_rows: of the m rows. The buffer's valid scales were 0x7F before this call: it served a matrix of NaN.
+        bitwise_equal: to the same GEMM over a fresh zeroed buffer with the same valid scales.
         max_error: of an output, against the float32 product of the dequantized operands.
         largest_correct: largest magnitude of that product.
         refused: the call with the contradicting flag raised LayoutMismatchError, and so did the published call (the scales
