@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -23,6 +24,12 @@ class _Command(Protocol):
 
 
 _COMMANDS: dict[str, _Command] = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}
+
+
+class _Help(argparse.HelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Names such as cute-dsl stay whole."""
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = {}
     for name, command in _COMMANDS.items():
         description = f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}."
-        parsers[name] = subparsers.add_parser(name, help=command.SUMMARY, description=description)
+        parsers[name] = subparsers.add_parser(
+            name, help=command.SUMMARY, description=description, formatter_class=_Help
+        )
         command.add_arguments(parsers[name])
         report.add_json(parsers[name])
     given = parser.parse_args(arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from safealloc.formats.format import BLOCK_SIZE
@@ -34,7 +34,7 @@ class Site:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""
-        return {"name": self.name, "k": self.k, "n": self.n, "layers": len(self.layers)}
+        return asdict(self) | {"layers": len(self.layers)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,7 @@ class ExpertSite:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""
-        return {
-            "name": self.name,
-            "k": self.k,
-            "experts": self.experts,
-            "topk": self.topk,
-            "layers": len(self.layers),
-        }
+        return asdict(self) | {"layers": len(self.layers)}
 
 
 def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:

@@ -112,16 +112,15 @@ def test_doctor(on: On, capability: str) -> None:
 
 
 @capabilities
-def test_repro(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_repro(on: On, capability: str) -> None:
     device = on(capability)
-    monkeypatch.setattr(repro, "checked_device", lambda asked: device)
     for name, runs_on in ONE_ALPHA.items():
         reason = refused(runs_on, capability)
         if reason is None:
-            assert repro.checked_options("cuda", name, 0, 1).backend == name
+            repro.check_backend(device, name)
         else:
             with pytest.raises(report.UsageError, match=f"backend '{name}' cannot run this: {reason}"):
-                repro.checked_options("cuda", name, 0, 1)
+                repro.check_backend(device, name)
 
 
 @capabilities

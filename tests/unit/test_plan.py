@@ -11,66 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.model_configs import DEEPSEEK_R1, LLAMA_70B, MIXTRAL_8X7B, QWEN3_235B
+
 from safealloc import ScalePool
 from safealloc.cli import main
 from safealloc.commands import plan
 from safealloc.commands.models import ExpertSite, Site, expert_sites, sites
-from safealloc.commands.plan import vllm_sizes
 from safealloc.commands.report import UsageError
 from safealloc.formats.layout import SfLayout
-
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 80,
-}
-DEEPSEEK_R1 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "num_hidden_layers": 61,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-QWEN3_235B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_hidden_layers": 94,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
+from safealloc.integrations.vllm.sizes import capture_sizes
 
 
 def planned(
@@ -82,43 +31,35 @@ def planned(
 
 def planned_experts(tmp_path: Path, fields: Any, ranks: int = 1, *, expert_parallel: bool = False) -> plan.Experts:
     """At vLLM's default sizes up to 512."""
-    found = planned(tmp_path, fields, ranks, vllm_sizes(512), expert_parallel=expert_parallel).experts
+    found = planned(tmp_path, fields, ranks, capture_sizes(512), expert_parallel=expert_parallel).experts
     assert found is not None
     return found
 
 
 def test_vllms_default_sizes():
-    assert len(vllm_sizes(512)) == 51
-    assert len(vllm_sizes(1024)) == 83
-    assert vllm_sizes(512)[:6] == (1, 2, 4, 8, 16, 24)
-    assert vllm_sizes(512)[-2:] == (496, 512)
-    assert vllm_sizes(3) == (1, 2)
+    assert len(capture_sizes(512)) == 51
+    assert len(capture_sizes(1024)) == 83
+    assert capture_sizes(512)[:6] == (1, 2, 4, 8, 16, 24)
+    assert capture_sizes(512)[-2:] == (496, 512)
+    assert capture_sizes(3) == (1, 2)
 
 
-@pytest.mark.parametrize(("largest", "mebibytes", "compact"), [(512, 30.1, 2.8), (1024, 88.6, 10.1)])
-def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes, compact):
-    """One buffer a batch size and k, on one rank; a compact pool has one for 128 batch sizes."""
-    result = planned(tmp_path, LLAMA_70B, sizes=vllm_sizes(largest))
+@pytest.mark.parametrize(("largest", "mebibytes"), [(512, 30.1), (1024, 88.6)])
+def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes):
+    """One buffer per batch size and k, on one rank."""
+    result = planned(tmp_path, LLAMA_70B, sizes=capture_sizes(largest))
     assert round(result.nbytes / 2**20, 1) == mebibytes
-    assert len(result.buffers) == 2 * len(vllm_sizes(largest))
+    assert len(result.buffers) == 2 * len(capture_sizes(largest))
     assert result.per_call_nbytes == largest * 28672 // 16
-    assert round(result.compact_nbytes / 2**20, 1) == compact
-    assert len(result.compact) == 2 * largest // 128
-    scales = sum(range(128, largest + 1, 128)) * (8192 + 28672) // 16
-    assert (
-        result.compact_nbytes - scales == largest // 128 * 4 * (8192 + 28672) // 512
-    )  # counts, 4 bytes for 32 columns
-    assert result.as_dict()["compact"] == {"buffers": len(result.compact), "bytes": result.compact_nbytes}
 
 
-def test_a_compact_pool_holds_what_was_planned(tmp_path):
+def test_a_pool_holds_what_was_planned(tmp_path):
     result = planned(tmp_path, LLAMA_70B, sizes=(1, 8, 9, 32, 40, 300), rule="trtllm")
-    with ScalePool("cpu", compact=True) as pool:
+    with ScalePool("cpu") as pool:
         for spec in result.buffers:
             pool.reserve(spec.rows, spec.k, spec.layout)
         stats = pool.stats()
-    assert (stats.buffers, stats.bytes) == (len(result.compact), result.compact_nbytes)
-    assert len(result.compact) == 2 * (3 + 2)
+    assert (stats.buffers, stats.bytes) == (len(result.buffers), result.nbytes)
     assert result.experts is None
     assert result.as_dict()["experts"] is None
 
@@ -281,7 +222,7 @@ def test_both_calls_share_a_buffer_where_their_k_is_one(tmp_path):
 def test_a_pool_holds_what_was_planned_for_experts(tmp_path, fields, ranks, expert_parallel):
     """Once reserved, every captured batch size gets that memory, and there is never more of it."""
     experts = planned_experts(tmp_path, fields, ranks, expert_parallel=expert_parallel)
-    sizes = vllm_sizes(512)
+    sizes = capture_sizes(512)
     with ScalePool("cpu") as pool:
         for site in experts.sites:
             pool.reserve([size * site.topk for size in sizes], site.k, experts=site.experts)
@@ -365,9 +306,6 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**LLAMA_70B, "hidden_size": 8200}, 1, "not a multiple of 16"),
         ({**LLAMA_70B, "num_attention_heads": 0}, 1, "at least 1"),
         ({**LLAMA_70B, "num_hidden_layers": True}, 1, "num_hidden_layers"),
-        ({**LLAMA_70B, "num_hidden_layers": 10**5}, 1, "at most 65536"),
-        ({**LLAMA_70B, "hidden_size": 2**31}, 1, "hidden_size must be a whole number of at most 2147483647"),
-        ({**LLAMA_70B, "head_dim": 16 * 10**4000}, 1, "head_dim must be a whole number of at most"),
         ({**LLAMA_70B, "hidden_size": float("nan")}, 1, "hidden_size must be a whole number"),
         (LLAMA_70B, 3, "64 heads, which 3 ranks cannot share evenly"),
         ({**LLAMA_70B, "num_key_value_heads": 6}, 4, "6 key and value heads, which 4 ranks cannot share evenly"),
@@ -412,27 +350,6 @@ def test_a_model_whose_architecture_is_no_name(tmp_path, architectures, model):
     assert planned(tmp_path, LLAMA_70B | {"architectures": architectures, "model_type": "llama"}).model == model
 
 
-def test_a_name_cannot_steer_the_terminal(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"architectures": ["A\x1b]0;B\a\nC\ud800"]}))
-    assert main(["plan", str(tmp_path), "--sizes", "1"]) == 0
-    assert capsys.readouterr().out.startswith(r"A\x1b]0;B\x07\nC\ud800 on 1 ranks: sites")
-
-
-@pytest.mark.parametrize("name", ["config.json", "link.json", "hard.json", "folder/../config.json"])
-def test_the_configuration_is_not_written_over(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    Path("config.json").write_text(json.dumps(LLAMA_70B))
-    Path("link.json").symlink_to("config.json")
-    Path("hard.json").hardlink_to("config.json")
-    for config in (".", "config.json"):
-        with pytest.raises(SystemExit) as exit_:
-            main(["plan", config, "--json", name])
-        assert exit_.value.code == 2
-        assert capsys.readouterr().err.startswith(f"safealloc plan: --json {name}: CONFIG is the same")
-    assert json.loads(Path("config.json").read_text()) == LLAMA_70B
-
-
 def test_experts_that_ranks_cannot_share(tmp_path):
     with pytest.raises(UsageError, match="the model has 100 experts, which 8 ranks cannot share evenly"):
         planned(tmp_path, QWEN3_235B | {"num_experts": 100}, 8, expert_parallel=True)
@@ -459,9 +376,8 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(config), "--max-size", "1024", "--json", str(result)]) == 0
     printed = capsys.readouterr().out
     assert "166 buffers, 88.6 MiB" in printed
-    assert "16 buffers, 10.1 MiB with their counts" in printed
     row = next(line for line in printed.splitlines() if line.startswith("8192") and "128 x 512" in line)
-    assert row.split()[-2:] == ["64.1", "KiB"]  # one instead of 19
+    assert " ".join(row.split()) == "8192 1 to 128 128x4 128 x 512 19 1.2 MiB"
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])
     assert written["sites"][0] == {"name": "qkv_proj", "k": 8192, "n": 10240, "layers": 80}
@@ -477,13 +393,13 @@ def test_the_command_for_experts(tmp_path, capsys):
     config.write_text(json.dumps(DEEPSEEK_R1))
     assert main(["plan", str(config), "--json", str(result)]) == 0
     printed = capsys.readouterr().out
-    assert "Expert scales: 256 experts on each rank, 8 a token, in 58 layers" in printed
+    assert "Expert scales: 256 experts on each rank, 8 per token, in 58 layers" in printed
     rows = [" ".join(line.split()) for line in printed.splitlines() if line.startswith("experts.")]
     assert rows == [
         "experts.w2 2048 4096 36608 x 128 4.5 MiB 4.5 MiB 160.0 MiB",
         "experts.w13 7168 4096 36608 x 448 15.7 MiB 15.6 MiB 560.0 MiB",
     ]
-    assert "In all 20.1 MiB with their records" in printed
+    assert "In all 20.1 MiB with row records" in printed
     assert "hold 560.0 MiB at once: 539.9 MiB are freed." in printed
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_cli import run_safealloc
+from support.command_line import run_safealloc
 
 import safealloc
 from safealloc import SfLayout

@@ -26,37 +26,21 @@ SUMMARY = "the published NaN tables again, what causes them, and the same calls 
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What to run, checked.
-
-    Attributes:
-        device: where.
-        backend: of the products: one of ours or of FlashInfer's; "auto" is ours.
-        seed: of operands and orders.
-        replays: of each CUDA graph.
-    """
-
-    device: torch.device
-    backend: str
-    seed: int
-    replays: int
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """What came out.
 
     Attributes:
-        options: what was run.
-        device_name: the model of the device.
+        device, device_name: where it was run.
         versions: of the packages.
+        seed: of operands and orders.
         sections: those that ran.
         not_run: sections that cannot run here, and why.
     """
 
-    options: Options
+    device: torch.device
     device_name: str
     versions: dict[str, str | None]
+    seed: int
     sections: Sequence[Section]
     not_run: dict[str, str]
 
@@ -78,60 +62,57 @@ class Result:
         return {
             "command": "safealloc repro",
             "as_stated": self.as_stated,
-            "device": str(self.options.device),
+            "device": str(self.device),
             "device_name": self.device_name,
             "versions": self.versions,
-            "seed": self.options.seed,
+            "seed": self.seed,
             "sections": about,
             "not_run": self.not_run,
             **{section.name: section.as_dicts() for section in self.sections},
         }
 
 
-def checked_options(device: torch.device | None, backend: str, seed: int, replays: int) -> Options:
-    """What the user asked for.
+def check_backend(device: torch.device, backend: str) -> None:
+    """Raises: UsageError: the backend cannot run on the device."""
+    reason = None if backend == "auto" else GEMMS[backend].refusal(Call(device, SfLayout.layout_128x4, torch.bfloat16))
+    if reason is not None:
+        raise report.UsageError(f"backend {backend!r} cannot run this: {reason}")
 
-    Raises:
-        UsageError: the backend cannot run on the device.
+
+def run(device: torch.device, backend: str, seed: int, replays: int, progress: report.Progress) -> Result:
+    """Run all sections that can run on the device.
+
+    Args:
+        device: where.
+        backend: of the products: one of ours or of FlashInfer's; "auto" is ours.
+        seed: of operands and orders.
+        replays: of each CUDA graph.
+        progress: told each section.
     """
-    where = checked_device(device)
-    if backend != "auto":
-        reason = GEMMS[backend].refusal(Call(where, SfLayout.layout_128x4, torch.bfloat16))
-        if reason is not None:
-            raise report.UsageError(f"backend {backend!r} cannot run this: {reason}")
-    return Options(where, backend, seed, replays)
-
-
-def run(options: Options, progress: report.Progress) -> Result:
-    """Run all sections that can run on the device."""
-    device, seed = options.device, options.seed
-    own = ours(device, options.backend)
-    multiplier = own if options.backend == "auto" else options.backend
-    sections, not_run = [], {}
+    own = ours(device, backend)
+    not_run = {}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         progress("published", 0.0)
-        sections.append(published(device, own, seed))
+        sections = [published(device, own, seed)]
         progress("columns", 0.25)
         sections.append(columns(device, own, seed))
         progress("safealloc", 0.5)
-        sections.append(through_pool(device, multiplier, own, seed))
+        sections.append(through_pool(device, own if backend == "auto" else backend, own, seed))
         reason = replay.refusal(device)
         if reason is None:
-            sections.append(
-                replay.replay(device, seed, options.replays, lambda what, done: progress(what, 0.75 + 0.25 * done))
-            )
+            sections.append(replay.replay(device, seed, replays, lambda what, done: progress(what, 0.75 + done / 4)))
         else:
             not_run["replay"] = reason
-    return Result(options, machine.device_name(device), machine.versions(), sections, not_run)
+    return Result(device, machine.device_name(device), machine.versions(), seed, sections, not_run)
 
 
 def show(result: Result, out: Console) -> None:
     """Print a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version is not None)
-    out.print(f"{result.options.device} ({result.device_name}), {versions}, seed {result.options.seed}\n")
+    out.print(f"{result.device} ({result.device_name}), {versions}, seed {result.seed}\n")
     for section in result.sections:
-        headings = (*section.rows[0].HEADINGS, "as stated") if section.rows else ()
-        rows = (((*row.cells(), "yes" if row.as_stated else "NO"), row.as_stated) for row in section.rows)
+        headings = (*section.rows[0].cells(), "as stated") if section.rows else ()
+        rows = (((*row.cells().values(), "yes" if row.as_stated else "NO"), row.as_stated) for row in section.rows)
         report.table(out, f"{section.name}: {section.title} ({section.backend})", headings, rows)
         out.print(f"{section.text}\n")
         if section.failure is not None:
@@ -145,12 +126,14 @@ def show(result: Result, out: Console) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{SUMMARY[0].upper()}{SUMMARY[1:]}. Exit code 1: a row did not come out as stated."
     report.add_device(parser)
+    vendors = [name for name in GEMMS if name not in ("triton", "reference")]
     parser.add_argument(
         "--backend",
         choices=("auto", *GEMMS),
         default="auto",
-        help="of the products: auto (ours), triton, reference, or a FlashInfer backend for the section that goes through "
-        "safealloc (%(default)s)",
+        metavar="NAME",
+        help="what multiplies (%(default)s): auto, triton or reference, which are ours; in the section that goes through "
+        f"safealloc also FlashInfer's {', '.join(vendors)}",
     )
     parser.add_argument(
         "--seed", type=report.integer(0), default=0, metavar="N", help="of the random operands and orders (%(default)s)"
@@ -173,8 +156,9 @@ def main(given: argparse.Namespace) -> int:
     report.check_environment()
     report.check_writable(given.json)
     with contextlib.redirect_stdout(sys.stderr):  # whatever a package prints when it is imported
-        options = checked_options(given.device, given.backend, given.seed, given.replays)
+        device = checked_device(given.device)
+        check_backend(device, given.backend)
         with report.progress("repro") as progress:
-            result = run(options, progress)
+            result = run(device, given.backend, given.seed, given.replays, progress)
     report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
     return 0 if result.as_stated else 1

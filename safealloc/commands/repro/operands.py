@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +23,12 @@ ONE = 0x38
 class Row(Protocol):
     """One row of a section: a dataclass whose fields are what was measured and what was stated."""
 
-    HEADINGS: ClassVar[tuple[str, ...]]
-
     @property
     def as_stated(self) -> bool:
         """Whether what was measured is what was stated."""
 
-    def cells(self) -> Sequence[str]:
-        """The row as printed, one cell per heading."""
+    def cells(self) -> Mapping[str, str]:
+        """The row as printed, by heading."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ the layout that it tells the GEMM depends on the number of rows before padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -73,18 +72,6 @@ class PublishedRow:
     max_diff_zeroed: float
     largest_correct: float
 
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "m",
-        "backend",
-        "written",
-        "read",
-        "NaN rows",
-        "issue",
-        "diff, pad 1.0",
-        "error, pad 0",
-        "largest correct",
-    )
-
     @property
     def as_stated(self) -> bool:
         """The NaN counts are the published ones, and numbers are wrong exactly where the layouts disagree."""
@@ -96,18 +83,18 @@ class PublishedRow:
             and (self.max_diff_zeroed != 0) == disagree
         )
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            str(self.m),
-            self.backend,
-            self.layout_written,
-            self.layout_read,
-            f"{self.nan_rows}/{self.m}",
-            f"{self.published_nan_rows}/{self.m}",
-            f"{self.max_diff_finite:g}",
-            f"{self.max_diff_zeroed:g}",
-            f"{self.largest_correct:g}",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "m": str(self.m),
+            "backend": self.backend,
+            "written": self.layout_written,
+            "read": self.layout_read,
+            "NaN rows": f"{self.nan_rows}/{self.m}",
+            "issue": f"{self.published_nan_rows}/{self.m}",
+            "diff, pad 1.0": f"{self.max_diff_finite:g}",
+            "error, pad 0": f"{self.max_diff_zeroed:g}",
+            "largest correct": f"{self.largest_correct:g}",
+        }
 
 
 def published(device: torch.device, backend: str, seed: int) -> Section:

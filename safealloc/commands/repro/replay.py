@@ -16,7 +16,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +68,6 @@ class ReplayRow:
     nodes_empty: int | None
     nodes_pool: int | None
 
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "m",
-        "k",
-        "layout",
-        "padding columns",
-        "NaN rows, empty",
-        "NaN rows, pool",
-        "wrong rows, pool",
-        "nodes, empty",
-        "nodes, pool",
-    )
-
     @property
     def as_stated(self) -> bool:
         return (
@@ -89,19 +77,19 @@ class ReplayRow:
             and self.nodes_empty == self.nodes_pool
         )
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self) -> dict[str, str]:
         total = self.m * self.replays
-        return (
-            str(self.m),
-            str(self.k),
-            self.layout,
-            str(self.padding_columns),
-            f"{self.nan_rows_empty}/{total}",
-            f"{self.nan_rows_pool}/{total}",
-            f"{self.wrong_rows_pool}/{total}",
-            "-" if self.nodes_empty is None else str(self.nodes_empty),
-            "-" if self.nodes_pool is None else str(self.nodes_pool),
-        )
+        return {
+            "m": str(self.m),
+            "k": str(self.k),
+            "layout": self.layout,
+            "padding columns": str(self.padding_columns),
+            "NaN rows, empty": f"{self.nan_rows_empty}/{total}",
+            "NaN rows, pool": f"{self.nan_rows_pool}/{total}",
+            "wrong rows, pool": f"{self.wrong_rows_pool}/{total}",
+            "nodes, empty": "-" if self.nodes_empty is None else str(self.nodes_empty),
+            "nodes, pool": "-" if self.nodes_pool is None else str(self.nodes_pool),
+        }
 
 
 def refusal(device: torch.device) -> str | None:

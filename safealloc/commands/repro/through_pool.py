@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,34 +59,23 @@ class SafeallocRow:
     largest_correct: float
     refused: bool
 
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "backend",
-        "m",
-        "k",
-        "layout",
-        "NaN rows",
-        "bitwise equal",
-        "max error",
-        "refused",
-    )
-
     @property
     def as_stated(self) -> bool:
         # Twice the rounding: the order of the float32 sum can move a value over one rounding boundary.
         correct = self.max_error <= 2 * ROUNDING * self.largest_correct
         return self.nan_rows == 0 and self.bitwise_equal and correct and self.refused
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            self.backend if self.section == "published" else self.section,
-            str(self.m),
-            str(self.k),
-            self.layout,
-            f"{self.nan_rows}/{self.m}",
-            "yes" if self.bitwise_equal else "NO",
-            f"{self.max_error:.2g}",
-            "yes" if self.refused else "NO",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "backend": self.backend if self.section == "published" else self.section,
+            "m": str(self.m),
+            "k": str(self.k),
+            "layout": self.layout,
+            "NaN rows": f"{self.nan_rows}/{self.m}",
+            "bitwise equal": "yes" if self.bitwise_equal else "NO",
+            "max error": f"{self.max_error:.2g}",
+            "refused": "yes" if self.refused else "NO",
+        }
 
 
 def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) -> Section:
