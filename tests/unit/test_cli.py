@@ -146,18 +146,6 @@ def test_a_reader_that_leaves_early_is_not_an_error(arguments):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_piped_output_is_plain_and_whole():
-    done = run_safealloc("repro", "--device", "cpu", "--backend", "reference")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    assert "…" not in done.stdout
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["16", "trtllm", "128x4", "8x4", "14/16", "14/16"] in [line[:6] for line in lines]
-    assert sum(line[1:2] == ["cutlass"] and "0/64" in line for line in lines) == 1
-    assert ["33", "720", "8x4", "3", "33/33", "0/33", "yes"] in lines
-    assert sum(line[-1:] == ["yes"] for line in lines) == 14 + 40 + 22
-
-
 def test_a_terminal_gets_color_and_no_cut_cell(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     text = on_a_terminal("plan", str(tmp_path))
