@@ -126,20 +126,21 @@ def run(progress: report.Progress) -> Result:
 
 def show(result: Result, out: Console) -> None:
     """Print a result."""
-    versions = (((found.name, found.version or "-", found.reason or ""), True) for found in result.versions)
-    report.table(out, "Versions", ("", "version", "why not"), versions)
-    rows = (
-        ((name, value or "not set", text), name not in result.bad_settings) for name, value, text in result.settings
-    )
+    versions = ((found.name, found.version or "-", found.reason or "") for found in result.versions)
+    report.table(out, "Versions", ("", "version", "why not"), report.fine(versions))
+    rows = [
+        ((name, value or "not set", meaning), name not in result.bad_settings)
+        for name, value, meaning in result.settings
+    ]
     report.table(out, "Settings", ("", "value", "meaning"), rows)
     for problem in result.bad_settings.values():
         out.print(f"{report.one_line(problem)}.\n", style="bold red")
     for device in result.devices:
         capability = "" if device.capability is None else f", compute capability {device.capability}"
         title = f"{device.device}: {device.name}{capability}"
-        backends = [("quantizer", found) for found in device.quantizers] + [("GEMM", found) for found in device.gemms]
-        headings = ("", "backend", "layouts", "auto", "why not")
-        report.table(out, title, headings, (((kind, *_cells(found)), True) for kind, found in backends), names=2)
+        backends = [("quantizer", *_cells(found)) for found in device.quantizers]
+        backends += [("GEMM", *_cells(found)) for found in device.gemms]
+        report.table(out, title, ("", "backend", "layouts", "auto", "why not"), report.fine(backends), names=2)
         out.print(
             'layouts: that a quantizer writes, or a GEMM reads, here. auto: for which of them backend="auto" chooses it '
             '("yes": all).'

@@ -178,16 +178,14 @@ def _entry_point() -> str | None:
 def _linear() -> list[LinearFinding]:
     if not torch.cuda.is_available():
         return [LinearFinding("cuda", None, kernel.refusal(None))]
-    return [_linear_on(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-
-
-def _linear_on(device: torch.device) -> LinearFinding:
-    major, minor = torch.cuda.get_device_capability(device)
-    refusal = kernel.refusal(10 * major + minor)
-    if refusal is not None:
-        return LinearFinding(str(device), None, refusal)
-    trtllm = kernel.trtllm_refusal(device)
-    return LinearFinding(str(device), "triton" if trtllm else "trtllm", trtllm)
+    found = []
+    for device in (torch.device("cuda", index) for index in range(torch.cuda.device_count())):
+        major, minor = torch.cuda.get_device_capability(device)
+        refusal = kernel.refusal(10 * major + minor)
+        trtllm = kernel.trtllm_refusal(device)
+        path = None if refusal else "triton" if trtllm else "trtllm"
+        found.append(LinearFinding(str(device), path, refusal or trtllm))
+    return found
 
 
 def show(found: VllmFinding, out: Console) -> None:
@@ -197,21 +195,16 @@ def show(found: VllmFinding, out: Console) -> None:
         return
     for why in filter(None, (found.reason, found.note)):
         out.print(f"vLLM {found.version}: {why}.\n")
-    rows = (((hook.name, _registers(hook), hook.reason or ""), _fits(hook)) for hook in found.hooks)
+    rows = []
+    for hook in found.hooks:
+        fits = hook.status in ("hooked", "not yet there")
+        registers = "yes" if hook.status == "hooked" and hook.reason is None else "-" if fits else f"no: {hook.status}"
+        rows.append(((hook.name, registers, hook.reason or ""), fits))
     report.table(out, f"vLLM {found.version}: hooks", ("", "would register", "why not"), rows)
     out.print(
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
     )
     report.table(out, f"vLLM {found.version}: plugin", ("", "state", "which means"), _state(found))
-
-
-def _registers(hook: HookFinding) -> str:
-    fits = "yes" if hook.reason is None else "-"
-    return {"hooked": fits, "not yet there": "-"}.get(hook.status, f"no: {hook.status}")
-
-
-def _fits(hook: HookFinding) -> bool:
-    return hook.status in ("hooked", "not yet there")
 
 
 def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
@@ -223,10 +216,8 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
     if not reason and not state.enabled:
         reason = f"{settings.ENABLED}=0 keeps it off"
     yield ("registers in vLLM", "no" if reason else "yes", reason), not reason
-    if state.registered is None:
-        yield ("registered here", "no", "vLLM's processes register the hooks when they start"), True
-    else:
-        yield ("registered here", f"{len(state.registered)} hooks", ""), True
+    here = ("no", "vLLM's processes register the hooks when they start")
+    yield ("registered here", *(here if state.registered is None else (f"{len(state.registered)} hooks", ""))), True
     for linear in found.linear:
         yield (f"linear kernel on {linear.device}", linear.path or "-", linear.reason or ""), True
 

@@ -70,13 +70,9 @@ class Experts:
             "expert_parallel": self.expert_parallel,
             "sites": [site.as_dict() for site in self.sites],
             "buffers": [
-                {
-                    "rows": spec.rows,
-                    "k": spec.k,
+                _buffer(spec)
+                | {
                     "experts": spec.experts,
-                    "layout": spec.layout.name,
-                    "padded_shape": list(spec.padded_shape),
-                    "bytes": spec.nbytes,
                     "vllm_bytes": self.vllm_call_nbytes(spec),
                     "right_sized_bytes": right_sized_nbytes(spec),
                 }
@@ -87,6 +83,16 @@ class Experts:
             "right_sized_bytes": self.right_sized_nbytes,
             "freed_bytes": self.freed_nbytes,
         }
+
+
+def _buffer(spec: ScaleSpec) -> dict[str, Any]:
+    return {
+        "rows": spec.rows,
+        "k": spec.k,
+        "layout": spec.layout.name,
+        "padded_shape": list(spec.padded_shape),
+        "bytes": spec.nbytes,
+    }
 
 
 def right_sized_nbytes(spec: ScaleSpec) -> int:
@@ -134,16 +140,7 @@ class Result:
             "sizes": list(self.sizes),
             "layout_rule": self.layout_rule,
             "sites": [site.as_dict() for site in self.sites],
-            "buffers": [
-                {
-                    "rows": spec.rows,
-                    "k": spec.k,
-                    "layout": spec.layout.name,
-                    "padded_shape": list(spec.padded_shape),
-                    "bytes": spec.nbytes,
-                }
-                for spec in self.buffers
-            ],
+            "buffers": [_buffer(spec) for spec in self.buffers],
             "bytes": self.nbytes,
             "per_call_bytes": self.per_call_nbytes,
             "experts": None if self.experts is None else self.experts.as_dict(),
@@ -195,36 +192,31 @@ def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[Sca
             f"vLLM quantizes at most {MAX_TOKENS_PER_EXPERT} tokens at once for experts "
             f"(VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), the largest batch has {largest}"
         )
-    of_k = {site.k: site for site in sites}
-    return [
-        ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts)
-        for k, site in sorted(of_k.items())
-    ]
+    ks = sorted({site.k for site in sites})
+    return [ScaleSpec.grouped(largest * sites[0].topk, k, SfLayout.layout_128x4, sites[0].experts) for k in ks]
 
 
 def show(result: Result, out: Console) -> None:
     """Print a plan: batch sizes whose buffers have one shape share a row."""
-    sites = [((site.name, str(site.k), str(site.n), str(len(site.layers))), True) for site in result.sites]
-    report.table(out, f"{result.model} on {result.tensor_parallel} ranks: sites", ("", "k", "n", "layers"), sites)
+    sites = [(site.name, str(site.k), str(site.n), str(len(site.layers))) for site in result.sites]
+    title = f"{result.model} on {result.tensor_parallel} ranks: sites"
+    report.table(out, title, ("", "k", "n", "layers"), report.fine(sites))
     groups: dict[tuple[int, SfLayout, tuple[int, int]], list[ScaleSpec]] = {}
     for spec in result.buffers:
         groups.setdefault((spec.k, spec.layout, spec.padded_shape), []).append(spec)
     rows = [
         (
-            (
-                str(k),
-                f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
-                short(layout),
-                f"{padded_rows} x {padded_cols}",
-                str(len(specs)),
-                _size(sum(spec.nbytes for spec in specs)),
-            ),
-            True,
+            str(k),
+            f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
+            short(layout),
+            f"{padded_rows} x {padded_cols}",
+            str(len(specs)),
+            _size(sum(spec.nbytes for spec in specs)),
         )
         for (k, layout, (padded_rows, padded_cols)), specs in groups.items()
     ]
     title = f"Buffers for {len(result.sizes)} captured batch sizes"
-    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes"), rows)
+    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes"), report.fine(rows))
     out.print(f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank; layers use them in turn.")
     out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill per call.")
     if result.experts is not None:
@@ -235,22 +227,21 @@ def show(result: Result, out: Console) -> None:
 def _show_experts(experts: Experts, out: Console) -> None:
     rows = [
         (
-            (
-                ", ".join(site.name for site in experts.sites if site.k == spec.k),
-                str(spec.k),
-                str(spec.rows),
-                " x ".join(map(str, spec.padded_shape)),
-                _size(spec.nbytes),
-                _size(right_sized_nbytes(spec)),
-                _size(experts.vllm_call_nbytes(spec)),
-            ),
-            True,
+            ", ".join(site.name for site in experts.sites if site.k == spec.k),
+            str(spec.k),
+            str(spec.rows),
+            " x ".join(map(str, spec.padded_shape)),
+            _size(spec.nbytes),
+            _size(right_sized_nbytes(spec)),
+            _size(experts.vllm_call_nbytes(spec)),
         )
         for spec in experts.buffers
     ]
     site = experts.sites[0]
     title = f"Expert scales: {site.experts} experts on each rank, {site.topk} per token, in {len(site.layers)} layers"
-    report.table(out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call"), rows)
+    report.table(
+        out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call"), report.fine(rows)
+    )
     freed = experts.freed_nbytes
     compared = f"{_size(freed)} are freed" if freed >= 0 else f"{_size(-freed)} less"
     out.print(

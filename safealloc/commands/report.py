@@ -36,9 +36,6 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message is one line for the user."""
 
 
-# --- Arguments ----------------------------------------------------------------------------------------------------------
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``, which every command has."""
     parser.add_argument(
@@ -87,9 +84,6 @@ def check_environment() -> None:
         raise UsageError(str(error)) from error
 
 
-# --- Printing -----------------------------------------------------------------------------------------------------------
-
-
 def console() -> Console:
     """Standard output: rich on a terminal, else plain text with one line per row."""
     options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -114,13 +108,13 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def fine(rows: Iterable[Sequence[str]]) -> Iterator[tuple[Sequence[str], bool]]:
+    """Rows of a :func:`table` none of which is marked."""
+    return ((cells, True) for cells in rows)
+
+
 def table(
-    out: Console,
-    title: str,
-    headings: Sequence[str],
-    rows: Iterable[tuple[Sequence[str], bool]],
-    *,
-    names: int = 1,
+    out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]], *, names: int = 1
 ) -> None:
     """Print a table.
 
@@ -157,9 +151,6 @@ def progress(command: str) -> Iterator[Progress]:
     with rich.progress.Progress(console=out, transient=True) as bar:
         task = bar.add_task(command, total=1.0)
         yield lambda what, done: bar.update(task, description=f"{command}: {what}", completed=done)
-
-
-# --- Files --------------------------------------------------------------------------------------------------------------
 
 
 def check_writable(path: Path | None, flag: str = "--json") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,14 +111,7 @@ def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) 
 
 
 def _row(
-    section: str,
-    name: str,
-    x: Tensor,
-    layout: SfLayout,
-    weight: Weight,
-    backend: str,
-    quantizer: str,
-    pool: ScalePool,
+    section: str, name: str, x: Tensor, layout: SfLayout, weight: Weight, backend: str, quantizer: str, pool: ScalePool
 ) -> SafeallocRow:
     m, k = x.shape
     global_scale = torch.ones(1, device=x.device)
@@ -133,14 +127,14 @@ def _row(
     fresh = zeroed(m, k, layout, x.device)
     offsets = layout.offsets(m, k, x.device)
     fresh.view(-1)[offsets] = scales.view(-1)[offsets]
-    eight_by_four = layout is SfLayout.layout_8x4
+    use_8x4 = layout is SfLayout.layout_8x4
     with foreign_scales("trust"):
-        same = given.multiply(x_fp4, fresh, backend, use_8x4=eight_by_four)
+        same = given.multiply(x_fp4, fresh, backend, use_8x4=use_8x4)
 
     dense = reference.dequantize(weight.fp4, weight.scales, SfLayout.layout_128x4)
     exact = reference.dequantize(x_fp4, fresh, layout) @ dense.T
-    refused = _refuses(lambda: given.multiply(x_fp4, scales, backend, use_8x4=not eight_by_four))
-    if section == "published" and eight_by_four:
+    refused = _refuses(lambda: given.multiply(x_fp4, scales, backend, use_8x4=not use_8x4))
+    if section == "published" and use_8x4:
         padded = x.new_zeros(PADDED_ROWS, k)
         padded[:m] = x
         padded_fp4, padded_scales = quantize(padded, SfLayout.layout_128x4)
@@ -160,11 +154,10 @@ def _row(
 
 
 def _refuses(call: Callable[[], Tensor]) -> bool:
-    try:
+    with contextlib.suppress(LayoutMismatchError):
         call()
-    except LayoutMismatchError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _text(rows: list[SafeallocRow], refusals: list[str]) -> str:
