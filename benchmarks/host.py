@@ -24,8 +24,9 @@ from benchmarks.summary import at_most, summary
 from safealloc import _optional
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, short
-from safealloc.integrations.vllm.allocator import Steps, allocator
 from safealloc.integrations.vllm.ops import scales as vllm_scales
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.startup import Steps
 from safealloc.ops.backends import Call, triton_refusal
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize
@@ -149,7 +150,7 @@ def vllm_step(device: torch.device) -> Iterator[None]:
     allocator.enabled = True
     allocator.steps = Steps(rows=(ROWS,), max_rows=ROWS)
     allocator.pool = default_pool(device)  # known already, so that it is not told that captures share a handle
-    allocator._max_rows, allocator._start_up, allocator._watching, allocator.loading = ROWS, None, False, 0
+    allocator.max_rows, allocator.start_up, allocator.logs_growth, allocator.loading = ROWS, None, False, 0
     running = ModuleType(_CONTEXT)
     running._forward_context = object()  # type: ignore[attr-defined]
     sys.modules[_CONTEXT] = running

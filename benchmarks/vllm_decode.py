@@ -3,7 +3,7 @@
 python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
 
 One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
-our Triton quantizer and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that the allocators differ and
+our Triton quantizer and GEMM behind vLLM's op names (tests/support/vllm_gpu_ops.py), so that the allocators differ and
 nothing else; the last row is our linear kernel, quantization and GEMM in one op, which is no comparison of allocators: the
 stand-in for vLLM's fused SiLU is in plain torch. All engines are started first, then measured in turn, so that drift meets
 all of them. Needs vLLM and a GPU of compute capability 8.9 or more.

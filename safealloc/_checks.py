@@ -85,3 +85,12 @@ def checked_bytes(value: int, name: str) -> int:
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value
+
+
+def checked_count(value: int, name: str, least: int = 0) -> int:
+    """An integer from ``least`` to 2**31 - 1, the largest that kernels count to; raises TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= value < 1 << 31:
+        raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
+    return value

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from safealloc.pool.verify import Corruption
+from safealloc.formats.spec import ScaleSpec
 
 
 class SafeAllocError(RuntimeError):
@@ -20,11 +19,40 @@ class LayoutMismatchError(SafeAllocError, ValueError):
     """A call contradicts the layout or the row count that a scale buffer was written in."""
 
 
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """A buffer whose padding is not zero.
+
+    Attributes:
+        spec: shape and layout of the buffer.
+        address: device address of its first byte.
+        row, column: the first byte that is not zero, in scale rows and columns of the padded matrix.
+        value: that byte.
+        count: how many padding bytes are not zero.
+        handed_to: who was given the buffer last, where a guard (:mod:`safealloc.pool.guard`) watches.
+    """
+
+    spec: ScaleSpec
+    address: int
+    row: int
+    column: int
+    value: int
+    count: int
+    handed_to: str | None = None
+
+    def __str__(self) -> str:
+        last = "" if self.handed_to is None else f"; last handed to {self.handed_to}"
+        return (
+            f"buffer at 0x{self.address:x} ({self.spec}): {self.count} padding bytes are not zero, first 0x{self.value:02X} "
+            f"at scale row {self.row}, column {self.column}{last}"
+        )
+
+
 class PaddingCorruptionError(SafeAllocError):
     """Padding that must be zero is not: somebody wrote it.
 
     Attributes:
-        corruptions: a :class:`safealloc.pool.verify.Corruption` for each such buffer.
+        corruptions: a :class:`Corruption` for each such buffer.
     """
 
     def __init__(self, corruptions: Sequence[Corruption]) -> None:

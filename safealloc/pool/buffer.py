@@ -1,13 +1,20 @@
-"""One pooled buffer: who still holds it, and which scales an address holds."""
+"""One buffer: its memory, and who may still read or write it.
+
+A buffer's life, and what moves it on (the pool decides, :mod:`safealloc.pool.inventory` files it)::
+
+    made --> STOCK --acquire--> a stream --capture--> a graph memory-pool handle
+               ^                                            |
+               +---- the last graph of the handle is gone --+
+
+It is *held* while somebody has a tensor of its storage, *idle* once nobody has and no other stream has to pass, and forgotten
+by eviction, ``trim`` or ``close``.
+"""
 
 from __future__ import annotations
 
 import mmap
-import os
 import sys
-import threading
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +27,9 @@ from safealloc.pool.driver import Capture
 ALIGNMENT = 512
 """Bytes; what CUDA's allocators give, and what TMA and the 128x4 tile ask for at most."""
 
+STOCK = "stock"
+"""Owner of a buffer that no stream and no graph has touched since it was made or came back."""
+
 _use_count = torch._C._storage_Use_Count
 _references = sys.getrefcount
 
@@ -31,6 +41,17 @@ class Buffer:
     shows in the storage's use count (views, dtype views, autograd, DLPack) or in the reference count of its Python object
     (``tensor.untyped_storage()``). What both are when nobody holds it differs between versions of PyTorch, so it is read
     when the buffer is made.
+
+    Attributes:
+        spec: what it holds.
+        base: uint8 ``[padded_rows, padded_cols]``.
+        owner: a raw stream, a graph memory-pool handle, or ``STOCK``.
+        kept: stays until the pool is closed; else it is in the cache, and may be evicted.
+        last_use: the pool's count of requests when an eager caller was handed it last.
+        readers: other streams that have to pass before the next use, by raw stream.
+        capture: the last capture that was given it, and
+        stream: on which of its streams.
+        record: which rows are valid, for grouped scales (:class:`safealloc.ScaleSpec`).
     """
 
     __slots__ = (
@@ -55,12 +76,12 @@ class Buffer:
         self.spec = spec
         self.base = base
         self.address = base.data_ptr()
-        self.owner = owner  # a raw stream, a graph memory-pool handle, or nobody yet
-        self.kept = kept  # else it is in the cache, and may be given up
-        self.last_use = 0  # the pool's count of acquires when an eager caller got it last
-        self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}  # streams to pass before the next use
-        self.capture: Capture | None = None  # the last capture that was given it,
-        self.stream: int | None = None  # and on which of its streams
+        self.owner = owner
+        self.kept = kept
+        self.last_use = 0
+        self.readers: dict[int, torch.cuda.Event | torch.cuda.Stream] = {}
+        self.capture: Capture | None = None
+        self.stream: int | None = None
         self.record = spec.record_in(base)
         self.storage = base.untyped_storage()
         self.storage_address: int = self.storage._cdata
@@ -71,17 +92,13 @@ class Buffer:
     def nbytes(self) -> int:
         return self.spec.nbytes
 
-    def idle(self) -> bool:
-        """Nobody holds it and no other stream has to pass first."""
-        return (
-            _use_count(self.storage_address) == self.idle_uses
-            and _references(self.storage) == self.idle_references
-            and not self.readers
-        )
-
     def held(self) -> bool:
         """Somebody holds a tensor, a view or the storage."""
         return _use_count(self.storage_address) != self.idle_uses or _references(self.storage) != self.idle_references
+
+    def idle(self) -> bool:
+        """Nobody holds it and no other stream has to pass first."""
+        return not self.held() and not self.readers
 
     def passed(self) -> bool:
         """Idle, once the streams of :meth:`ScalePool.record_stream` have passed what they had when the holders went."""
@@ -103,37 +120,7 @@ class Buffer:
                 reader.synchronize()
 
 
-def make_base(spec: ScaleSpec, device: torch.device, *, poison: bool = False) -> Tensor:
-    """uint8 ``[padded_rows, padded_cols]``, aligned, padding zero; real bytes are whatever was there, or with ``poison`` NaN.
-
-    Of a buffer with a record all bytes are zero, and so is the record: no row is real yet.
-    """
-    # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        memory = _aligned(spec.nbytes, device)
-        base = spec.scales_in(memory)
-        if spec.record:
-            memory.zero_()
-        else:
-            if poison:
-                memory.fill_(NAN_SCALE)
-            spec.zero_padding(base)
-    return base
-
-
-def _aligned(nbytes: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":  # whole pages: a slice of more would be aligned too, but start at another storage offset
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=torch.uint8)
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
-        memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
-        start = -memory.data_ptr() % ALIGNMENT
-        memory = memory[start : start + nbytes]
-    return memory
-
-
-class LooseBuffer:
+class OneCallBuffer:
     """A buffer that was made for one call: watched while somebody holds it, never handed out again."""
 
     __slots__ = ("_offset", "_storage", "nbytes", "spec")
@@ -157,36 +144,32 @@ class LooseBuffer:
         return empty.set_(storage, self._offset, (padded_rows, padded_cols), (padded_cols, 1))
 
 
-_lock = threading.RLock()  # reentrant: what a purge lets go of may run finalizers
-_specs: dict[int, tuple[ScaleSpec, Any, int]] = {}  # address -> spec, weak storage, pool
-_purge_at = 1024
+def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False) -> Tensor:
+    """New scales, uint8 ``[padded_rows, padded_cols]``, aligned, padding zero.
+
+    The valid bytes are whatever was there, or with ``poison`` NaN. Grouped scales are all zero, and so is their record: no
+    row is valid yet.
+    """
+    # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        memory = _aligned(spec.nbytes, device)
+        scales = spec.scales_in(memory)
+        if spec.record:
+            memory.zero_()
+        else:
+            if poison:
+                memory.fill_(NAN_SCALE)
+            spec.zero_padding(scales)
+    return scales
 
 
-def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
-    """Note which scales lie where ``tensor`` starts, for as long as its storage lives; pool 0 is no pool."""
-    global _purge_at
-    with _lock:
-        if len(_specs) >= _purge_at:
-            for address in [address for address, (_, storage, _) in _specs.items() if storage.expired()]:
-                _specs.pop(address, None)
-            _purge_at = max(1024, 2 * len(_specs))
-        _specs[tensor.data_ptr()] = (spec, StorageWeakRef(tensor.untyped_storage()), pool)
-
-
-def spec_of(tensor: Tensor, pool: int | None = None) -> ScaleSpec | None:
-    """The scales that a tensor from any pool (or from ``pool``) holds; ``None`` for other memory."""
-    known = _specs.get(tensor.data_ptr())
-    if known is None:
-        return None
-    spec, storage, owner = known
-    if storage.expired() or (pool is not None and pool != owner):
-        return None
-    return spec
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # a thread of the parent may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)
+def _aligned(nbytes: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":  # whole pages: a slice of more would be aligned too, but start at another storage offset
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
+        memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
+        start = -memory.data_ptr() % ALIGNMENT
+        memory = memory[start : start + nbytes]
+    return memory

@@ -1,8 +1,9 @@
-"""The pool that every function uses when none is given, and ``torch.ops.safealloc.acquire`` on it."""
+"""The pool that every function uses when none is given."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from safealloc import settings
 from safealloc._checks import checked_device
 from safealloc.pool.pool import ScalePool
 
@@ -26,7 +28,7 @@ def default_pool(device: torch.device | str | int | None = None) -> ScalePool:
         device: ``None`` is the current CUDA device, or the CPU where there is none.
 
     Raises:
-        ValueError: no such device.
+        ValueError: no such device, or a ``SAFEALLOC_*`` variable (:mod:`safealloc.settings`) has no such value.
     """
     replacement = _replacement.get()
     if replacement is not None and replacement.device == device:
@@ -39,7 +41,7 @@ def default_pool(device: torch.device | str | int | None = None) -> ScalePool:
         with _lock:
             pool = _pools.get(device)
             if pool is None:
-                pool = _pools[device] = ScalePool(device)
+                pool = _pools[device] = ScalePool(device, **dataclasses.asdict(settings.watch()))
     return pool
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+
+import torch
 
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC, the only kind there is
@@ -88,6 +90,24 @@ def destroyed() -> int:
             del _captures[capture.id]
         _found_destroyed += len(dead)
         return _found_destroyed
+
+
+def stream_queries(device: torch.device) -> tuple[Callable[[int], int], Callable[[int], bool]]:
+    """Two functions: the current raw stream of a device index, and whether a raw stream is capturing.
+
+    For one thread at a time.
+    """
+    if device.type == "cuda":
+        return torch._C._cuda_getCurrentRawStream, StreamStatus().capturing
+    return _no_stream, _never_capturing
+
+
+def _no_stream(index: int) -> int:
+    return 0
+
+
+def _never_capturing(stream: int) -> bool:
+    return False
 
 
 class StreamStatus:

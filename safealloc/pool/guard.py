@@ -1,9 +1,8 @@
-"""Guard modes for production: environment variables that watch a pool's padding while it works.
+"""The guard: asynchronous checks of padding, for production.
 
-``SAFEALLOC_VERIFY=N`` looks at each buffer's padding at every N-th time that it is handed out, and, where CUDA graphs are
-captured, at every N-th replay of each. Nobody waits for that: a kernel sets a word in the host's memory if it finds
-something, and the pool looks at that word when it is called next (:meth:`safealloc.ScalePool.safe_point`), where it raises,
-or with ``SAFEALLOC_VERIFY_REPAIR=1`` heals and logs. ``SAFEALLOC_POISON=1`` fills the real bytes of new buffers with NaN.
+Each buffer's padding is checked at every N-th handout, and, where CUDA graphs are captured, at every N-th replay of each. A
+kernel sets a word in the host's memory if it finds a byte that is not zero; the pool reads that word when it is called next.
+Nothing synchronizes while all is well.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -23,67 +21,32 @@ from torch import Tensor
 
 from safealloc import _optional
 from safealloc.errors import SafeAllocError
+from safealloc.formats.spec import ScaleSpec
 from safealloc.pool.buffer import Buffer
 from safealloc.pool.driver import Capture
 from safealloc.pool.verify import find_corruptions
 
-VERIFY, REPAIR, POISON = "SAFEALLOC_VERIFY", "SAFEALLOC_VERIFY_REPAIR", "SAFEALLOC_POISON"
-
 _SLOTS = 1 << 12  # flags; a buffer has the one of its number, modulo
 _PIECES = 1 << 16  # what a table has room for: some 8 GB of scales
 _GRAPHS = 1024  # that count replays each on their own; more of them share counters
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_HAND_OUT = tuple(_PACKAGE + os.path.join(*path) for path in (("pool", ""), ("ops", "acquire.py")))
 _TORCH = str(Path(torch.__file__).parent)
-_INNER = tuple(f"{_PACKAGE}{os.sep}{name}.py" for name in ("pool", "guard", "default_pool"))
 _never_freed: list[Tensor] = []  # flags: a kernel in flight may set one after the pool is gone
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class GuardSettings:
-    """What the environment asks for.
-
-    Attributes:
-        every: handouts or replays between two checks; 0 is none.
-        repair: heal and log, instead of raising.
-        poison: fill the real bytes of new buffers with NaN.
-    """
-
-    every: int = 0
-    repair: bool = False
-    poison: bool = False
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Self:
-        """From environment variables.
-
-        Raises:
-            ValueError: one has no such value.
-        """
-        text = environment.get(VERIFY, "") or "0"
-        if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
-            raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
-        return cls(int(text), _switch(environment, REPAIR), _switch(environment, POISON))
-
-
-def _switch(environment: Mapping[str, str], name: str) -> bool:
-    text = environment.get(name, "") or "0"
-    if text not in ("0", "1"):
-        raise ValueError(f"{name} must be 0 or 1, got {text!r}")
-    return text == "1"
-
-
 @dataclass(slots=True)
 class _Watched:
-    """What a guard knows of a buffer.
+    """What a guard knows of one buffer.
 
     Attributes:
         slot: of its flag.
         handouts: to eager callers.
-        handed_to: who was given it last.
-        suspect: who had been given it last when it was last looked at; ``None`` in graphs, which have many in turn.
-        in_table: whether graphs look at it.
+        handed_to: who was handed it last.
+        suspect: who had been handed it last when it was last checked; ``None`` in graphs, which have many in turn.
+        in_table: whether graphs check it.
     """
 
     slot: int
@@ -94,11 +57,11 @@ class _Watched:
 
 
 class Guard:
-    """Checks of one pool's buffers that nobody waits for; the pool's lock is held at each call.
+    """Asynchronous checks of one pool's buffers; the pool's lock is held at each call but :attr:`alarmed`.
 
     Args:
         device: of the buffers.
-        every: as in :class:`GuardSettings`, at least 1.
+        every: handouts or replays between two checks, at least 1.
 
     Raises:
         SafeAllocError: on CUDA without Triton, or in a capture.
@@ -110,16 +73,16 @@ class Guard:
         self._watched: weakref.WeakKeyDictionary[Buffer, _Watched] = weakref.WeakKeyDictionary()
         self._made = 0
         if self._on_cuda and (missing := _optional.missing("triton")):
-            raise SafeAllocError(f"{VERIFY} needs Triton on CUDA: {missing}")
+            raise SafeAllocError(f"verify_every needs Triton on CUDA: {missing}")
         self._flags = torch.zeros(_SLOTS, dtype=torch.int32, pin_memory=self._on_cuda)
         _never_freed.append(self._flags)
         # reading a tensor's element costs a hundred times as much
         self._words = (ctypes.c_int32 * _SLOTS).from_address(self._flags.data_ptr())
-        self._graphs = Graphs.make(device, self._flags) if self._on_cuda else None
+        self._replays = ReplayChecks.make(device, self._flags) if self._on_cuda else None
 
     @property
     def alarmed(self) -> bool:
-        """Whether a check found something that nobody has asked for yet."""
+        """Whether a check found something that :meth:`alarms` has not returned yet."""
         return self._words[0] != 0
 
     def alarms(self) -> list[Buffer]:
@@ -131,7 +94,7 @@ class Guard:
         return found
 
     def suspect(self, buffer: Buffer) -> str | None:
-        """Who was handed a buffer last, before it was looked at."""
+        """Who was handed a buffer last, before it was checked."""
         watched = self._watched.get(buffer)
         return None if watched is None else watched.suspect or watched.handed_to or None
 
@@ -143,11 +106,11 @@ class Guard:
             watched = self._watched[buffer] = _Watched(1 + self._made % (_SLOTS - 1))
         if capture is not None:
             watched.suspect = None
-            assert self._graphs is not None
+            assert self._replays is not None
             if not watched.in_table:
                 watched.in_table = True
-                self._graphs.add(buffer, watched.slot)
-            self._graphs.check_in(capture, self.every)
+                self._replays.add(buffer.spec, buffer.base, watched.slot)
+            self._replays.check_in(capture, self.every)
         else:
             watched.handouts += 1
             if watched.handouts % self.every == 0:
@@ -156,11 +119,11 @@ class Guard:
         watched.handed_to = _caller()
 
     def close(self) -> None:
-        """Look at nothing any more, and wait until no replay does."""
+        """Check nothing any more, and wait until no replay does."""
         self._watched.clear()
-        if self._graphs is not None:
-            self._graphs.table[0, 0] = 0
-            torch.cuda.synchronize(self._graphs.counters.device)
+        if self._replays is not None:
+            self._replays.table[0, 0] = 0
+            torch.cuda.synchronize(self._replays.counters.device)
 
     def _check(self, buffer: Buffer, slot: int) -> None:
         if self._on_cuda:
@@ -172,8 +135,8 @@ class Guard:
 
 
 @dataclass(slots=True)
-class Graphs:
-    """The node that each captured graph has, and what all of them look at.
+class ReplayChecks:
+    """The node that each captured graph gets, and the table of what all of them check.
 
     Attributes:
         table: int64, in pinned memory, so that buffers which are handed out after the node was captured count too.
@@ -193,7 +156,7 @@ class Graphs:
         from safealloc.kernels.triton_guard import WORDS, check_table
 
         if torch.cuda.is_current_stream_capturing():
-            raise SafeAllocError(f"{VERIFY}: make the pool before the capture, not in it")
+            raise SafeAllocError("verify_every: make the pool before the capture, not in it")
         programs = torch.cuda.get_device_properties(device).multi_processor_count
         table = torch.zeros((1 + _PIECES, WORDS), dtype=torch.int64, pin_memory=True)
         counters = torch.zeros((_GRAPHS, -(-programs // 4) * 4), dtype=torch.int32, device=device)
@@ -201,13 +164,19 @@ class Graphs:
         torch.cuda.synchronize(device)  # whatever stream counts first
         return cls(table, flags, counters)
 
-    def add(self, buffer: Buffer, slot: int) -> None:
-        """Have all graphs look at a buffer, which stays until the pool is closed."""
+    def add(self, spec: ScaleSpec, base: Tensor, slot: int) -> None:
+        """Have all graphs check a buffer, which stays until the pool is closed.
+
+        Args:
+            spec: of the buffer.
+            base: all its scales, uint8 ``[padded_rows, padded_cols]``.
+            slot: its flag.
+        """
         from safealloc.kernels.triton_guard import pieces_of
 
-        pieces = pieces_of(buffer.spec, buffer.base)
+        pieces = pieces_of(spec, base)
         if self.pieces + len(pieces) > _PIECES:
-            logger.warning("%s has no room for %s in graphs: only eager calls are checked", VERIFY, buffer.spec)
+            logger.warning("verify_every has no room for %s in graphs: only eager calls are checked", spec)
             return
         if pieces:
             rows = slice(1 + self.pieces, 1 + self.pieces + len(pieces))
@@ -234,7 +203,7 @@ def _caller() -> str:
     while frame.f_back is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
-            if file not in _INNER:
+            if not file.startswith(_HAND_OUT):
                 inner = frame.f_code.co_name
         elif not file.startswith(_TORCH):
             break

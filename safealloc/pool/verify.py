@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from safealloc.errors import Corruption
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Corruption:
-    """A buffer whose padding is not zero.
-
-    Attributes:
-        spec: shape and layout of the buffer.
-        address: device address of its first byte.
-        row, column: the first byte that is not zero, in scale rows and columns of the padded matrix.
-        value: that byte.
-        count: how many padding bytes are not zero.
-        handed_to: who was given the buffer last, where a guard (:mod:`safealloc.pool.guard`) watches.
-    """
-
-    spec: ScaleSpec
-    address: int
-    row: int
-    column: int
-    value: int
-    count: int
-    handed_to: str | None = None
-
-    def __str__(self) -> str:
-        last = "" if self.handed_to is None else f"; last handed to {self.handed_to}"
-        return (
-            f"buffer at 0x{self.address:x} ({self.spec}): {self.count} padding bytes are not zero, first 0x{self.value:02X} "
-            f"at scale row {self.row}, column {self.column}{last}"
-        )
 
 
 def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corruption]:
@@ -57,41 +28,23 @@ def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corrup
     return [corruption for spec, buffer in buffers if (corruption := _describe(spec, buffer)) is not None]
 
 
-def zero_padding(spec: ScaleSpec, buffer: Tensor) -> None:
-    """Zero the padding of a buffer in place, with the rows that its record knows nothing of."""
-    spec.zero_padding(buffer)
-    record = spec.record_in(buffer)
-    if record is not None:
-        unused = spec.layout.offsets(spec.stored_rows, spec.k, buffer.device)[~_real(spec, record)]
-        buffer.view(-1)[unused] = 0
-
-
-def heal(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Sequence[Corruption]) -> None:
+def repair_padding(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Sequence[Corruption]) -> None:
     """Zero the padding of those buffers that are corrupt."""
     dirty = {corruption.address for corruption in corruptions}
     for spec, buffer in buffers:
         if buffer.data_ptr() in dirty:
-            zero_padding(spec, buffer)
-
-
-def _real(spec: ScaleSpec, record: Tensor) -> Tensor:
-    """Where a buffer with a record holds scales now, bool ``[stored_rows, k // 16]``."""
-    cols = spec.k // BLOCK_SIZE
-    placed = record[(record > 0) & (record <= spec.stored_rows)].long() - 1
-    real = torch.zeros(spec.stored_rows, dtype=torch.bool, device=record.device)
-    real[placed] = True
-    return real[:, None].expand(-1, cols)
+            spec.zero_padding(buffer)
 
 
 def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
-    """The buffer in matrix order, uint8 ``[padded_rows, padded_cols]``, with zero for each real scale; a copy."""
+    """The buffer in matrix order, uint8 ``[padded_rows, padded_cols]``, with zero for each valid scale; a copy."""
     logical = spec.layout.logical(buffer, spec.stored_rows, spec.k, padded_k=spec.padded_k)
-    real = logical[: spec.stored_rows, : spec.k // BLOCK_SIZE]
+    valid = logical[: spec.stored_rows, : spec.k // BLOCK_SIZE]
     record = spec.record_in(buffer)
     if record is None:
-        real.zero_()
+        valid.zero_()
     else:
-        real.masked_fill_(_real(spec, record), 0)
+        valid.masked_fill_(spec.valid_rows_in(record)[:, None], 0)
     return logical
 
 

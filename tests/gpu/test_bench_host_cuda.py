@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safealloc import ScalePool, SfLayout
-from safealloc.integrations.vllm.allocator import allocator
+from safealloc.integrations.vllm.serve import allocator
 
 pytestmark = pytest.mark.gpu
 

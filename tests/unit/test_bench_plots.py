@@ -13,7 +13,7 @@ import torch
 
 import safealloc
 from benchmarks import summary
-from safealloc.integrations.vllm.allocator import allocator
+from safealloc.integrations.vllm.serve import allocator
 from safealloc.pool.default import default_pool
 
 PICTURES = ["bench-quantize.png", "bench-decode.png", "bench-memory.png", "bench-host.png", "bench-moe.png"]
