@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
 
     Returns:
-        0, also for help; 130 after an interrupt; any other code is the command's own, and ``--help`` tells it.
+        0, also for help; 130 after an interrupt; other codes are in the help of each command.
 
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.

@@ -80,7 +80,7 @@ class Result:
     Attributes:
         versions: of the packages and the driver.
         settings: every ``SAFEALLOC_*`` variable: its name, its value (``None``: not set) and its meaning.
-        bad_settings: name to what is wrong with the value.
+        bad_settings: name to the problem with its value.
         devices: the CPU and every CUDA device.
         inductor: why Inductor cannot be told to leave pool buffers alone, or ``None``.
         vllm: which hooks would be registered with it, and the state of the plugin.

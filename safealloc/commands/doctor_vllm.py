@@ -25,7 +25,7 @@ class HookFinding:
     """One hook.
 
     Attributes:
-        name: what the log calls it too.
+        name: as in the log.
         status: "hooked" where it fits; "changed" or "missing" where vLLM's own code is left alone; "not yet there" where
             vLLM is older than what it hooks.
         reason: why it would not be registered although it fits, or has nothing to replace, or ``None``.

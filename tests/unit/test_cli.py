@@ -189,7 +189,7 @@ def printed_on(out: Console) -> list[str]:
 
 
 def test_names_of_backends_are_whole_at_80_columns():
-    """Even where every reason is long."""
+    """With a long reason in every row."""
     reason = "it runs on compute capability 10.0, 10.3, 10.7, 12.0, 12.1 only, cuda:0 has 9.0"
     tables = [
         [doctor.BackendFinding(name, ("128x4", "8x4"), ("8x4",), {"linear": reason}) for name in names]

@@ -1,4 +1,4 @@
-"""``safealloc doctor``: what it finds, and that nothing that is broken breaks it."""
+"""``safealloc doctor``: what it finds, also in broken installations."""
 
 from __future__ import annotations
 
@@ -111,16 +111,16 @@ def test_a_setting_with_a_bad_value_is_reported(monkeypatch, tmp_path, capsys, n
     assert f"\n{problem}" in capsys.readouterr().out
 
 
-def test_inductor_is_told_or_the_reason_is(result):
+def test_inductor_leaves_buffers_alone_or_there_is_a_reason(result):
     assert result["inductor"] is None or "torch" in result["inductor"]
 
 
 @pytest.mark.gpu
-def test_a_gpu_tells_when_its_graphs_are_gone(result):
+def test_graph_lifetimes_are_tracked_on_a_gpu(result):
     assert result["devices"][1]["graph_lifetimes"] is None
 
 
-def test_an_import_that_fails_in_its_own_way_is_a_reason(tmp_path):
+def test_a_package_whose_import_fails_has_a_reason(tmp_path):
     package = tmp_path / "flashinfer"
     package.mkdir()
     (package / "__init__.py").write_text("print('noise')\nassert False, 'no CUDA toolkit'\n")
@@ -137,7 +137,7 @@ def test_an_import_that_fails_in_its_own_way_is_a_reason(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_an_inductor_without_what_is_needed_is_a_reason(monkeypatch, tmp_path):
+def test_an_unsuitable_inductor_has_a_reason(monkeypatch, tmp_path):
     from safealloc.errors import SafeAllocError
 
     def refuse(op):
@@ -208,7 +208,7 @@ def test_a_vllm_that_every_hook_fits_is_not_imported(install):
     assert len(text.splitlines()) < 40
 
 
-def test_hooks_that_need_flashinfer_say_so(install, monkeypatch):
+def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
     install()
     for reason in ("flashinfer is not installed", None):
         monkeypatch.setattr(_optional, "missing", lambda name, reason=reason: reason)
@@ -241,7 +241,7 @@ def test_a_hook_that_does_not_fit_has_a_reason(install):
     assert "torch.empty its sources do not mention any zeroing\n" in text
 
 
-def test_a_kernel_that_zeroes_padding_is_told(install):
+def test_a_kernel_that_zeroes_padding_is_reported(install):
     sources = stand_in()
     comment = "# The NVFP4 quant kernel explicitly zeroes every padded scale entry.\n"
     sources[targets.SCALES.module] = re.sub("# Must be.*\n", comment, sources[targets.SCALES.module])
@@ -261,7 +261,7 @@ def test_a_kernel_that_zeroes_padding_is_told(install):
         ("dev", "its version is not a release number"),
     ],
 )
-def test_a_version_that_was_not_checked_is_told(install, version, note):
+def test_a_version_that_was_not_checked_is_noted(install, version, note):
     install(version)
     found = doctor_vllm.look(None)
     assert found.version == version
@@ -270,7 +270,7 @@ def test_a_version_that_was_not_checked_is_told(install, version, note):
         assert f"vLLM {version}: {note}" in shown(found)
 
 
-def test_a_vllm_without_metadata_or_package_is_a_reason(install, monkeypatch):
+def test_a_vllm_without_metadata_or_package_has_a_reason(install, monkeypatch):
     monkeypatch.setattr(targets.importlib.metadata, "version", _not_installed)
     install(version=None)
     found = doctor_vllm.look(None)
@@ -283,19 +283,19 @@ def _not_installed(name):
     raise importlib.metadata.PackageNotFoundError(name)
 
 
-def test_whatever_looking_raises_is_a_reason(install, monkeypatch):
+def test_an_error_while_reading_sources_is_the_reason(install, monkeypatch):
     install()
 
     def fail(*arguments):
-        raise RuntimeError("no such luck")
+        raise RuntimeError("no such file")
 
     monkeypatch.setattr(targets, "check", fail)
     found = doctor_vllm.look(None)
-    assert (found.version, found.reason) == (VERSION, "looking at its sources failed: RuntimeError: no such luck")
+    assert (found.version, found.reason) == (VERSION, "looking at its sources failed: RuntimeError: no such file")
     assert found.reason in shown(found)
 
 
-def test_a_broken_vllm_is_a_reason_and_its_sources_are_read(install, tmp_path):
+def test_sources_of_a_vllm_that_cannot_be_imported_are_read(install, tmp_path):
     install(init="print('noise')\nraise SystemError('no CUDA')\n")
     path = tmp_path / "result.json"
     done = run_safealloc("doctor", "--json", str(path), PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
@@ -309,7 +309,7 @@ def test_a_broken_vllm_is_a_reason_and_its_sources_are_read(install, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_hook_that_needs_a_setting_says_so(install, monkeypatch):
+def test_a_hook_that_needs_a_setting_has_a_reason(install, monkeypatch):
     install()
     assert f"\n{targets.STEP.name} - registered only with SAFEALLOC_VERIFY, which is not set\n" in shown(
         doctor_vllm.look(None)
@@ -357,7 +357,7 @@ def test_the_entry_point(install, monkeypatch, values, reason):
         assert f"\nregisters in vLLM no {found.plugin.entry_point}\n" in shown(found)
 
 
-def test_entry_points_that_cannot_be_read_are_a_reason(install, monkeypatch):
+def test_entry_points_that_cannot_be_read_have_a_reason(install, monkeypatch):
     install()
 
     def fail(**of):

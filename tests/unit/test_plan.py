@@ -67,7 +67,7 @@ def layers(first: int, end: int) -> tuple[int, ...]:
     return tuple(range(first, end))
 
 
-def test_tensor_parallel_ranks_split_what_is_split(tmp_path):
+def test_tensor_parallel_ranks_split_heads_and_columns(tmp_path):
     result = planned(tmp_path, LLAMA_70B, ranks=8)
     assert result.sites == [
         Site("qkv_proj", 8192, 1280, layers(0, 80)),  # 8 of 64 heads, 1 of 8 key and 1 of 8 value heads, of 128
@@ -84,7 +84,7 @@ def test_more_ranks_than_key_value_heads_have_copies_of_them(ranks, n):
     assert (qkv.k, qkv.n) == (8192, n)
 
 
-def test_without_a_number_of_key_value_heads_each_head_has_its_own():
+def test_the_default_of_key_value_heads_is_all_heads():
     """Multi-head attention, as ``transformers`` reads such a configuration."""
     fields = {name: value for name, value in LLAMA_70B.items() if name != "num_key_value_heads"}
     assert sites(fields, 1)[0].n == sites(fields | {"num_key_value_heads": None}, 1)[0].n == 3 * 8192
@@ -104,7 +104,7 @@ def test_latent_attention_and_shared_experts(tmp_path):
     ]
 
 
-def test_latent_attention_whose_queries_are_not_compressed():
+def test_latent_attention_without_compressed_queries():
     """DeepSeek-V2-Lite has no q_lora_rank."""
     found = sites(DEEPSEEK_R1 | {"q_lora_rank": None}, 8)
     assert [(site.name, site.k, site.n) for site in found[:3]] == [
@@ -114,8 +114,8 @@ def test_latent_attention_whose_queries_are_not_compressed():
     ]
 
 
-def test_a_model_of_experts_only(tmp_path):
-    """Qwen3-235B-A22B: what is left beside them is attention."""
+def test_a_model_whose_mlps_are_all_moe(tmp_path):
+    """Qwen3-235B-A22B: only attention is left."""
     result = planned(tmp_path, QWEN3_235B, ranks=4)
     assert result.sites == [
         Site("qkv_proj", 4096, (16 + 2) * 128, layers(0, 94)),
@@ -125,7 +125,7 @@ def test_a_model_of_experts_only(tmp_path):
     assert {spec.experts for spec in result.buffers} == {None}
 
 
-def test_some_layers_without_experts(tmp_path):
+def test_some_layers_are_dense(tmp_path):
     fields = QWEN3_235B | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [7]}
     result = planned(tmp_path, fields)
     found = {site.name: site.layers for site in result.sites}
@@ -134,7 +134,7 @@ def test_some_layers_without_experts(tmp_path):
     assert [site.layers for site in result.experts.sites] == [(1, 3, 5)] * 2
 
 
-def test_a_model_whose_layers_all_go_without_its_experts(tmp_path):
+def test_a_moe_model_whose_layers_are_all_dense(tmp_path):
     fields = QWEN3_235B | {"num_hidden_layers": 2, "mlp_only_layers": [0, 1]}
     assert planned(tmp_path, fields).experts is None
 
@@ -152,18 +152,18 @@ def test_expert_sites_of_deepseek_r1(ranks, expert_parallel, experts, width):
     assert (shared.name, shared.k) == ("shared_experts.down_proj", 2048 // ranks)  # never whole
 
 
-def test_an_expert_without_a_width_of_its_own_is_as_wide_as_an_mlp():
+def test_the_default_width_of_an_expert_is_that_of_an_mlp():
     assert [(site.k, site.experts, site.topk) for site in expert_sites(MIXTRAL_8X7B, 2)] == [(4096, 8, 2), (7168, 8, 2)]
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"])
-def test_experts_a_token_have_several_names(name):
+def test_names_of_experts_per_token(name):
     fields = QWEN3_235B | {"num_experts_per_tok": None, name: 5}
     assert [site.topk for site in expert_sites(fields, 1)] == [5, 5]
 
 
 ROUTED = 512 * 8
-RECORD = 4 * ROUTED  # an int32 a row
+RECORD = 4 * ROUTED  # an int32 per row
 VLLM_ROWS = 163840 * 8
 
 
@@ -179,7 +179,7 @@ VLLM_ROWS = 163840 * 8
     ],
 )
 def test_expert_bytes_at_vllms_default_sizes(tmp_path, fields, ranks, expert_parallel, stored, right, columns):
-    """One buffer a k, of whole tiles; vLLM holds the wider of its two."""
+    """One buffer per k, of whole tiles; vLLM holds the wider of its two."""
     experts = planned_experts(tmp_path, fields, ranks, expert_parallel=expert_parallel)
     assert stored == right // 128 * 128
     assert [spec.padded_shape for spec in experts.buffers] == [(stored, count) for count in columns]
@@ -208,7 +208,7 @@ def test_columns_round_up_to_a_tile_as_vllms_do(tmp_path):
     assert experts.as_dict()["buffers"][0]["vllm_bytes"] == VLLM_ROWS * 8
 
 
-def test_both_calls_share_a_buffer_where_their_k_is_one(tmp_path):
+def test_both_calls_share_a_buffer_where_k_is_equal(tmp_path):
     experts = planned_experts(tmp_path, QWEN3_235B | {"moe_intermediate_size": 4096})
     assert [spec.k for spec in experts.buffers] == [4096]
     assert experts.nbytes == 20352 * 256 + RECORD
@@ -234,7 +234,7 @@ def test_a_pool_holds_what_was_planned_for_experts(tmp_path, fields, ranks, expe
 
 
 def scale_rows(counts: list[int]) -> int:
-    """What groups of so many rows take, each of whole tiles."""
+    """Rows of scales for groups of so many rows, each padded to whole tiles."""
     return sum(-(-count // 128) * 128 for count in counts)
 
 
@@ -247,7 +247,7 @@ def test_some_routing_takes_every_planned_row(tmp_path):
 
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[int, int, int, list[int]]:
-    """Ranks, experts a token, tokens, and how many rows each expert got: all the same, a few most, or some none."""
+    """Ranks, experts per token, tokens, and rows of each expert: even, skewed to a few experts, or with experts unused."""
     ranks = draw(st.sampled_from([1, 2, 8]))
     experts = ranks * draw(st.integers(1, 32))
     topk = draw(st.integers(1, min(experts, 10)))
@@ -267,7 +267,7 @@ def routings(draw: st.DrawFn) -> tuple[int, int, int, list[int]]:
 
 @given(routings(), st.integers(0, 400), st.sampled_from([256, 768, 4096]))
 def test_no_routing_takes_more_rows_than_planned(routing, more, width):
-    """Nor is there more than the right-sized bound has, whether a rank has all experts or some."""
+    """Planned scales are also within the right-sized bound, whether a rank has all experts or some."""
     ranks, topk, tokens, counts = routing
     fields = QWEN3_235B | {
         "num_experts": len(counts),
@@ -328,7 +328,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**QWEN3_235B, "moe_intermediate_size": 1600}, 8, "200 columns on each of 8 ranks, not a multiple of 16"),
     ],
 )
-def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
+def test_a_bad_configuration_has_a_reason(tmp_path, fields, ranks, says):
     with pytest.raises(UsageError, match=says):
         planned(tmp_path, fields, ranks)
 
@@ -345,11 +345,11 @@ def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
         ([None], "unknown"),
     ],
 )
-def test_a_model_whose_architecture_is_no_name(tmp_path, architectures, model):
+def test_a_model_without_a_named_architecture(tmp_path, architectures, model):
     assert planned(tmp_path, LLAMA_70B | {"architectures": architectures, "model_type": "llama"}).model == model
 
 
-def test_experts_that_ranks_cannot_share(tmp_path):
+def test_experts_that_ranks_cannot_share_evenly(tmp_path):
     with pytest.raises(UsageError, match="the model has 100 experts, which 8 ranks cannot share evenly"):
         planned(tmp_path, QWEN3_235B | {"num_experts": 100}, 8, expert_parallel=True)
     assert planned(tmp_path, QWEN3_235B | {"num_experts": 100}, 8).experts is not None
@@ -359,7 +359,7 @@ def test_experts_that_ranks_cannot_share(tmp_path):
         planned(tmp_path, LLAMA_70B, 8, expert_parallel=True)
 
 
-def test_batches_beyond_what_vllm_has_room_for(tmp_path):
+def test_batches_at_and_beyond_vllms_limit(tmp_path):
     """At its limit the two buffers of a pool are more than the larger of vLLM's."""
     experts = planned(tmp_path, DEEPSEEK_R1, sizes=(1, 163840)).experts
     assert experts is not None

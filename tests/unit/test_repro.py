@@ -116,7 +116,7 @@ def test_columns(result):
         assert row["nan_rows_zeroed"] == row["nan_rows_zeroed_expected"] == 0
 
 
-def test_columns_are_all_that_is_stale():
+def test_only_padding_columns_are_stale():
     mask = columns._padding_columns(5, 48, SfLayout.layout_8x4)
     logical = SfLayout.layout_8x4.logical(mask.to(torch.uint8), 5, 48)
     assert logical.tolist() == [[0, 0, 0, 1]] * 8
@@ -225,7 +225,7 @@ def test_the_adversary_takes_every_free_block_of_one_memory_pool():
     assert replay._free_blocks(segments, device, (0, 3)) == [mib, mib]
 
 
-def test_ranges_that_touch_are_one():
+def test_ranges_that_touch_are_merged():
     assert replay._merged([(8, 16), (0, 8), (20, 24), (4, 6)]) == [(0, 16), (20, 24)]
 
 
@@ -247,7 +247,7 @@ def test_which_replay_rows_are_as_stated():
 
 @pytest.mark.gpu
 def test_replay_on_a_gpu(tmp_path):
-    """As its user runs it."""
+    """In a process of its own, as a user runs it."""
     path = tmp_path / "result.json"
     done = run_safealloc("repro", "--device", "cuda", "--replays", "20", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -132,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *GEMMS),
         default="auto",
         metavar="NAME",
-        help="what multiplies (%(default)s): auto, triton or reference, which are ours; in the section that goes through "
+        help="of the products (%(default)s): auto, triton or reference, which are ours; in the section that goes through "
         f"safealloc also FlashInfer's {', '.join(vendors)}",
     )
     parser.add_argument(

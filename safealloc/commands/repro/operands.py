@@ -1,4 +1,4 @@
-"""What the sections of ``repro`` share: operands, quantization into memory that no pool made, and what a section is."""
+"""What the sections of ``repro`` share: operands, quantization into memory that no pool made, and the type of a section."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Section:
     Attributes:
         name: its key in the JSON.
         title: its headline.
-        backend: what multiplied.
+        backend: of the products.
         text: one or two sentences: what the rows show.
         rows: what was measured.
         failure: what went wrong apart from any row, or ``None``.

@@ -1,4 +1,4 @@
-"""vLLM issue 37563, step by step: where its NaN comes from, and what is left once the padding is zero.
+"""vLLM issue 37563, step by step: where its NaN come from, and what is still wrong once the padding is zero.
 
 The published script pads an activation to 128 rows, quantizes it twice with different padding, treats the scale bytes that
 differ as padding, poisons them with 0x7F and multiplies. What it quantizes has 128 rows, so the scales are in layout_128x4;
