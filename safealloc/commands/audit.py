@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import importlib.metadata
 import itertools
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from safealloc import ScalePool, _optional
+from safealloc import ScalePool
 from safealloc._checks import checked_device
 from safealloc.audit.combinations import AuditedConsumer, AuditedProducer, Combination, combine, combine_in_pool, pairs
 from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
 from safealloc.audit.findings import CANNOT_RUN, Finding, groups
 from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
 from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer, synchronize
-from safealloc.commands import doctor, report
+from safealloc.commands import machine, report
 from safealloc.formats.layout import SfLayout, short
 
 QUICK_SHAPES = ((5, 480), (40, 512))
@@ -215,7 +216,10 @@ def run(options: Options, tell: Tell) -> Result:
     not_judged: list[str] = []
     loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
-        machine, versions = _machine(device), _versions()  # first: of an unusable device nothing can be told
+        description, versions = (
+            machine.describe(device),
+            machine.versions(),
+        )  # before the device can become unusable
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
             tell(row, done, len(rows) + 1)
@@ -241,7 +245,7 @@ def run(options: Options, tell: Tell) -> Result:
             combinations, loss = _in_a_pool(device, pairs(producers, consumers))
     return Result(
         options,
-        machine,
+        description,
         versions,
         Side([finding for producer in producers for finding in producer.findings], _refusals(refused, KnownProducer)),
         Side([finding for consumer in consumers for finding in consumer.findings], _refusals(refused, KnownConsumer)),
@@ -372,24 +376,38 @@ def _refusals(found: Mapping[tuple[str, str, str], list[SfLayout]], kind: type) 
     ]
 
 
-def _machine(device: torch.device) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"device": str(device), "name": report.device_name(device)}
-    if device.type == "cuda":
-        found["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        found["CUDA driver"] = doctor.driver().version
-    return found
+SUMMARY = "which producers here leave padding dirty, which GEMMs read it, and in which layout"
 
 
-def _versions() -> dict[str, str | None]:
-    """Of all that was audited, also of what is installed and cannot be imported."""
-    found = {**report.versions(), "CUDA": torch.version.cuda}
-    for module in ("flashinfer", "vllm"):
-        found[module] = None
-        for distribution in doctor.PACKAGES[module]:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[module] = importlib.metadata.version(distribution)
-                break
-        else:
-            loaded = _optional.load(module)
-            found[module] = None if isinstance(loaded, str) else str(getattr(loaded, "__version__", "unknown"))
-    return found
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
+    )
+    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables there for a bug report; - prints them"
+    )
+
+
+def main(given: argparse.Namespace) -> int:
+    report.check_environment()
+    report.check_writable(given.json)
+    report.check_writable(given.markdown, "--markdown")
+    options = checked_options(given.device, given.with_pool, given.quick, given.skip)
+    with progress() as tell:
+        result = run(options, tell)
+    report.write_json(given.json, result.as_dict())
+    if given.markdown is not None:
+        report.write(given.markdown, markdown(result), "--markdown")
+    if report.STANDARD_OUTPUT not in (given.json, given.markdown):
+        with report.printing():
+            show(result, report.console())
+    return 0 if result.safe else 1

@@ -20,7 +20,7 @@ import torch
 from soak_actions import actions
 from soak_state import Soak
 
-from safealloc.commands import report
+from safealloc.commands import machine, report
 
 
 def run(
@@ -39,8 +39,8 @@ def run(
     return {
         "command": "tests/soak.py",
         "device": str(soak.device),
-        "device_name": report.device_name(soak.device),
-        "versions": report.versions(),
+        "device_name": machine.device_name(soak.device),
+        "versions": machine.versions(),
         "seed": soak.seed,
         "seconds": round(time.monotonic() - began, 1),
         "steps": soak.steps,

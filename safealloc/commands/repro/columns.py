@@ -1,10 +1,9 @@
-"""Padding columns: k whose scale columns are no multiple of 4, in a buffer that is read in the layout it was written in."""
+"""Padding columns: k whose scale columns are not a multiple of 4, in a buffer that is written and read in one layout."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,15 +49,6 @@ class ColumnsRow:
     nan_rows_zeroed: int
     nan_rows_zeroed_expected: int
 
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "rows",
-        "k",
-        "layout",
-        "padding columns",
-        "NaN rows, stale",
-        "NaN rows, zeroed",
-    )
-
     @property
     def as_stated(self) -> bool:
         return (
@@ -66,15 +56,15 @@ class ColumnsRow:
             and self.nan_rows_zeroed == self.nan_rows_zeroed_expected
         )
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            str(self.rows),
-            str(self.k),
-            self.layout,
-            str(self.padding_columns),
-            f"{self.nan_rows_stale}/{self.rows}",
-            f"{self.nan_rows_zeroed}/{self.rows}",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "rows": str(self.rows),
+            "k": str(self.k),
+            "layout": self.layout,
+            "padding columns": str(self.padding_columns),
+            "NaN rows, stale": f"{self.nan_rows_stale}/{self.rows}",
+            "NaN rows, zeroed": f"{self.nan_rows_zeroed}/{self.rows}",
+        }
 
 
 def columns(device: torch.device, backend: str, seed: int) -> Section:
