@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 where ``repro`` does not come out as stated, or ``audit`` finds something unsafe that vLLM would choose, or was
-        stopped by a kernel that made the device unusable.
+        stopped by a kernel that made the device unusable; 3 where ``audit`` could judge nothing.
 
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
@@ -103,25 +103,9 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _audit(given: argparse.Namespace) -> int:
-    from safealloc.commands import audit, report
+    from safealloc.commands import audit
 
-    report.check_environment()
-    report.check_writable(given.json)
-    markdown = None if given.markdown in (None, "-") else Path(given.markdown)
-    report.check_writable(markdown, "--markdown")
-    report.check_apart(given.json, markdown, "--json", "--markdown")
-    options = audit.checked_options(given.device, given.with_pool, given.quick, given.skip)
-    with audit.progress() as tell:
-        result = audit.run(options, tell)
-    report.write_json(given.json, result.as_dict())
-    if markdown is not None:
-        report.write(markdown, audit.markdown(result), "--markdown")
-    with report.printing():
-        if given.markdown == "-":
-            print(audit.markdown(result), end="")
-        else:
-            audit.show(result, report.console())
-    return 0 if result.safe else 1
+    return audit.main(given)
 
 
 _COMMANDS = {"repro": _repro, "doctor": _doctor, "plan": _plan, "audit": _audit}
@@ -196,29 +180,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
     )
-    audit = subparsers.add_parser(
-        "audit",
-        help="which producers here leave padding dirty, which GEMMs read it, and in which layout",
-        description="Which NVFP4 producers on this machine leave the padding of scale buffers dirty, which GEMMs read it and "
-        "in which layout they read scales. Exits 1 where a combination that vLLM would choose here is unsafe.",
-    )
-    audit.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one, else cpu)")
-    audit.add_argument(
-        "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
-    )
-    audit.add_argument("--quick", action="store_true", help="two shapes only")
-    audit.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
-    )
-    audit.add_argument(
-        "--markdown",
-        metavar="FILE",
-        help="write the tables there for a bug report; - prints them instead of the plain ones",
-    )
+    from safealloc.commands import audit as audit_command
+
+    audit = subparsers.add_parser("audit", help=audit_command.SUMMARY)
+    audit_command.add_arguments(audit)
     commands = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}
     for command in commands.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")

@@ -130,7 +130,7 @@ def check_writable(path: Path | None, flag: str = "--json") -> None:
     Raises:
         UsageError: it cannot.
     """
-    if path is None:
+    if path is None or str(path) == "-":
         return
     try:
         if path.is_dir():
@@ -170,11 +170,15 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def write(path: Path, text: str, flag: str) -> None:
-    """Write a file.
+    """Write a file, or print where the path is ``-``.
 
     Raises:
         UsageError: it cannot be written; what there is of it is removed.
     """
+    if str(path) == "-":
+        with printing():
+            print(text, end="")
+        return
     try:
         file = path.open("w", encoding="utf-8", errors="backslashreplace")
         try:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from audit_faults import L8, L128, LINEAR, SHAPES
+from support.audit_faults import L8, L128, LINEAR, SHAPES
 from test_audit import sensitivity, sentence
 
 from safealloc import SfLayout

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from audit_faults import (
+from support.audit_faults import (
     CORRECT_CONSUMERS,
     CORRECT_PRODUCERS,
     FAULTY_CONSUMERS,
@@ -27,7 +27,7 @@ from audit_faults import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import run_safealloc
+from support.command_line import run_safealloc
 
 from safealloc import SfLayout, _optional
 from safealloc.audit import assert_consumer, assert_producer, audit_consumer, audit_producer, probe
@@ -431,7 +431,7 @@ class TestKnown:
                     assert reason is None, known.name
 
     def test_a_missing_op_is_a_reason(self, monkeypatch):
-        monkeypatch.setattr(known_module.optional, "load", lambda name: torch)
+        monkeypatch.setattr(known_module._optional, "load", lambda name: torch)
         assert known_module._lacks("vllm._custom_ops", "no_such_op") == "this vLLM has no torch.ops._C.no_such_op"
         assert known_module._lacks("flashinfer", "no_such_function") == "this flashinfer has no no_such_function"
         assert known_module._lacks("flashinfer", "empty") is None

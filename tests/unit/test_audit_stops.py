@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from audit_faults import CORRECT_CONSUMERS, CORRECT_PRODUCERS, L128
+from support.audit_faults import CORRECT_CONSUMERS, CORRECT_PRODUCERS, L128
 
 from safealloc.audit.findings import CANNOT_RUN
 from safealloc.audit.known import KnownConsumer, KnownProducer
