@@ -63,10 +63,6 @@ def test_version(capsys):
         (["audit", "--device", "cpu", "--json", "no/such/directory/result.json"], "no/such/directory"),
         (["audit", "--device", "cpu", "--markdown", "no/such/directory/result.md"], "no/such/directory"),
         (["audit", "--device", "cpu", "--markdown", "."], "directory"),
-        (
-            ["audit", "--device", "cpu", "--json", "such-a-file", "--markdown", "./such-a-file"],
-            "--markdown is the same",
-        ),
         (["doctor", "--json", "a" * 300], "File name too long"),
         (["audit", "--device", "cpu", "--markdown", "a" * 300], "File name too long"),
         (["plan", "a" * 300], "File name too long"),

@@ -287,8 +287,8 @@ def results() -> dict[Any, Any]:
     results[repro] = repro.Result(options, "a CPU", {"torch": "2"}, [], {"replay": "a reason"})
     results[bench] = __main__.Result("cuda:0", "a GPU", None, {}, False, {})
     machine = {"device": "cpu", "name": "a CPU"}
-    side = audit.Side([], [audit.Refusal("a", (), "a reason\nin two lines, 5 µs")])
-    results[audit] = audit.Result(audit.Options(options.device, False, False), machine, {}, side, side, [])
+    side = audit.Side([], {("a", "a reason\nin two lines, 5 µs"): []})
+    results[audit] = audit.Result(False, False, machine, {}, side, side, [])
     return results
 
 
