@@ -37,7 +37,7 @@ POISON = {NAN_SCALE: "NaN", 0x38: "1.0", 0x7E: "448"}
 TOLERANCE = 0.02
 """Largest allowed difference to the reference, over the largest correct output; rounding to bfloat16 is 0.004 of it."""
 
-_N = 128
+_N = 128  # rows of the weight
 _CLEAN_RUNS = 3
 
 
@@ -119,12 +119,11 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
     noise = max(_largest(out - outs[0]) for out in outs[1:])
     error = _largest(outs[0] - right)
     seen = probe(fn, layout, rows, k, device)
-    changes = []
     padded_rows, padded_cols = layout.padded_shape(rows, k)
     offsets = layout.offsets(padded_rows, padded_cols * BLOCK_SIZE, device)
-    for kind, padding in zip(
-        KINDS, (offsets[rows:].flatten(), offsets[:rows, k // BLOCK_SIZE :].flatten()), strict=True
-    ):
+    paddings = offsets[rows:].flatten(), offsets[:rows, k // BLOCK_SIZE :].flatten()
+    changes = []
+    for kind, padding in zip(KINDS, paddings, strict=True):
         for byte in POISON if len(padding) else ():
             poisoned = clean.clone()
             poisoned.view(-1)[padding] = byte
@@ -143,9 +142,7 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
             words.insert(0, str(seen))
             if seen.reads or bool((seen.offsets >= 0).all()):
                 verdict = WRONG_LAYOUT
-    elif (
-        layout not in seen.reads
-    ):  # such as a GEMM with inexact products: its results show that it reads the right scales
+    elif layout not in seen.reads:  # as of inexact products, though the result shows that it reads the right scales
         words.append("the probe cannot tell its layout")
     if noise:
         words.append(f"identical calls differ by {noise / scale:.2g}")

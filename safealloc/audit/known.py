@@ -81,10 +81,6 @@ def _quantizer_refusal(name: str, needs: tuple[str, str] | None = None) -> Refus
     return refusal
 
 
-def _gemm_refusal(device: torch.device, layout: SfLayout, *, name: str) -> str | None:
-    return GEMMS[name].refusal(Call(device, layout, torch.bfloat16))
-
-
 def missing_function(module: str, function: str) -> str | None:
     """Why a function of a module cannot be called, or ``None``."""
     found = _optional.load(module)
@@ -202,7 +198,11 @@ _USED_BY_VLLM = dict.fromkeys(("cute-dsl", "cutlass", "b12x", "cudnn"), (_128X4,
 
 
 def _gemm(name: str) -> KnownConsumer:
-    fn, refusal = functools.partial(_multiply, backend=name), functools.partial(_gemm_refusal, name=name)
+    fn = functools.partial(_multiply, backend=name)
+
+    def refusal(device: torch.device, layout: SfLayout) -> str | None:
+        return GEMMS[name].refusal(Call(device, layout, torch.bfloat16))
+
     if not GEMMS[name].flashinfer:
         return KnownConsumer(f"safealloc {name}", tuple(SfLayout), fn, refusal)
     layouts = (_128X4, _8X4) if name == "trtllm" else (_128X4,)

@@ -68,21 +68,13 @@ class _Guarded:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What one call wrote.
+    """What one call wrote."""
 
-    Attributes:
-        data: ``[rows, k // 2]``.
-        scales: flat, padding included.
-        returned: whether both are the producer's own buffers.
-        beyond: what was written outside the given buffers, in words.
-        outside: how many bytes that were.
-    """
-
-    data: Tensor
-    scales: Tensor
-    returned: bool
-    beyond: list[str]
-    outside: int
+    data: Tensor  # [rows, k // 2]
+    scales: Tensor  # flat, padding included
+    returned: bool  # both are the producer's own buffers
+    beyond: list[str]  # what was written outside the given buffers, in words
+    outside: int  # and how many bytes
 
 
 def audit_producer(
@@ -152,10 +144,8 @@ def _one(
     nbytes = layout.nbytes(rows, k)
     for run in runs:
         if run.scales.numel() != nbytes or run.data.shape != (rows, k // 2):
-            why = (
-                f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}, where {short(layout)} has "
-                f"{nbytes} and {(rows, k // 2)}"
-            )
+            got = f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}"
+            why = f"{got}, where {short(layout)} has {nbytes} and {(rows, k // 2)}"
             return ProducerFinding(name, layout, rows, k, WRONG_SCALES, why, returned=returned)
     data, linear = reference.encode(x if of is None else of(x), global_scale.reshape(()))
     scale_steps = _scale_steps(runs, layout, linear)
@@ -163,9 +153,8 @@ def _one(
     rows_state, columns_state, words = _padding(runs, layout, rows, k)
     scales_off, data_off = int((scale_steps == 1).sum()), int((data_steps == 1).sum())
     if scales_off or data_off:
-        words.append(
-            f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values are one step off the reference"
-        )
+        off = f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values"
+        words.append(f"{off} are one step off the reference")
     outside = max(run.outside for run in runs)
     verdict = NO_PADDING if nbytes == linear.numel() else ZEROES
     if rows_state.left or columns_state.left:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import re
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -54,20 +53,22 @@ class Side:
     """All producers, or all consumers.
 
     Attributes:
-        findings: of what ran.
+        audited: what ran.
         refusals: a name and the reason why it was not run, to the layouts for which that is so.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    audited: list[Audited[Any]] = field(default_factory=list)
     refusals: dict[tuple[str, str], list[SfLayout]] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for one in self.audited for finding in one.findings]
 
     def rows(self) -> list[tuple[tuple[str, ...], bool]]:
         """The table's: what ran first, and whether a row is fine."""
-        refused = [
-            ((name, ", ".join(map(short, layouts)), "-", CANNOT_RUN, reason), True)
-            for (name, reason), layouts in self.refusals.items()
-        ]
-        return table_rows(self.findings) + refused
+        refused = self.refusals.items()
+        not_run = [(name, ", ".join(map(short, layouts)), "-", CANNOT_RUN, why) for (name, why), layouts in refused]
+        return table_rows(self.findings) + [(cells, True) for cells in not_run]
 
     def as_dicts(self) -> list[dict[str, Any]]:
         refused = [
@@ -143,35 +144,24 @@ class Result:
 def run(
     device: torch.device, progress: report.Progress, *, with_pool: bool, quick: bool, skip: Collection[str] = ()
 ) -> Result:
-    """Audit all that is known, until something makes the device unusable; what a package prints goes to standard error.
+    """Audit all that is known but what is to be skipped, until something makes the device unusable.
 
-    Args:
-        device: where.
-        progress: told each step.
-        with_pool: judge combinations in pool buffers, and run them there.
-        quick: two shapes only.
-        skip: names of producers and consumers that are left out.
+    What a package prints goes to standard error. ``with_pool`` and ``quick``: see :class:`Result`.
     """
     shapes = QUICK_SHAPES if quick else None
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
     rows = [(known, layout) for known in everything for layout in known.layouts]
-    producers: list[AuditedProducer] = []
-    consumers: list[AuditedConsumer] = []
-    made, read = Side(), Side()
+    producers, consumers = Side(), Side()
     not_judged: list[str] = []
     loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
-        description, versions = (
-            machine.describe(device),
-            machine.versions(),
-        )  # an unusable device could not be described
+        description, versions = machine.describe(device), machine.versions()  # before the device may become unusable
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
             progress(row, done / (len(rows) + 1))
-            side = made if isinstance(known, KnownProducer) else read
-            refusal = known.refusal(device, layout)
-            reason = refusal
+            side = producers if isinstance(known, KnownProducer) else consumers
+            refusal = reason = known.refusal(device, layout)
             if refusal is None and known.name in skip:
                 reason = "left out by --skip"
             elif refusal is None and loss is not None:
@@ -179,25 +169,20 @@ def run(
             if reason is not None:
                 side.refusals.setdefault((known.name, reason), []).append(layout)
             else:
-                if isinstance(known, KnownProducer):
-                    producers.append(Audited(known, layout, known.audit(layout, shapes, device)))
-                    findings: Sequence[Finding] = producers[-1].findings
-                else:
-                    consumers.append(Audited(known, layout, known.audit(layout, shapes, device)))
-                    findings = consumers[-1].findings
-                side.findings.extend(findings)
-                loss = _loss(device, findings)
-                if all(finding.verdict == CANNOT_RUN for finding in findings):
-                    reason = "it failed"
+                one: Audited[Any] = Audited(known, layout, known.audit(layout, shapes, device))
+                side.audited.append(one)
+                loss = _loss(device, one.findings)
+                reason = None if one.ran else "it failed"
             if layout in known.vllm and refusal is None and reason is not None:
                 not_judged.append(f"{row} ({reason})")
         progress("combinations", len(rows) / (len(rows) + 1))
+        every = pairs(producers.audited, consumers.audited)
         combinations: list[Combination] = []
         if not with_pool:
-            combinations = [combine(*pair) for pair in pairs(producers, consumers)]
+            combinations = [combine(*pair) for pair in every]
         elif loss is None:
-            combinations, loss = _in_a_pool(device, pairs(producers, consumers))
-    return Result(with_pool, quick, description, versions, made, read, combinations, not_judged, loss)
+            combinations, loss = _in_a_pool(device, every)
+    return Result(with_pool, quick, description, versions, producers, consumers, combinations, not_judged, loss)
 
 
 def _in_a_pool(
@@ -237,17 +222,11 @@ def _usable(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table of a report.
-
-    Attributes:
-        title, headings, rows: what is in it; a row comes with whether it is fine.
-        legend: what its words mean.
-        first: columns that a terminal shows in a row's first line, where nothing is wrapped or cut.
-    """
+    """A table of a report, and the columns that a terminal shows in a row's first line, where nothing is wrapped or cut."""
 
     title: str
     headings: tuple[str, ...]
-    rows: Sequence[tuple[tuple[str, ...], bool]]
+    rows: Sequence[tuple[tuple[str, ...], bool]]  # with whether it is fine
     legend: Mapping[str, str]
     first: tuple[int, ...]
 
@@ -328,7 +307,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a kernel made the device unusable; 2: bad arguments; 3: nothing that vLLM would choose can run here, so that "
         "nothing was judged."
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (cuda where there is one, else cpu)")
+    report.add_device(parser)
     parser.add_argument(
         "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
     )
@@ -341,16 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there for a bug report")
-
-
-def _device(text: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", text):  # PyTorch keeps 8 bits of an index
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    try:
-        return checked_device(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    markdown_help = "write the tables there for a bug report; - prints them instead of the plain ones"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown_help)
 
 
 def main(given: argparse.Namespace) -> int:
@@ -360,8 +331,8 @@ def main(given: argparse.Namespace) -> int:
         0: all that vLLM would choose here is safe. 1: something is not, or the audit stopped. 3: nothing could be judged.
     """
     report.check_environment()
-    printed = [path for path in (given.json, given.markdown) if str(path) == "-"]
-    if len(printed) > 1:
+    printed = (given.json, given.markdown).count(report.STANDARD_OUTPUT)
+    if printed > 1:
         raise report.UsageError("--json - and --markdown - cannot be given together: there is one standard output")
     report.check_writable(given.json)
     report.check_writable(given.markdown, "--markdown")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +22,15 @@ from rich.table import Table
 from rich.text import Text
 
 from safealloc import _optional
+from safealloc._checks import checked_device
 from safealloc._version import __version__
 from safealloc.pool.guard import GuardSettings
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and which share of all (0 to 1) is done."""
+
+STANDARD_OUTPUT = Path("-")
+"""As a file that a result goes to: it is printed instead of the tables."""
 
 Say = Callable[[str], None]  # to be replaced by Progress
 
@@ -33,6 +39,22 @@ _UNBOUNDED = 10_000  # columns: where nobody looks at it, no line is wrapped and
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message is one line for the user."""
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``: a checked device, or ``None`` for the default."""
+    parser.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    )
+
+
+def _device(text: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", text):  # torch.device keeps 8 bits of an index
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    try:
+        return checked_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class _Console(Console):
@@ -130,7 +152,7 @@ def check_writable(path: Path | None, flag: str = "--json") -> None:
     Raises:
         UsageError: it cannot.
     """
-    if path is None or str(path) == "-":
+    if path is None or path == STANDARD_OUTPUT:
         return
     try:
         if path.is_dir():
@@ -175,7 +197,7 @@ def write(path: Path, text: str, flag: str) -> None:
     Raises:
         UsageError: it cannot be written; what there is of it is removed.
     """
-    if str(path) == "-":
+    if path == STANDARD_OUTPUT:
         with printing():
             print(text, end="")
         return
