@@ -51,7 +51,7 @@ class TestKnown:
                     assert reason is None, known.name
 
     def test_a_missing_function_is_named(self, monkeypatch):
-        monkeypatch.setattr(known_module._optional, "load", lambda name: torch)
+        monkeypatch.setattr(_optional, "load", lambda name: torch)
         assert (
             known_module.missing_function("vllm._custom_ops", "no_such_op")
             == "this vLLM has no torch.ops._C.no_such_op"
