@@ -189,10 +189,10 @@ def show(result: Result, out: Console) -> None:
 
 def _show_quantize(found: Mapping[str, Any], out: Console) -> None:
     few = found["few_rows"]
-    names = _names(row["peers"] for row in few)
+    names = _names(row["baselines"] for row in few)
     for layout in dict.fromkeys(row["layout"] for row in few):
         rows = [
-            (str(row["rows"]), str(row["k"]), *_microseconds(row["peers"], names))
+            (str(row["rows"]), str(row["k"]), *_microseconds(row["baselines"], names))
             for row in few
             if row["layout"] == layout
         ]
@@ -202,13 +202,13 @@ def _show_quantize(found: Mapping[str, Any], out: Console) -> None:
     _table(out, "The least a graph node takes, measured beside each shape", ("", "microseconds"), rows)
     rows = [(str(row["rows"]), str(row["k"]), row["layout"], *_bandwidth(row)) for row in found["many_rows"]]
     _table(out, "Quantization of many rows, through the pool", ("rows", "k", "layout", *_BANDWIDTH), rows)
-    names = _names(row["peers"] for row in found["gemm"])
+    names = _names(row["baselines"] for row in found["gemm"])
     rows = [
         (
             *(str(row[size]) for size in ("m", "n", "k")),
             row["layout"],
             *_bandwidth(row),
-            *_microseconds(row["peers"], names),
+            *_microseconds(row["baselines"], names),
         )
         for row in found["gemm"]
     ]
@@ -218,15 +218,15 @@ def _show_quantize(found: Mapping[str, Any], out: Console) -> None:
 
 def _show_decode(found: Mapping[str, Any], out: Console) -> None:
     models = found["models"]
-    names = [*found["peers"]]
+    names = [*found["baselines"]]
     pool, *others = names
     for model in models:
         rows = [
             (
                 str(row["batch"]),
                 f"{row['gemm_only']['us']:.1f}",
-                f"{row['peers'][pool]['us']:.1f}",
-                *(f"{row['peers'][name]['over_pool_a_quantization']['us']:+.2f}" for name in others),
+                f"{row['baselines'][pool]['us']:.1f}",
+                *(f"{row['baselines'][name]['over_pool_a_quantization']['us']:+.2f}" for name in others),
             )
             for row in model["batches"]
         ]
@@ -234,7 +234,7 @@ def _show_decode(found: Mapping[str, Any], out: Console) -> None:
         _table(out, title, ("batch", "gemm only", *names), rows)
     largest = [(model, model["batches"][-1]) for model in models]
     rows = [
-        (_title(model), str(row["batch"]), *(_dash(row["peers"][name]["nodes"]) for name in names))
+        (_title(model), str(row["batch"]), *(_dash(row["baselines"][name]["nodes"]) for name in names))
         for model, row in largest
     ]
     _table(out, "Nodes of a step's graph", ("", "batch", *names), rows)
@@ -242,8 +242,8 @@ def _show_decode(found: Mapping[str, Any], out: Console) -> None:
         (
             _title(model),
             str(row["batch"]),
-            *(_kibibytes(row["peers"][name]["graph_memory_bytes"]) for name in names),
-            _kibibytes(row["peers"][pool]["pool_bytes"]),
+            *(_kibibytes(row["baselines"][name]["graph_memory_bytes"]) for name in names),
+            _kibibytes(row["baselines"][pool]["pool_bytes"]),
         )
         for model, row in largest
     ]
@@ -256,15 +256,15 @@ def _show_host(found: Mapping[str, Any], out: Console) -> None:
 
 
 def _show_moe(found: Mapping[str, Any], out: Console) -> None:
-    names = _names(row["peers"] for row in found["rows"])
+    names = _names(row["baselines"] for row in found["rows"])
     for k in dict.fromkeys(row["k"] for row in found["rows"]):
         of_k = [row for row in found["rows"] if row["k"] == k]
         rows = [
             (
                 str(row["batch"]),
                 row["routing"],
-                *_microseconds(row["peers"], names),
-                f"{row['peers']['pool']['ratio_to_alone']:.2f}",
+                *_microseconds(row["baselines"], names),
+                f"{row['baselines']['pool']['ratio_to_alone']:.2f}",
             )
             for row in of_k
         ]

@@ -1,8 +1,8 @@
 """``safealloc bench decode``: a model's linear layers at decode, in CUDA graphs that differ in who cleans the padding.
 
 A step quantizes and multiplies at each site of each layer, in the order of the layers, with nothing in between. Each layer
-has weights of its own, as far as memory goes, so that a step finds none of them in the L2 cache; all peers share them. One
-graph a peer and batch size; those of one batch size are replayed in turn.
+has weights of its own, as far as memory goes, so that a step finds none of them in the L2 cache; all baselines share them. One
+graph a baseline and batch size; those of one batch size are replayed in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.models import MODELS, Model
-from benchmarks.peers import POOL, ZEROS, Peer, peers
+from benchmarks.baselines import POOL, ZEROS, Baseline, baselines
 from benchmarks.summary import summary
 from safealloc.commands.models import Site
 from safealloc.formats.layout import SfLayout
@@ -27,7 +27,7 @@ from safealloc.pool.pool import ScalePool
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 QUICK_MODELS, QUICK_BATCHES = MODELS[1:2], (1, 16)
 GEMM_ONLY = "gemm only"
-"""In place of a peer: no quantization at all, on data and scales that stay."""
+"""In place of a baseline: no quantization at all, on data and scales that stay."""
 
 _SHARE = 0.6  # of the free memory, for weights
 _TURN = 3e3  # microseconds a graph replays at least in a round, where that takes few replays
@@ -85,8 +85,8 @@ def measure(
             torch.cuda.empty_cache()
         progress("done", 1.0)
     with ScalePool(device) as pool:
-        about = {peer.name: peer.about for peer in peers(pool).values()}
-    return {"peers": about, "copy_bytes_per_second": round(bandwidth), "models": measured}
+        about = {baseline.name: baseline.about for baseline in baselines(pool).values()}
+    return {"baselines": about, "copy_bytes_per_second": round(bandwidth), "models": measured}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,45 +130,45 @@ class Step:
         self._one = torch.ones(1, device=device)
         self._quantized: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def run(self, peer: Peer) -> None:
+    def run(self, baseline: Baseline) -> None:
         """Quantize and multiply at each site."""
         for site, weight in self._linears:
-            self._linear(site, weight, peer)
+            self._linear(site, weight, baseline)
 
-    def multiply(self, peer: Peer) -> None:
-        """Multiply only: what the peer quantizes once, at the first call."""
+    def multiply(self, baseline: Baseline) -> None:
+        """Multiply only: what the baseline quantizes once, at the first call."""
         if not self._quantized:
-            self._quantized = {k: peer.quantize(x, self._one, _layout(peer)) for k, x in self._x.items()}
+            self._quantized = {k: baseline.quantize(x, self._one, _layout(baseline)) for k, x in self._x.items()}
         for site, weight in self._linears:
-            self._multiply(site, weight, *self._quantized[site.k], _layout(peer))
+            self._multiply(site, weight, *self._quantized[site.k], _layout(baseline))
 
-    def _linear(self, site: Site, weight: _Weight, peer: Peer) -> None:
+    def _linear(self, site: Site, weight: _Weight, baseline: Baseline) -> None:
         # A call of its own: it forgets its buffers before the next site asks for one.
-        layout = _layout(peer)
-        self._multiply(site, weight, *peer.quantize(self._x[site.k], self._one, layout), layout)
+        layout = _layout(baseline)
+        self._multiply(site, weight, *baseline.quantize(self._x[site.k], self._one, layout), layout)
 
     def _multiply(self, site: Site, weight: _Weight, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
         triton_gemm.mm(x_fp4, weight.fp4, scales, weight.scales, self._one, self._y[site.n], layout)
 
 
-def _layout(peer: Peer) -> SfLayout:
-    return SfLayout.layout_128x4 if peer.layout is None else peer.layout
+def _layout(baseline: Baseline) -> SfLayout:
+    return SfLayout.layout_128x4 if baseline.layout is None else baseline.layout
 
 
 def _batch(
     model: Model, weights: Mapping[Site, Sequence[_Weight]], batch: int, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Capture the step of each peer, replay them in turn, and forget them."""
+    """Capture the step of each baseline, replay them in turn, and forget them."""
     step = Step(model, weights, batch, device)
     with ScalePool(device, growth_in_capture="error") as pool:
-        by_name = peers(pool)
-        graphs = {name: timing.captured(functools.partial(step.run, peer), pool) for name, peer in by_name.items()}
+        by_name = baselines(pool)
+        graphs = {name: timing.captured(functools.partial(step.run, baseline), pool) for name, baseline in by_name.items()}
         graphs[GEMM_ONLY] = timing.captured(functools.partial(step.multiply, by_name[ZEROS]), pool)
         rounds, replays = rounds_of(timing.interleaved(graphs, 1, 1), seconds)
         times = timing.interleaved(graphs, rounds, replays, seed=batch)
         segments = torch.cuda.memory_snapshot()
         reports = {name: pool.graph_report(graph) for name, graph in graphs.items()}
-        found = peer_results(times, len(model.step))
+        found = baseline_results(times, len(model.step))
         for name, result in found.items():
             nodes = reports[name].nodes
             result["nodes"] = None if nodes is None else sum(nodes.values())
@@ -182,7 +182,7 @@ def _batch(
         "rounds": rounds,
         "replays": replays,
         "gemm_only": summary(times[GEMM_ONLY]),
-        "peers": found,
+        "baselines": found,
     }
 
 
@@ -199,8 +199,8 @@ def rounds_of(once: Mapping[str, Sequence[float]], seconds: float) -> tuple[int,
     return min(max(round(1e6 * seconds / (replays * sum(turns))), least), most), replays
 
 
-def peer_results(times: Mapping[str, Sequence[float]], quantizations: int) -> dict[str, dict[str, Any]]:
-    """What the times of all graphs of one batch size say of each peer; ratios and differences are of one round.
+def baseline_results(times: Mapping[str, Sequence[float]], quantizations: int) -> dict[str, dict[str, Any]]:
+    """What the times of all graphs of one batch size say of each baseline; ratios and differences are of one round.
 
     Args:
         times: microseconds a step in each round; the pool's among them.

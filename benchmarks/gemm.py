@@ -98,11 +98,11 @@ def measure(
         "bytes_per_second": round(1e6 * moved / us["us"]),
         "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
         "share_of_copy": round(share, 4),
-        "peers": {},
+        "baselines": {},
     }
     if EMULATION in times:
         emulated = summary([time / len(weights) for time in times[EMULATION]])
-        result["peers"] = {
+        result["baselines"] = {
             EMULATION: emulated | {"ratio_to_ours": round(timing.ratio(times[EMULATION], times["gemm"]), 4)}
         }
     return result

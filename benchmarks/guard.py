@@ -19,7 +19,7 @@ import torch
 from benchmarks import decode, timing
 from benchmarks.host import LAYOUT, ROWS, Candidate, K, alternate
 from benchmarks.models import MODELS, Model
-from benchmarks.peers import POOL, peers
+from benchmarks.baselines import POOL, baselines
 from benchmarks.summary import summary
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import triton_guard
@@ -122,7 +122,7 @@ def _step(step: decode.Step, device: torch.device, seconds: float, seed: int) ->
     with contextlib.ExitStack() as stack:
         pools = {name: stack.enter_context(_pool(device, every)) for name, every in _EVERY.items()}
         graphs = {
-            name: timing.captured(functools.partial(step.run, peers(pool)[POOL]), pool) for name, pool in pools.items()
+            name: timing.captured(functools.partial(step.run, baselines(pool)[POOL]), pool) for name, pool in pools.items()
         }
         rounds, replays = decode.rounds_of(timing.interleaved(graphs, 1, 1), seconds)
         times = timing.interleaved(graphs, rounds, replays, seed=seed)

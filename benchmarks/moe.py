@@ -106,7 +106,7 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
 
 
 def memory(extent: Extent, k: int) -> dict[str, Any]:
-    """Bytes of scales that are held for all batches, by peer: computed, as the shapes say it all.
+    """Bytes of scales that are held for all batches, by baseline: computed, as the shapes say it all.
 
     Args:
         extent: whose largest batch counts.
@@ -141,7 +141,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         at_most(
             f"pool against the quantization alone, at most {_FEW_TOKENS} tokens: times",
             1.1,
-            [row["peers"][POOL]["ratio_to_alone"] for row in few],
+            [row["baselines"][POOL]["ratio_to_alone"] for row in few],
         ),
         at_least("memory that vLLM allocates against the pool's: times", 10, [row[VLLM] / row[POOL] for row in held]),
         at_most(
@@ -229,7 +229,7 @@ Call = Callable[[Step], tuple[Tensor, Tensor]]
 """Data and scales of a step."""
 
 
-def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
+def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
     """By name, one call of each."""
     padded_cols = LAYOUT.round_up(1, k // BLOCK_SIZE)[1]
     experts = extent.experts
@@ -260,7 +260,7 @@ def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]
 
 
 def check(call: Call, pool: ScalePool, step: Step) -> None:
-    """Call a peer that takes the pool's buffer, and compare data and every byte of the buffer with the reference's.
+    """Call a baseline that takes the pool's buffer, and compare data and every byte of the buffer with the reference's.
 
     Raises:
         RuntimeError: they differ.
@@ -282,7 +282,7 @@ def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, rout
     rows = batch * extent.topk
     pool.reserve(extent.most, k, LAYOUT, copies=2, experts=extent.experts)  # two graphs take buffers of it
     both = steps(extent, k, silu, batch, routing, pool.device)
-    every = peers(pool, extent, rows, k)
+    every = baselines(pool, extent, rows, k)
     for name in (POOL, CLEANED):
         for step in both:
             check(every[name], pool, step)
@@ -299,4 +299,4 @@ def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, rout
         for name, several in times.items()
     }
     graphs.clear()
-    return {"batch": batch, "rows": rows, "k": k, "silu_and_mul": silu, "routing": routing, "peers": found}
+    return {"batch": batch, "rows": rows, "k": k, "silu_and_mul": silu, "routing": routing, "baselines": found}

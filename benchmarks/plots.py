@@ -41,7 +41,7 @@ LOOKS = {
         "label": "linear, without padding",
     },
 }
-"""How a peer is drawn. Colors differ for the color-blind too, and markers where colors do not."""
+"""How a baseline is drawn. Colors differ for the color-blind too, and markers where colors do not."""
 
 _MOE_LOOKS: dict[str, dict[str, Any]] = {
     "pool": LOOKS["pool"],
@@ -57,7 +57,7 @@ _MOE_LOOKS: dict[str, dict[str, Any]] = {
 }
 """The same for rows routed to experts."""
 
-_OTHER_MARKERS = "P*<>h"  # for peers that are not in LOOKS
+_OTHER_MARKERS = "P*<>h"  # for baselines that are not in LOOKS
 _KS = (4096, 8192, 28672)
 _EMPTY_NODE = "empty kernel"
 _MODELS_A_ROW = 4
@@ -99,12 +99,12 @@ def quantize(result: dict[str, Any]) -> plt.Figure | None:
         return None
     style()
     figure, panels = plt.subplots(1, len(ks), figsize=(11, 4.9), sharey=True, squeeze=False)
-    peers = _peers(row["peers"] for row in rows)
+    baselines = _baselines(row["baselines"] for row in rows)
     handles: dict[str, Any] = {}
     for axes, k in zip(panels[0], ks, strict=True):
         of_k = sorted((row for row in rows if row["k"] == k), key=lambda row: int(row["rows"]))
-        for name, look in peers.items():
-            points = [(row["rows"], row["peers"][name]) for row in of_k if name in row["peers"]]
+        for name, look in baselines.items():
+            points = [(row["rows"], row["baselines"][name]) for row in of_k if name in row["baselines"]]
             handles[look["label"]] = _line(axes, points, look)
         nodes = [row["floor"][_EMPTY_NODE]["us"] for row in of_k if _EMPTY_NODE in row.get("floor", {})]
         if nodes:
@@ -119,7 +119,7 @@ def quantize(result: dict[str, Any]) -> plt.Figure | None:
 
 
 def decode(result: dict[str, Any]) -> plt.Figure | None:
-    """What each peer costs a decode step more than the pool, one panel a model; ``None`` where it was not measured."""
+    """What each baseline costs a decode step more than the pool, one panel a model; ``None`` where it was not measured."""
     models = result.get("decode", {}).get("models", ())
     if not models:
         return None
@@ -127,17 +127,17 @@ def decode(result: dict[str, Any]) -> plt.Figure | None:
     lines = -(-len(models) // _MODELS_A_ROW)
     columns = -(-len(models) // lines)
     figure, panels = plt.subplots(lines, columns, figsize=(max(3.3 * columns, 7), 1.3 + 2.9 * lines), squeeze=False)
-    peers = _peers(batch["peers"] for model in models for batch in model["batches"])
-    zero = peers.pop("pool", None)
+    baselines = _baselines(batch["baselines"] for model in models for batch in model["batches"])
+    zero = baselines.pop("pool", None)
     handles: dict[str, Any] = {}
     for axes, model in zip(panels.flat, models, strict=False):
         if zero is not None:
             handles["pool (zero)"] = axes.axhline(0, color=zero["color"], linewidth=2)
-        for name, look in peers.items():
+        for name, look in baselines.items():
             points = [
-                (batch["batch"], _times(model["quantizations"], batch["peers"][name]["over_pool_a_quantization"]))
+                (batch["batch"], _times(model["quantizations"], batch["baselines"][name]["over_pool_a_quantization"]))
                 for batch in model["batches"]
-                if name in batch["peers"]
+                if name in batch["baselines"]
             ]
             handles[look["label"]] = _line(axes, points, look)
         _log2(axes, [batch["batch"] for batch in model["batches"]])
@@ -224,12 +224,12 @@ def moe(result: dict[str, Any]) -> plt.Figure | None:
         return None
     style()
     figure, panels = plt.subplots(1, len(ks), figsize=(max(4.6 * len(ks), 7), 4.6), sharey=True, squeeze=False)
-    peers = {name: look for name, look in _MOE_LOOKS.items() if any(name in row["peers"] for row in rows)}
+    baselines = {name: look for name, look in _MOE_LOOKS.items() if any(name in row["baselines"] for row in rows)}
     handles: dict[str, Any] = {}
     for axes, k in zip(panels[0], ks, strict=True):
         of_k = sorted((row for row in rows if row["k"] == k), key=lambda row: int(row["batch"]))
-        for name, look in peers.items():
-            points = [(row["batch"], row["peers"][name]) for row in of_k if name in row["peers"]]
+        for name, look in baselines.items():
+            points = [(row["batch"], row["baselines"][name]) for row in of_k if name in row["baselines"]]
             handles[look["label"]] = _line(axes, points, look)
         _log2(axes, [row["batch"] for row in of_k])
         axes.set_yscale("log")
@@ -245,9 +245,9 @@ def moe(result: dict[str, Any]) -> plt.Figure | None:
 # --- parts of a picture -----------------------------------------------------------------------------------------------
 
 
-def _peers(several: Any) -> dict[str, dict[str, Any]]:
-    """How each peer of these mappings is drawn; those that :data:`LOOKS` knows come first, in its order."""
-    names = list(dict.fromkeys(name for peers in several for name in peers))
+def _baselines(several: Any) -> dict[str, dict[str, Any]]:
+    """How each baseline of these mappings is drawn; those that :data:`LOOKS` knows come first, in its order."""
+    names = list(dict.fromkeys(name for baselines in several for name in baselines))
     looks: dict[str, dict[str, Any]] = {name: {**look} for name, look in LOOKS.items() if name in names}
     for number, name in enumerate(name for name in names if name not in LOOKS):
         looks[name] = {"color": f"C{number}", "marker": _OTHER_MARKERS[number % len(_OTHER_MARKERS)], "label": name}

@@ -1,6 +1,6 @@
 """``safealloc bench``: latency of the kernels, each as a node of a CUDA graph.
 
-Few rows, as at decode: one graph a peer, 200 calls on one x, which the L2 cache holds as it does behind the layer before.
+Few rows, as at decode: one graph a baseline, 200 calls on one x, which the L2 cache holds as it does behind the layer before.
 Many rows, and the GEMM's weights: as many operands as no cache holds, against a copy. All graphs of a shape are captured
 first, then replayed in turn, so that drift meets all of them; a ratio is the median of ratios within a round.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gemm, nodes, timing
-from benchmarks.peers import COMPACT, IN_KERNEL, LINEAR, POOL, Peer, peers
+from benchmarks.baselines import COMPACT, IN_KERNEL, LINEAR, POOL, Baseline, baselines
 from benchmarks.summary import at_least, at_most, summary
 from safealloc.formats.layout import SfLayout, short
 from safealloc.kernels.triton_layout import dependent_launch
@@ -152,9 +152,9 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     few, many, products = result["few_rows"], result["many_rows"], result["gemm"]
 
-    def pool_to(peer: str, chosen: Callable[[dict[str, Any]], bool], part: str = "peers") -> list[float]:
-        """The pool's time relative to that of ``peer``, for the rows where it was measured."""
-        return [1 / row[part][peer]["ratio_to_pool"] for row in few if chosen(row) and peer in row[part]]
+    def pool_to(baseline: str, chosen: Callable[[dict[str, Any]], bool], part: str = "baselines") -> list[float]:
+        """The pool's time relative to that of ``baseline``, for the rows where it was measured."""
+        return [1 / row[part][baseline]["ratio_to_pool"] for row in few if chosen(row) and baseline in row[part]]
 
     return [
         at_most(
@@ -185,7 +185,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         at_most(
             "compact pool against the pool, rows <= 32, 128x4 and 8x4: times",
             1.03,
-            [row["peers"][COMPACT]["ratio_to_pool"] for row in few if row["rows"] <= 32 and COMPACT in row["peers"]],
+            [row["baselines"][COMPACT]["ratio_to_pool"] for row in few if row["rows"] <= 32 and COMPACT in row["baselines"]],
         ),
     ]
 
@@ -209,12 +209,12 @@ def _few_rows(
     layout: SfLayout,
 ) -> dict[str, Any]:
     x, global_scale = _activation(rows, k, pool.device)
-    every = peers(pool, compact)
+    every = baselines(pool, compact)
     pool.reserve(rows, k, layout)
     compact.reserve(rows, k, layout)
     graphs = {
-        name: timing.captured(_repeat(_call(peer, x, global_scale, layout), CALLS), pool)
-        for name, peer in every.items()
+        name: timing.captured(_repeat(_call(baseline, x, global_scale, layout), CALLS), pool)
+        for name, baseline in every.items()
     }
     replayed = timing.interleaved({**floor, **graphs}, extent.rounds, extent.replays)
     times = {name: [time / CALLS for time in samples] for name, samples in replayed.items()}
@@ -226,7 +226,7 @@ def _few_rows(
         "rows": rows,
         "k": k,
         "layout": short(layout),
-        "peers": {name: measured(name) for name in every},
+        "baselines": {name: measured(name) for name in every},
         "floor": {name: measured(name) for name in floor},
     }
 
@@ -235,11 +235,11 @@ def _many_rows(pool: ScalePool, copy: timing.Copy, extent: Extent, rows: int, k:
     layout = SfLayout.layout_128x4
     calls = -(-_BEYOND_L2 // (2 * rows * k))
     xs = [_activation(rows, k, pool.device) for _ in range(calls)]
-    peer = peers(pool)[POOL]
+    baseline = baselines(pool)[POOL]
     pool.reserve(rows, k, layout, calls)
 
     def step() -> None:
-        results = [peer.quantize(x, global_scale, layout) for x, global_scale in xs]
+        results = [baseline.quantize(x, global_scale, layout) for x, global_scale in xs]
         del results  # held until here, so that each is written to memory of its own
 
     graphs = {"copy": copy.graph, POOL: timing.captured(step, pool)}
@@ -263,8 +263,8 @@ def _activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor
     return x, torch.tensor([448 * 6 / 5.0], device=device)
 
 
-def _call(peer: Peer, x: Tensor, global_scale: Tensor, layout: SfLayout) -> Callable[[], object]:
-    return functools.partial(peer.quantize, x, global_scale, layout if peer.layout is None else peer.layout)
+def _call(baseline: Baseline, x: Tensor, global_scale: Tensor, layout: SfLayout) -> Callable[[], object]:
+    return functools.partial(baseline.quantize, x, global_scale, layout if baseline.layout is None else baseline.layout)
 
 
 def _repeat(call: Callable[[], object], times: int) -> Callable[[], None]:

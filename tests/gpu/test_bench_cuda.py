@@ -29,21 +29,21 @@ def result():
     return measured
 
 
-def test_the_result_has_every_peer_at_every_batch_size(result):
-    from benchmarks.peers import peers
+def test_the_result_has_every_baseline_at_every_batch_size(result):
+    from benchmarks.baselines import baselines
 
     with ScalePool("cuda") as pool:
-        names = list(peers(pool))
-    assert list(result["peers"]) == names
+        names = list(baselines(pool))
+    assert list(result["baselines"]) == names
     assert 1e11 < result["copy_bytes_per_second"] < 1e14
     (model,) = result["models"]
     assert (model["model"], model["tensor_parallel"], model["quantizations"]) == ("small", 1, 6)
     assert model["distinct_weights"] == 6
     assert tuple(row["batch"] for row in model["batches"]) == BATCHES
     for row in model["batches"]:
-        assert list(row["peers"]) == names
+        assert list(row["baselines"]) == names
         assert row["gemm_only"]["us"] > 0
-        for found in row["peers"].values():
+        for found in row["baselines"].values():
             assert found.keys() == KEYS
             assert found["us"] > row["gemm_only"]["us"] / 2
             assert found["graph_memory_bytes"] > 0  # the codes
@@ -51,7 +51,7 @@ def test_the_result_has_every_peer_at_every_batch_size(result):
 
 def test_the_pool_alone_has_buffers_one_a_width(result):
     for row in result["models"][0]["batches"]:
-        held = {name: found["pool_bytes"] for name, found in row["peers"].items() if found["pool_bytes"]}
+        held = {name: found["pool_bytes"] for name, found in row["baselines"].items() if found["pool_bytes"]}
         assert held == {"pool": 128 * 256 // 16 + 128 * 512 // 16}
 
 
@@ -59,7 +59,7 @@ def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_a_quantiza
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     model = result["models"][0]
     for row in model["batches"]:
-        nodes = {name: found["nodes"] for name, found in row["peers"].items()}
+        nodes = {name: found["nodes"] for name, found in row["baselines"].items()}
         assert nodes["pool"] == nodes["empty"] >= 2 * model["quantizations"]  # a GEMM may be two kernels
         assert nodes["zeros"] == nodes["pool"] + model["quantizations"]
         assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]

@@ -48,20 +48,20 @@ def result(quantize):
     return measured
 
 
-def test_every_peer_is_measured_at_every_shape(quantize, result):
-    from benchmarks.peers import peers
+def test_every_baseline_is_measured_at_every_shape(quantize, result):
+    from benchmarks.baselines import baselines
 
     with ScalePool("cuda") as pool, ScalePool("cuda", compact=True) as compact:
-        names = list(peers(pool, compact))
+        names = list(baselines(pool, compact))
     shapes = [(row["rows"], row["k"], row["layout"]) for row in result["few_rows"]]
     assert shapes == [(rows, k, layout) for layout in ("128x4", "8x4") for k in (1024, 8192) for rows in (1, 32)]
     for row in result["few_rows"]:
-        assert list(row["peers"]) == names
+        assert list(row["baselines"]) == names
         assert {quantize.EMPTY_NODE, quantize.STORE_NODE} <= row["floor"].keys()
-        for found in (*row["peers"].values(), *row["floor"].values()):
+        for found in (*row["baselines"].values(), *row["floor"].values()):
             assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 1000
-        assert row["peers"]["pool"]["ratio_to_pool"] == 1
-        assert row["peers"]["zeros"]["ratio_to_pool"] > 1  # a node more
+        assert row["baselines"]["pool"]["ratio_to_pool"] == 1
+        assert row["baselines"]["zeros"]["ratio_to_pool"] > 1  # a node more
 
 
 def test_a_share_is_one_of_the_bandwidth_of_memory(result):
@@ -73,7 +73,7 @@ def test_a_share_is_one_of_the_bandwidth_of_memory(result):
         share = row["bytes_per_second"] / row["copy_bytes_per_second"]
         assert row["share_of_copy"] == pytest.approx(share, rel=0.5)  # another median
     for row in result["gemm"]:
-        assert bool(row["peers"]) is not bool(result["not_measured"])
+        assert bool(row["baselines"]) is not bool(result["not_measured"])
 
 
 def test_the_bare_launch_is_what_quantize_launches(host):

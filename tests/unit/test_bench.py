@@ -171,13 +171,13 @@ def decode():
 
 
 class TestDecode:
-    def test_results_of_a_peer(self, decode):
+    def test_results_of_a_baseline(self, decode):
         times = {
             "pool": [100.0, 110.0, 120.0],
             "zeros": [104.0, 116.0, 124.0],
             decode.GEMM_ONLY: [90.0, 91.0, 92.0],
         }
-        assert decode.peer_results(times, quantizations=4) == {
+        assert decode.baseline_results(times, quantizations=4) == {
             "pool": {
                 "us": 110.0,
                 "quartiles": [105.0, 115.0],
@@ -259,12 +259,12 @@ class TestDecode:
                 reference.quantize(x, global_scale, x_fp4, scales, layout)
                 return x_fp4, scales
 
-            peer = decode.Peer("pool", "", quantize, layout)
+            baseline = decode.Baseline("pool", "", quantize, layout)
             step = decode.Step(model, weights, 3, device)
-            step.run(peer)
+            step.run(baseline)
             assert pool.stats().buffers == 2  # for 80 and 32 columns, though two layers of 80 follow each other
-            step.multiply(peer)
-            step.multiply(peer)
+            step.multiply(baseline)
+            step.multiply(baseline)
             assert pool.stats().hits + pool.stats().misses == 5 + 2  # the GEMMs alone quantize once
         names = [("up", 0), ("gate", 0), ("up", 1), ("gate", 1), ("down", 0)]
         by_name = {site.name: several for site, several in weights.items()}
@@ -279,7 +279,7 @@ class TestDecode:
 
 
 DECODE = {
-    "peers": {"pool": "a buffer of a pool", "zeros": "torch.zeros at each call"},
+    "baselines": {"pool": "a buffer of a pool", "zeros": "torch.zeros at each call"},
     "copy_bytes_per_second": 4_000_000_000_000,
     "models": [
         {
@@ -295,7 +295,7 @@ DECODE = {
                     "rounds": 9,
                     "replays": 2,
                     "gemm_only": {"us": 200.0, "quartiles": [199.0, 201.0]},
-                    "peers": {
+                    "baselines": {
                         "pool": {
                             "us": 260.0,
                             "quartiles": [259.0, 261.0],
@@ -333,14 +333,14 @@ QUANTIZE = {
             "rows": 1,
             "k": 4096,
             "layout": layout,
-            "peers": {"pool": FAST, "zeros": SLOW},
+            "baselines": {"pool": FAST, "zeros": SLOW},
             "floor": {"empty kernel": FAST},
         }
         for layout in ("128x4", "8x4")
     ]
-    + [{"rows": 1, "k": 8192, "layout": "8x4", "peers": {"pool": SLOW}, "floor": {"empty kernel": SLOW}}],
+    + [{"rows": 1, "k": 8192, "layout": "8x4", "baselines": {"pool": SLOW}, "floor": {"empty kernel": SLOW}}],
     "many_rows": [{"rows": 4096, "k": 8192, "layout": "128x4", **BANDWIDTH}],
-    "gemm": [{"m": 1, "n": 2048, "k": 8192, "layout": "8x4", **BANDWIDTH, "peers": {}}],
+    "gemm": [{"m": 1, "n": 2048, "k": 8192, "layout": "8x4", **BANDWIDTH, "baselines": {}}],
     "not_measured": {"vLLM's emulation": "vllm is not installed"},
     "targets": TARGETS,
 }
@@ -362,7 +362,7 @@ MOE = {
             "k": k,
             "silu_and_mul": silu,
             "routing": "uniform",
-            "peers": {
+            "baselines": {
                 "quantization alone": {"us": 2.0, "quartiles": [2.0, 2.0], "ratio_to_alone": 1.0},
                 "pool": {"us": 2.14, "quartiles": [2.0, 2.2], "ratio_to_alone": 1.07},
             },
@@ -549,13 +549,13 @@ class TestCommand:
         assert "host" not in said
 
     def test_on_a_terminal_no_cell_is_cut(self, capsys):
-        peers = ("pool", "empty", "zeros", "padding in the kernel", "zeroing the returned buffer", "linear")
+        baselines = ("pool", "empty", "zeros", "padding in the kernel", "zeroing the returned buffer", "linear")
         wide = copy.deepcopy(MADE_UP)
         for row in (*wide["quantize"]["few_rows"], *wide["decode"]["models"][0]["batches"]):
-            row["peers"] = {name: {**row["peers"]["pool"], "us": 1234.567} for name in peers}
-        wide["decode"]["peers"] = dict.fromkeys(peers, "")
+            row["baselines"] = {name: {**row["baselines"]["pool"], "us": 1234.567} for name in baselines}
+        wide["decode"]["baselines"] = dict.fromkeys(baselines, "")
         result = __main__.Result("cuda:0", "a GPU", "9.0", {"torch": "2"}, False, wide)
         __main__.show(result, Console(force_terminal=True, width=80, markup=False, highlight=False))
         said = capsys.readouterr().out
-        assert said.count("returned") == 5  # as often as peers are columns
+        assert said.count("returned") == 5  # as often as baselines are columns
         assert "…" not in said

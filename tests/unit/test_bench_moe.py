@@ -61,7 +61,7 @@ def test_memory_of_deepseek_r1() -> None:
 
 
 def row(batch: int, ratio: float) -> dict:
-    return {"batch": batch, "peers": {moe.POOL: {"ratio_to_alone": ratio}}}
+    return {"batch": batch, "baselines": {moe.POOL: {"ratio_to_alone": ratio}}}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ with ScalePool("cpu") as pool:
         pool.reserve(extent.most, k, moe.LAYOUT, experts=extent.experts)
         for routing in moe.ROUTINGS:
             both = moe.steps(extent, k, silu, 3, routing, pool.device)
-            every = moe.peers(pool, extent, 6, k)
+            every = moe.baselines(pool, extent, 6, k)
             for call in every.values():
                 for step in (*both, *both):
                     call(step)
@@ -116,7 +116,7 @@ with ScalePool("cpu") as pool:
 
 
 def test_the_calls_in_the_interpreter() -> None:
-    """Each peer runs, and what comes from the pool is the reference's; what does not is found out."""
+    """Each baseline runs, and what comes from the pool is the reference's; what does not is found out."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300

@@ -49,22 +49,22 @@ def quantization(rows: int, k: int, layout: str) -> dict:
     times = {name: pool + over for name, over in OVER_POOL.items()}
     floor = {"empty kernel": 0.55, "one store from 132 programs": 0.87}
     found = {"rows": rows, "k": k, "layout": layout}
-    for part, several in (("peers", times), ("floor", floor)):
+    for part, several in (("baselines", times), ("floor", floor)):
         found[part] = {name: spread(us) | {"ratio_to_pool": us / pool} for name, us in several.items()}
     return found
 
 
 def step(batch: int) -> dict:
-    peers = {name: spread(9e3) | {"over_pool_a_quantization": spread(over)} for name, over in OVER_POOL.items()}
-    return {"batch": batch, "peers": peers}
+    baselines = {name: spread(9e3) | {"over_pool_a_quantization": spread(over)} for name, over in OVER_POOL.items()}
+    return {"batch": batch, "baselines": baselines}
 
 
 def routed(batch: int, k: int, routing: str) -> dict:
     alone = 1.3 + batch / 15
     over = {"pool": 1.05, "right-sized, zeroed": 2, "vLLM's size, zeroed": 90, "quantization alone": 1}
-    peers = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
-    peers["pool, cleaned by a kernel of its own"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
-    return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "peers": peers}
+    baselines = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
+    baselines["pool, cleaned by a kernel of its own"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
+    return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "baselines": baselines}
 
 
 RESULT = {
@@ -174,7 +174,7 @@ class TestPictures:
         for axes in panels:
             assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
 
-    def test_quantize_has_a_panel_a_k_and_a_line_a_peer(self, plots):
+    def test_quantize_has_a_panel_a_k_and_a_line_a_baseline(self, plots):
         figure = plots.quantize(RESULT)
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["k = 4096", "k = 8192", "k = 28672"]
         assert "µs" in figure.axes[0].get_ylabel()
@@ -207,10 +207,10 @@ class TestPictures:
             assert plots.LOOKS["pool"]["label"] not in lines  # it is the zero
         assert "µs" in figure.axes[0].get_ylabel()
 
-    def test_a_peer_that_nobody_knows_is_drawn_too(self, plots):
+    def test_a_baseline_that_nobody_knows_is_drawn_too(self, plots):
         rows = [quantization(rows, 4096, "128x4") for rows in ROWS]
         for row in rows:
-            row["peers"] |= {"a new way": row["peers"]["zeros"], "another": row["peers"]["zeros"]}
+            row["baselines"] |= {"a new way": row["baselines"]["zeros"], "another": row["baselines"]["zeros"]}
         figure = plots.quantize({"quantize": {"few_rows": rows}})
         lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
         new, another = lines["a new way"], lines["another"]
@@ -235,9 +235,9 @@ class TestPictures:
 
     def test_what_measures_and_what_draws_agree_on_names(self, plots, kernels):
         quantize, _ = kernels
-        from benchmarks import peers
+        from benchmarks import baselines
 
-        names = {peers.POOL, peers.EMPTY, peers.ZEROS, peers.IN_KERNEL, peers.RETURNED, peers.LINEAR}
+        names = {baselines.POOL, baselines.EMPTY, baselines.ZEROS, baselines.IN_KERNEL, baselines.RETURNED, baselines.LINEAR}
         assert names == plots.LOOKS.keys()
         assert quantize.EMPTY_NODE == plots._EMPTY_NODE
 
@@ -322,12 +322,12 @@ class TestQuantizeTargets:
     @staticmethod
     def row(rows, k, layout, *, linear=1.0, in_kernel=2.0, empty_node=0.5, compact=1.0):
         """With times relative to the pool's."""
-        peers = {"pool": 1.0, "pool, compact": compact, "linear": linear, "padding in the kernel": in_kernel}
+        baselines = {"pool": 1.0, "pool, compact": compact, "linear": linear, "padding in the kernel": in_kernel}
         return {
             "rows": rows,
             "k": k,
             "layout": layout,
-            "peers": {name: {"ratio_to_pool": ratio} for name, ratio in peers.items()},
+            "baselines": {name: {"ratio_to_pool": ratio} for name, ratio in baselines.items()},
             "floor": {"empty kernel": {"ratio_to_pool": empty_node}},
         }
 
@@ -385,7 +385,7 @@ class TestQuantizeTargets:
     def test_what_was_not_measured_is_not_met(self, kernels):
         result = self.result()
         for row in result["few_rows"]:
-            del row["peers"]["padding in the kernel"], row["peers"]["pool, compact"]
+            del row["baselines"]["padding in the kernel"], row["baselines"]["pool, compact"]
         targets = kernels[0].targets(result | {"gemm": []})
         assert [target["met"] for target in targets] == [True, True, False, True, False, False]
         assert [targets[missed]["reached"] for missed in (2, 4, 5)] == [None, None, None]

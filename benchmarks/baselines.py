@@ -16,7 +16,7 @@ from safealloc.pool.pool import ScalePool
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class Baseline:
     """One way to quantize.
 
     Attributes:
@@ -45,12 +45,12 @@ POOL, COMPACT, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
 )
 
 
-def peers(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Peer]:
-    """All peers by name, the pool first; all write with our Triton quantizer.
+def baselines(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Baseline]:
+    """All baselines by name, the pool first; all write with our Triton quantizer.
 
     Args:
         pool: not compact.
-        compact: a compact one, if that is a peer.
+        compact: a compact one, if that is a baseline.
     """
 
     def from_pool(x: Tensor, global_scale: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
@@ -82,21 +82,21 @@ def peers(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Peer]:
         return _quantize(x, global_scale, layout, scales, functools.partial(triton_quantize.quantize, counts=counts))
 
     every = (
-        Peer(POOL, "a pool buffer, padding zeroed when it was made", from_pool),
-        Peer(COMPACT, "a buffer of a compact pool, which the quantizer keeps clear", from_compact),
-        Peer(EMPTY, "torch.empty: unsafe, the floor for an allocation", empty),
-        Peer(ZEROS, "torch.zeros at each call: vLLM 0.20, 0.21 and 0.25 to 0.29", zeros),
-        Peer(IN_KERNEL, "torch.empty, and a quantizer that stores padding, row by row: vLLM from 0.30 on", row_by_row),
-        Peer(WIDE_STORES, "the same with the widest stores that we could make of them", wide_stores),
-        Peer(RETURNED, "torch.empty, and a kernel that zeroes the padding afterwards: vLLM PR 47587", returned),
-        Peer(
+        Baseline(POOL, "a pool buffer, padding zeroed when it was made", from_pool),
+        Baseline(COMPACT, "a buffer of a compact pool, which the quantizer keeps clear", from_compact),
+        Baseline(EMPTY, "torch.empty: unsafe, the floor for an allocation", empty),
+        Baseline(ZEROS, "torch.zeros at each call: vLLM 0.20, 0.21 and 0.25 to 0.29", zeros),
+        Baseline(IN_KERNEL, "torch.empty, and a quantizer that stores padding, row by row: vLLM from 0.30 on", row_by_row),
+        Baseline(WIDE_STORES, "the same with the widest stores that we could make of them", wide_stores),
+        Baseline(RETURNED, "torch.empty, and a kernel that zeroes the padding afterwards: vLLM PR 47587", returned),
+        Baseline(
             LINEAR,
             "torch.empty, no tiles and so no padding: the floor for the arithmetic",
             empty,
             SfLayout.layout_linear,
         ),
     )
-    return {peer.name: peer for peer in every if peer.name != COMPACT or compact is not None}
+    return {baseline.name: baseline for baseline in every if baseline.name != COMPACT or compact is not None}
 
 
 def _empty(x: Tensor, layout: SfLayout) -> Tensor:
