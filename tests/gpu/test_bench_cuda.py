@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 MODEL = Model("small", 1, (Site("qkv_proj", 256, 384, (0, 1, 2)), Site("o_proj", 512, 256, (0, 1, 2))))
 BATCHES = (1, 16)
-KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_a_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
+KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_per_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -182,13 +182,13 @@ class TestDecode:
                 "us": 110.0,
                 "quartiles": [105.0, 115.0],
                 "ratio_to_pool": 1.0,
-                "over_pool_a_quantization": {"us": 0.0, "quartiles": [0.0, 0.0]},
+                "over_pool_per_quantization": {"us": 0.0, "quartiles": [0.0, 0.0]},
             },
             "zeros": {
                 "us": 116.0,
                 "quartiles": [110.0, 120.0],
                 "ratio_to_pool": 1.04,
-                "over_pool_a_quantization": {"us": 1.0, "quartiles": [1.0, 1.25]},
+                "over_pool_per_quantization": {"us": 1.0, "quartiles": [1.0, 1.25]},
             },
         }
 
@@ -300,7 +300,7 @@ DECODE = {
                             "us": 260.0,
                             "quartiles": [259.0, 261.0],
                             "ratio_to_pool": 1.0,
-                            "over_pool_a_quantization": {"us": 0.0, "quartiles": [0.0, 0.0]},
+                            "over_pool_per_quantization": {"us": 0.0, "quartiles": [0.0, 0.0]},
                             "nodes": 64,
                             "graph_memory_bytes": 2 << 20,
                             "pool_bytes": 32 << 10,
@@ -309,7 +309,7 @@ DECODE = {
                             "us": 292.0,
                             "quartiles": [290.0, 293.0],
                             "ratio_to_pool": 1.1231,
-                            "over_pool_a_quantization": {"us": 1.004, "quartiles": [0.9, 1.1]},
+                            "over_pool_per_quantization": {"us": 1.004, "quartiles": [0.9, 1.1]},
                             "nodes": None,
                             "graph_memory_bytes": 4 << 20,
                             "pool_bytes": 0,

@@ -55,7 +55,7 @@ def quantization(rows: int, k: int, layout: str) -> dict:
 
 
 def step(batch: int) -> dict:
-    baselines = {name: spread(9e3) | {"over_pool_a_quantization": spread(over)} for name, over in OVER_POOL.items()}
+    baselines = {name: spread(9e3) | {"over_pool_per_quantization": spread(over)} for name, over in OVER_POOL.items()}
     return {"batch": batch, "baselines": baselines}
 
 
