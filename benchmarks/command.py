@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,14 +15,13 @@ import torch
 
 from benchmarks import optional, tables
 from benchmarks.memory import memory
-from safealloc import settings
-from safealloc.commands import doctor, report
+from safealloc.commands import machine, report
 from safealloc.commands.report import Progress, UsageError
 from safealloc.formats.layout import SfLayout
 from safealloc.ops.backends import Call, triton_refusal
 
 PARTS = ("quantize", "decode", "host", "moe", "guard")
-"""Modules of ``benchmarks`` whose ``run`` measures one part."""
+"""Modules of ``benchmarks``; the ``run`` of each measures one part."""
 
 COMMAND = "python -m benchmarks"
 
@@ -34,18 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
 
     Returns:
-        0; 130 where it was interrupted.
+        0; 130 after an interrupt.
 
     Raises:
         SystemExit: after ``--help``, and with code 2 where the request cannot be met.
     """
     parser = _parser()
     given = parser.parse_args(arguments)
-    prints_json = given.json == Path("-")
     parts = PARTS if given.part == "all" else (given.part,)
     try:
-        check_settings()
-        report.check_writable(None if prints_json else given.json)
+        report.check_environment()
+        report.check_writable(given.json)
         if given.plot is not None and isinstance(reason := optional.load("matplotlib"), str):
             raise UsageError(f"--plot: {reason} (pip install safealloc[plot])")
         device = checked_device()
@@ -53,14 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_folder(given.plot)
         with report.progress("benchmarks") as progress:
             result = run(parts, device, given.quick, progress)
-        if prints_json:
-            print(json.dumps(result, indent=1))
-        else:
-            report.write_json(given.json, result)
-            tables.show(result, report.console())
+        report.deliver(given.json, result, functools.partial(tables.show, result))
         if given.plot is not None:
-            for picture in draw(result, given.plot):
-                print(f"wrote {picture}", file=sys.stderr if prints_json else sys.stdout)
+            pictures = draw(result, given.plot)
+            out = sys.stderr if given.json == report.STANDARD_OUTPUT else sys.stdout
+            print(*(f"wrote {picture}" for picture in pictures), sep="\n", file=out)
     except UsageError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -83,24 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "
         "moe: grouped quantization; guard: verify_every; all (%(default)s)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result there too; - prints it, and no tables"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures there too (needs matplotlib)")
+    report.add_json(parser)
     return parser
-
-
-def check_settings() -> None:
-    """The default pool, which some calls are measured with, reads settings when it is made: check them before.
-
-    Raises:
-        UsageError: one has a value that it cannot have.
-    """
-    try:
-        settings.watch()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def checked_device() -> torch.device:
@@ -119,7 +100,7 @@ def checked_device() -> torch.device:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for pictures before the work starts.
+    """Make the folder for pictures, before the work starts.
 
     Raises:
         UsageError: nothing can be written there.
@@ -144,25 +125,23 @@ def run(parts: Sequence[str], device: torch.device, quick: bool, progress: Progr
     Returns:
         The result as the JSON has it.
     """
-    found = {}
+    measured = {}
     for number, part in enumerate(parts):
 
         def progress_of_part(what: str, done: float, number: int = number, part: str = part) -> None:
             progress(f"{part}: {what}", (number + done) / len(parts))
 
         module = importlib.import_module(f"benchmarks.{part}")  # not before: it imports Triton
-        found[part] = module.run(device, quick, progress_of_part)
-    return {"command": COMMAND, **machine(device), "quick": quick, **found, "memory": memory()}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The device, its model and compute capability, and versions of the packages, CUDA's runtime and the driver."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else ()
+        measured[part] = module.run(device, quick, progress_of_part)
     return {
+        "command": COMMAND,
         "device": str(device),
-        "device_name": report.device_name(device),
-        "capability": ".".join(map(str, capability)) or None,
-        "versions": report.versions() | {"cuda_runtime": torch.version.cuda, "cuda_driver": doctor.driver().version},
+        "device_name": machine.device_name(device),
+        "capability": machine.capability(device) if device.type == "cuda" else None,
+        "versions": machine.versions() | {"CUDA driver": machine.driver_version()},
+        "quick": quick,
+        **measured,
+        "memory": memory(),
     }
 
 

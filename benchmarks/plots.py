@@ -72,7 +72,7 @@ _OURS = ("pool", "torch.ops.safealloc", "hook", "nvfp4", "triton_quantize")  # p
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw a picture of each part that is there.
+    """Draw a picture of each part that was measured.
 
     Args:
         result: what ``python -m benchmarks --json`` writes; any of "quantize", "decode", "host", "moe" and "memory" may

@@ -3,7 +3,7 @@
 python -m benchmarks.vllm_decode [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
 
 One engine per process: a model of Llama's 8B shape with random NVFP4 weights. vLLM's own linear kernel runs with our Triton
-quantizer and GEMM behind vLLM's op names (tests/gpu/vllm_stand_ins.py), so that nothing but the allocator differs. The last
+quantizer and GEMM behind vLLM's op names (tests/support/vllm_gpu_ops.py), so that nothing but the allocator differs. The last
 row is our linear kernel, quantization and GEMM in one op. It is not a comparison of allocators, since the stand-in for
 vLLM's fused SiLU is plain torch. All engines are started first, then measured in turn, so that drift affects all of them
 alike. Needs vLLM and a GPU of compute capability 8.9 or more.
@@ -26,7 +26,7 @@ from typing import Any
 import rich.progress
 import torch
 
-from safealloc.commands import report
+from safealloc.commands import machine, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
@@ -78,7 +78,7 @@ def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
         engine.stop()
     return {
         "benchmark": "vllm_decode",
-        "versions": report.versions() | {"vllm": facts["pool"]["vllm"]},
+        "versions": machine.versions() | {"vllm": facts["pool"]["vllm"]},
         "device": facts["pool"]["device"],
         "model": MODEL | {"layers": layers},
         "rounds": rounds,
