@@ -37,7 +37,7 @@ def emulation(device: torch.device, pool: ScalePool) -> Emulation | str:
     if run is None:
         return "this vLLM has no run_nvfp4_emulations"
     x, one = torch.ones(1, 256, dtype=torch.bfloat16, device=device), torch.ones(1, device=device)
-    weight, scales = _weights(128, 256, 1, device)[0]
+    weight, scales = random_weights(128, 256, 1, device)[0]
     try:
         timing.captured(_emulated(run, x, one, [(weight, scales)]), pool)
     except Exception as error:
@@ -68,7 +68,7 @@ def measure(
     """One shape, alternating with a copy."""
     device = pool.device
     layout = SfLayout.layout_8x4 if m <= MAX_ROWS_8X4 else SfLayout.layout_128x4  # as nvfp4_linear chooses
-    weights = _weights(n, k, copies(n, k), device)
+    weights = random_weights(n, k, copies(n, k), device)
     a, a_scales = _random_fp4(m, k, layout, device)
     alpha = torch.ones(1, device=device)
     out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
@@ -124,7 +124,8 @@ def _emulated(run: Emulation, x: Tensor, one: Tensor, weights: Sequence[tuple[Te
     return step
 
 
-def _weights(n: int, k: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def random_weights(n: int, k: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Codes, uint8 ``[n, k // 2]``, and scales in 128x4 of as many weights."""
     return [_random_fp4(n, k, SfLayout.layout_128x4, device) for _ in range(count)]
 
 

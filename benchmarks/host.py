@@ -90,7 +90,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         pool = stack.enter_context(ScalePool(device))
-        candidates = [*_allocations(device, pool), *_launches(device, pool, not_measured)]
+        candidates = [*allocations(device, pool), *_launches(device, pool, not_measured)]
         stack.enter_context(vllm_step(device))  # last: the candidates may import vLLM's own module of that name
         times = alternate(candidates, batches, calls, device, progress)
     return {
@@ -160,7 +160,8 @@ def vllm_step(device: torch.device) -> Iterator[None]:
             sys.modules[_CONTEXT] = context
 
 
-def _allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
+def allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
+    """The candidates that allocate scales, and launch nothing but fills."""
     shape = LAYOUT.padded_shape(ROWS, K)
     acquire = functools.partial(pool.acquire, ROWS, K, LAYOUT)
     candidates = [

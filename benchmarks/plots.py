@@ -66,7 +66,7 @@ _MOE_LOOKS: dict[str, dict[str, Any]] = {
 
 _OTHER_MARKERS = "P*<>h"  # for names that are not in LOOKS
 _KS = (4096, 8192, 28672)
-_EMPTY_NODE = "empty kernel"
+EMPTY_NODE = "empty kernel"
 _MODELS_A_ROW = 4
 _OURS = ("pool", "torch.ops.safealloc", "hook", "nvfp4", "triton_quantize")  # prefixes of our calls on the host
 
@@ -113,7 +113,7 @@ def quantize(result: dict[str, Any]) -> plt.Figure | None:
         for name, look in baselines.items():
             points = [(row["rows"], row["baselines"][name]) for row in of_k if name in row["baselines"]]
             handles[look["label"]] = _line(axes, points, look)
-        nodes = [row["floor"][_EMPTY_NODE]["us"] for row in of_k if _EMPTY_NODE in row.get("floor", {})]
+        nodes = [row["floor"][EMPTY_NODE]["us"] for row in of_k if EMPTY_NODE in row.get("floor", {})]
         if nodes:
             label = "node of an empty kernel"
             handles[label] = axes.axhline(statistics.median(nodes), color=GREY, linestyle="--", linewidth=1.2)
@@ -252,9 +252,9 @@ def moe(result: dict[str, Any]) -> plt.Figure | None:
 # --- parts of a picture -----------------------------------------------------------------------------------------------
 
 
-def _looks(several: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _looks(measurements: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """How each baseline of these mappings is drawn; the names in :data:`LOOKS` come first, in its order."""
-    names = list(dict.fromkeys(name for baselines in several for name in baselines))
+    names = list(dict.fromkeys(name for measured in measurements for name in measured))
     looks: dict[str, dict[str, Any]] = {name: {**look} for name, look in LOOKS.items() if name in names}
     for number, name in enumerate(name for name in names if name not in LOOKS):
         looks[name] = {"color": f"C{number}", "marker": _OTHER_MARKERS[number % len(_OTHER_MARKERS)], "label": name}

@@ -162,7 +162,7 @@ def _show_not_measured_and_targets(found: Mapping[str, Any], out: Console) -> No
         ((row["name"], str(row["target"]), _or_dash(row["reached"]), "yes" if row["met"] else "NO"), bool(row["met"]))
         for row in found["targets"]
     ]
-    report.table(out, "Targets", ("", "target", "reached", "met"), rows)
+    report.table(out, "Targets", ("", "target", "reached", "met"), rows, names=0)
 
 
 _BANDWIDTH = ("microseconds", "GB/s", "share of a copy")
@@ -194,7 +194,7 @@ def _kibibytes(nbytes: int) -> str:
 
 
 def _table(out: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    report.table(out, title, headings, ((row, True) for row in rows))
+    report.table(out, title, headings, ((row, True) for row in rows), names=0)
 
 
 _SHOW: dict[str, Callable[[Mapping[str, Any], Console], None]] = {

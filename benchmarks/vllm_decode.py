@@ -110,7 +110,9 @@ def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -
         }
         for batch in BATCHES
     ]
-    ours, theirs = ([time for several in kept["first_token"].values() for time in several] for kept in (times, own))
+    ours, theirs = (
+        [time for times_of_length in kept["first_token"].values() for time in times_of_length] for kept in (times, own)
+    )
     return {
         "batches": batches,
         "first_token_ms": round(1e3 * statistics.median(ours), 3),

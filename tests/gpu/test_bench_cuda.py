@@ -1,4 +1,4 @@
-"""``safealloc bench decode`` on a GPU: what must hold whatever the times are."""
+"""``python -m benchmarks decode`` on a GPU: properties that do not depend on the times."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_the_result_has_every_baseline_at_every_batch_size(result):
             assert found["graph_memory_bytes"] > 0  # the codes
 
 
-def test_the_pool_alone_has_buffers_one_a_width(result):
+def test_only_the_pool_has_buffers_one_per_k(result):
     for row in result["models"][0]["batches"]:
         held = {name: found["pool_bytes"] for name, found in row["baselines"].items() if found["pool_bytes"]}
         assert held == {"pool": 128 * 256 // 16 + 128 * 512 // 16}
 
 
-def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_a_quantization(result):
+def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_per_quantization(result):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     model = result["models"][0]
     for row in model["batches"]:
@@ -65,8 +65,8 @@ def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_a_quantiza
         assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]
 
 
-def test_longer_work_takes_longer():
-    """Whatever the order, the events are around the graph they stand for."""
+def test_a_longer_graph_takes_longer():
+    """In any order, the events are around the graph whose time they give."""
     short, long = (torch.zeros(size, device="cuda") for size in (1 << 20, 1 << 28))
     with ScalePool("cuda") as pool:
         graphs = {
@@ -75,5 +75,5 @@ def test_longer_work_takes_longer():
         }
         times = timing.interleaved(graphs, rounds=10, replays=3)
         graphs.clear()
-    assert [len(several) for several in times.values()] == [10, 10]
+    assert [len(samples) for samples in times.values()] == [10, 10]
     assert min(times["long"]) > 10 * max(times["short"])

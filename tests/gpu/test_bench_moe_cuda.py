@@ -1,4 +1,4 @@
-"""``safealloc bench moe`` on a GPU, over few shapes; nothing is asserted of how long anything takes."""
+"""``python -m benchmarks moe`` on a GPU, with few shapes; the times themselves are not judged."""
 
 from __future__ import annotations
 
