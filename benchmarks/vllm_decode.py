@@ -12,6 +12,7 @@ alike. Needs vLLM and a GPU of compute capability 8.9 or more.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -110,9 +111,7 @@ def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -
         }
         for batch in BATCHES
     ]
-    ours, theirs = (
-        [time for times_of_length in kept["first_token"].values() for time in times_of_length] for kept in (times, own)
-    )
+    ours, theirs = (list(itertools.chain(*kept["first_token"].values())) for kept in (times, own))
     return {
         "batches": batches,
         "first_token_ms": round(1e3 * statistics.median(ours), 3),
