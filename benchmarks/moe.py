@@ -29,7 +29,7 @@ from safealloc.pool.pool import ScalePool
 
 ALONE, POOL = "quantization alone", "pool"
 VLLM, RIGHT_SIZED = "vLLM's size, zeroed", "right-sized, zeroed"
-CLEANED = "pool, cleaned by a kernel of its own"
+CLEANED = "pool, cleaned by a separate kernel"
 ROUTINGS = ("uniform", "skewed")
 
 LAYOUT = SfLayout.layout_128x4

@@ -52,11 +52,11 @@ LOOKS = {
 
 _MOE_LOOKS: dict[str, dict[str, Any]] = {
     "pool": LOOKS["pool"],
-    "pool, cleaned by a kernel of its own": {
+    "pool, cleaned by a separate kernel": {
         "color": "#3f5fc4",
         "marker": "v",
         "zorder": 3,
-        "label": "pool, cleaned by a kernel of its own",
+        "label": "pool, cleaned by a separate kernel",
     },
     "right-sized, zeroed": {"color": "#eba52e", "marker": "D", "zorder": 3, "label": "right-sized, torch.zeros"},
     "vLLM's size, zeroed": {"color": "#a8281e", "marker": "^", "zorder": 3, "label": "vLLM's size, torch.zeros"},

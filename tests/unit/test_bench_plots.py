@@ -58,7 +58,7 @@ def routed(batch: int, k: int, routing: str) -> dict:
     alone = 1.3 + batch / 15
     over = {"pool": 1.05, "right-sized, zeroed": 2, "vLLM's size, zeroed": 90, "quantization alone": 1}
     baselines = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
-    baselines["pool, cleaned by a kernel of its own"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
+    baselines["pool, cleaned by a separate kernel"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
     return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "baselines": baselines}
 
 
