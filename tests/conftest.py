@@ -7,8 +7,6 @@ import importlib.util
 import pytest
 import torch
 
-from safealloc.ops import backends
-
 
 def _refusal(marker: str) -> str | None:
     """Why tests with this marker cannot run on this machine, or ``None``."""
@@ -36,9 +34,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
                 break
-
-
-@pytest.fixture(autouse=True)
-def forget_choices() -> None:
-    """A test that changes what a device can run must not leave its choice of backend behind."""
-    backends._chosen.clear()

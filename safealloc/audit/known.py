@@ -210,7 +210,9 @@ def _gemm(
 ) -> Tensor:
     if backend == "trtllm":
         b, b_descale = _shuffled(b, b_descale)
-    return gemm.multiply(GEMMS[backend], a, b, a_descale, b_descale, alpha, torch.bfloat16, None, layout)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16, device=a.device)
+    GEMMS[backend].run(a, b.T, a_descale, b_descale.T, alpha, out, layout)
+    return out
 
 
 def _shuffled(b: Tensor, b_descale: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +248,7 @@ _BY_VLLM = {
 
 
 def _backend(name: str) -> KnownConsumer:
-    vendor = GEMMS[name].flashinfer
+    vendor = GEMMS[name].package is not None
     layouts = (_L128, _L8) if name == "trtllm" else (_L128,)
     title = "flashinfer mm_fp4 auto" if name == "flashinfer" else f"flashinfer mm_fp4 {name}"
     return KnownConsumer(
@@ -259,7 +261,7 @@ def _backend(name: str) -> KnownConsumer:
 
 
 CONSUMERS = (
-    *(_backend(name) for name in sorted(GEMMS, key=lambda name: GEMMS[name].flashinfer)),
+    *(_backend(name) for name in sorted(GEMMS, key=lambda name: GEMMS[name].package is not None)),
     KnownConsumer("safealloc.mm_fp4 (foreign scales)", (_L128, _L8), _mm_fp4, _mm_fp4_refusal),
     KnownConsumer("vllm cutlass_scaled_fp4_mm", (_L128,), _vllm_cutlass, _vllm_cutlass_refusal, frozenset((_L128,))),
 )

@@ -22,7 +22,7 @@ from safealloc._version import __version__
 from safealloc.commands import doctor_vllm, report
 from safealloc.errors import SafeAllocError
 from safealloc.formats.layout import SfLayout, short
-from safealloc.ops.backends import GEMMS, QUANTIZERS, Backend, Call, choose
+from safealloc.ops.backends import GEMMS, QUANTIZERS, Call, Table
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.pool.driver import under_way
 
@@ -205,8 +205,8 @@ def _device(device: torch.device) -> DeviceFinding:
     )
 
 
-def _backends(table: Mapping[str, Backend], calls: Sequence[Call]) -> list[BackendFinding]:
-    auto = {call: choose(table, "auto", *call).name for call in calls}
+def _backends(table: Table, calls: Sequence[Call]) -> list[BackendFinding]:
+    auto = {call: table.choose("auto", call).name for call in calls}
     found = []
     for row in table.values():
         refusals = {call: row.refusal(call) for call in calls}

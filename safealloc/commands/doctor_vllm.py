@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from safealloc import _optional
+from safealloc import _optional, settings
 from safealloc.commands import report
-from safealloc.integrations.vllm import allocator, kernel, plugin, targets
+from safealloc.integrations.vllm import kernel, plugin, targets
 from safealloc.pool.guard import POISON, REPAIR, VERIFY, GuardSettings
 
 _GUARD = (VERIFY, REPAIR, POISON)
@@ -143,7 +143,7 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target.module == targets.MM.module:
         lacking = _optional.missing("flashinfer")
         reason = None if lacking is None else f"there to be replaced with FlashInfer only: {lacking}"
-    if found.status == "hooked" and found.target is targets.STEP and not allocator.watched():
+    if found.status == "hooked" and found.target is targets.STEP and not settings.watching():
         reason = f"registered with {VERIFY} only, which is not set"
     return HookFinding(found.target.name, found.status, reason)
 
@@ -166,10 +166,10 @@ def _plugin() -> PluginFinding:
     return PluginFinding(
         entry_point=_entry_point(),
         allowed=allowed is None or _NAME in allowed.split(","),
-        enabled=plugin.enabled(),
-        strict=allocator.strict(),
-        linear_first=kernel.wanted(),
-        max_rows=allocator.max_rows_wanted(),
+        enabled=settings.enabled(),
+        strict=settings.strict(),
+        linear_first=settings.linear(),
+        max_rows=settings.max_rows(),
         environment={name: os.environ[name] for name in names if name in os.environ},
         registered=plugin.registered(),
     )

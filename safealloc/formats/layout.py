@@ -26,7 +26,13 @@ MAX_ROWS_8X4 = 32
 """Rows up to which vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM's ``scaled_fp4_quant``)."""
 
 
-class _Tile(NamedTuple):
+MAX_SCALES = 2**40 - 1
+"""The most scales that a matrix may have. 1 TiB of them is more than any device holds, so more is a mistake of the caller."""
+
+
+class Tile(NamedTuple):
+    """Rows (inner, outer) and columns of one tile."""
+
     inner_rows: int
     outer_rows: int
     cols: int
@@ -44,8 +50,7 @@ class SfLayout(enum.IntEnum):
     layout_linear = 2
 
     @property
-    def tile(self) -> _Tile:
-        """Rows (inner, outer) and columns of one tile."""
+    def tile(self) -> Tile:
         return _TILES[self]
 
     def padded_shape(self, rows: int, k: int, *, padded_k: int | None = None) -> tuple[int, int]:
@@ -61,7 +66,7 @@ class SfLayout(enum.IntEnum):
 
         Raises:
             TypeError: an argument is no integer.
-            ValueError: an argument is out of range.
+            ValueError: an argument is out of range, or the matrix has more than :data:`MAX_SCALES` scales.
         """
         rows, k, padded_k = checked_shape(rows, k, padded_k)
         return self.round_up(rows, (k if padded_k is None else padded_k) // BLOCK_SIZE)
@@ -72,16 +77,16 @@ class SfLayout(enum.IntEnum):
         return -(-rows // tile.rows) * tile.rows, -(-cols // tile.cols) * tile.cols
 
     def grouped_rows(self, rows: int, experts: int) -> int:
-        """Scale rows that so many rows need at most, however they are routed to groups that start at a tile each.
+        """Scale rows for ``rows`` rows grouped by expert in the worst case; each group starts at a tile of its own.
 
         A group of ``c`` rows takes ``tile * ceil(c / tile)`` (vLLM's ``compute_expert_blockscale_offsets``), so at most
         ``tile - 1`` are padding in each group that has a row, of which there are ``min(experts, rows)`` at most. All groups
-        are whole tiles, so the sum ``rows + (tile - 1) * min(experts, rows)`` rounds down to them; a routing that leaves one
-        row over in each group needs that many. (vLLM's PR 37626 has the sum with ``experts`` in place of the minimum.)
+        are whole tiles, so the sum ``rows + (tile - 1) * min(experts, rows)`` rounds down to them; groups that each have one
+        row more than whole tiles need that many. (vLLM's PR 37626 has the sum with ``experts`` in place of the minimum.)
 
         Args:
-            rows: rows routed in all, tokens times experts a token; unchecked, and they may be symbolic.
-            experts: groups.
+            rows: rows of all groups, tokens times experts per token; unchecked, and they may be symbolic.
+            experts: number of groups.
         """
         tile = self.tile.rows
         groups: int = torch.sym_min(experts, rows)
@@ -95,7 +100,7 @@ class SfLayout(enum.IntEnum):
     def offsets(
         self, rows: int, k: int, device: torch.device | str | None = None, *, padded_k: int | None = None
     ) -> Tensor:
-        """Byte offset in the flat buffer of each real scale, int64 ``[rows, k // 16]``."""
+        """Byte offset in the flat buffer of each valid scale, int64 ``[rows, k // 16]``."""
         padded_rows, padded_cols = self.padded_shape(rows, k, padded_k=padded_k)
         flat = torch.arange(padded_rows * padded_cols, dtype=torch.int64, device=device)
         return self._logical(flat, padded_rows, padded_cols)[:rows, : k // BLOCK_SIZE].contiguous()
@@ -103,7 +108,7 @@ class SfLayout(enum.IntEnum):
     def padding_mask(
         self, rows: int, k: int, device: torch.device | str | None = None, *, padded_k: int | None = None
     ) -> Tensor:
-        """Bool ``[padded_rows * padded_cols]``, True where no real scale lies."""
+        """Bool ``[padded_rows * padded_cols]``, True where no valid scale lies."""
         mask = torch.zeros(self.nbytes(rows, k, padded_k=padded_k), dtype=torch.bool, device=device)
         for padding in self.padding_views(mask, rows, k, padded_k=padded_k):
             padding.fill_(True)
@@ -153,7 +158,7 @@ class SfLayout(enum.IntEnum):
         return buffer
 
     def unswizzle(self, buffer: Tensor, rows: int, k: int, *, padded_k: int | None = None) -> Tensor:
-        """The real scales of a buffer as uint8 ``[rows, k // 16]``, the inverse of :meth:`swizzle`.
+        """The valid scales of a buffer as uint8 ``[rows, k // 16]``, the inverse of :meth:`swizzle`.
 
         Raises:
             ValueError: ``buffer`` is not contiguous or not of this layout's size.
@@ -184,9 +189,9 @@ class SfLayout(enum.IntEnum):
 
 
 _TILES = {
-    SfLayout.layout_128x4: _Tile(inner_rows=32, outer_rows=4, cols=4),
-    SfLayout.layout_8x4: _Tile(inner_rows=8, outer_rows=1, cols=4),
-    SfLayout.layout_linear: _Tile(inner_rows=1, outer_rows=1, cols=1),
+    SfLayout.layout_128x4: Tile(inner_rows=32, outer_rows=4, cols=4),
+    SfLayout.layout_8x4: Tile(inner_rows=8, outer_rows=1, cols=4),
+    SfLayout.layout_linear: Tile(inner_rows=1, outer_rows=1, cols=1),
 }
 
 
@@ -215,6 +220,11 @@ def checked_layout(layout: SfLayout | int) -> SfLayout:
 
 
 def checked_shape(rows: int, k: int, padded_k: int | None) -> tuple[int, int, int | None]:
+    """Rows and columns of a matrix as integers.
+
+    Raises:
+        TypeError, ValueError: see :meth:`SfLayout.padded_shape`.
+    """
     rows, k = checked_integer(rows, "rows"), checked_integer(k, "k")
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
@@ -224,10 +234,18 @@ def checked_shape(rows: int, k: int, padded_k: int | None) -> tuple[int, int, in
         padded_k = checked_integer(padded_k, "padded_k")
         if padded_k < k or padded_k % BLOCK_SIZE:
             raise ValueError(f"padded_k must be a multiple of {BLOCK_SIZE} and at least k={k}, got {padded_k}")
+    columns = k if padded_k is None else padded_k
+    scales = rows * columns // BLOCK_SIZE
+    if scales > MAX_SCALES:
+        name = "k" if padded_k is None else "padded_k"
+        raise ValueError(
+            f"rows={rows} with {name}={columns} need {scales} scale bytes, and no device holds 1 TiB of them"
+        )
     return rows, k, padded_k
 
 
 def checked_integer(value: int, name: str) -> int:
+    """``value`` as an ``int``; raises TypeError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value.__index__())

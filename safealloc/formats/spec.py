@@ -18,14 +18,14 @@ class ScaleSpec:
 
     Attributes:
         rows: rows of the matrix.
-        k: its columns in elements; ``k // 16`` scale columns are real.
+        k: its columns in elements; ``k // 16`` scale columns are valid.
         layout: order of the bytes.
         padded_k: columns that the consumer was padded to, where that is more than ``k``; else ``None``.
-        experts: a buffer for up to ``rows`` rows that are routed to so many experts, each of which starts at a tile. Which
-            rows hold scales now, its record tells: for each routed row the scale row it was put in, counted from 1; 0 for a
-            row that there was not, -1 for one that was routed nowhere.
+        experts: number of experts, for a buffer of up to ``rows`` rows grouped by expert (MoE); each group starts at a tile.
+            Its record tells which scale rows are valid now.
 
-    A record is ``record`` int32, ``record_offset`` bytes from the start.
+    A record is ``record`` int32, ``record_offset`` bytes from the start. For each row of the last step it holds the scale row
+    where the row's scales lie, counted from 1, or -1 if the row belongs to no group; it is 0 behind the last of them.
     """
 
     rows: int
@@ -49,10 +49,10 @@ class ScaleSpec:
 
     @classmethod
     def grouped(cls, rows: int, k: int, layout: SfLayout | int, experts: int) -> ScaleSpec:
-        """A spec for routed rows, whose numbers were checked.
+        """A spec for rows grouped by expert, whose numbers were checked.
 
         Args:
-            rows: rows routed in all, at least 1.
+            rows: rows of all groups, at least 1.
             k, layout: as in :meth:`checked`.
             experts: at least 1.
 
@@ -81,7 +81,7 @@ class ScaleSpec:
 
     @property
     def record(self) -> int:
-        """How many int32 behind the scale bytes tell what is real; 0 where that is the same for ever."""
+        """Number of int32 behind the scale bytes that tell which rows are valid; 0 where these are always the same."""
         return 0 if self.experts is None else self.rows
 
     @property
@@ -113,17 +113,37 @@ class ScaleSpec:
         behind = scales.storage_offset() + self.record_offset
         return scales.as_strided((4 * self.record,), (1,), behind).view(torch.int32)
 
+    def valid_rows_in(self, record: Tensor) -> Tensor:
+        """Which rows of a buffer with a record hold scales now, bool ``[stored_rows]``.
+
+        Args:
+            record: int32 ``[record]``.
+        """
+        valid = torch.zeros(self.stored_rows, dtype=torch.bool, device=record.device)
+        valid[record[(record > 0) & (record <= self.stored_rows)].long() - 1] = True
+        return valid
+
     def padding_views(self, buffer: Tensor) -> list[Tensor]:
         """Views that cover the padding of ``buffer``; see :meth:`SfLayout.padding_views`.
 
-        Of a buffer with a record that is its padding columns: which rows are padding, only the record tells.
+        Of a buffer with a record these are the padding columns only: the record tells which rows are padding.
         """
         return self.layout.padding_views(buffer, self.stored_rows, self.k, padded_k=self.padded_k)
 
     def zero_padding(self, buffer: Tensor) -> None:
-        """Zero the padding of ``buffer`` in place, by at most four fills; real bytes are not touched."""
+        """Zero the padding of ``buffer`` in place, with the rows that its record does not name; valid scales are not touched.
+
+        Without a record that is at most four fills, and nothing synchronizes.
+
+        Args:
+            buffer: contiguous, all scales of the buffer.
+        """
         for padding in self.padding_views(buffer):
             padding.zero_()
+        record = self.record_in(buffer)
+        if record is not None:
+            offsets = self.layout.offsets(self.stored_rows, self.k, buffer.device)
+            buffer.view(-1)[offsets[~self.valid_rows_in(record)]] = 0
 
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"

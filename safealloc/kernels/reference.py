@@ -24,7 +24,6 @@ from torch import Tensor
 
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.formats.layout import SfLayout
-from safealloc.formats.spec import ScaleSpec
 
 
 def quantize(
@@ -35,13 +34,13 @@ def quantize(
     layout: SfLayout,
     valid_rows: Tensor | None = None,
 ) -> None:
-    """Quantize ``x`` into ``x_fp4`` and the real bytes of ``scales``; padding is not touched.
+    """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales``; padding is not touched.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``.
         global_scale: float32, one element.
         x_fp4: uint8 ``[rows, k // 2]``, written; the low nibble is the even column.
-        scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k: the real bytes are written.
+        scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k; the valid scales are written.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element: rows at or beyond it get zero data and zero scales.
     """
@@ -112,7 +111,16 @@ def dequantize(
 
 
 def mm(
-    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, alpha: Tensor | None, out: Tensor, layout: SfLayout
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
+    alpha: Tensor | None,
+    out: Tensor,
+    layout: SfLayout,
+    *,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
 ) -> None:
     """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``.
 
@@ -120,14 +128,16 @@ def mm(
     padding columns, so that NaN in a padding column makes the row NaN (NaN * 0). Padding rows are not read.
 
     Args:
-        a: uint8 ``[m, k // 2]``.
-        b: uint8 ``[n, k // 2]``.
+        a: one-byte dtype ``[m, k // 2]``, as all operands.
+        b: ``[n, k // 2]``.
         a_scales: contiguous buffer that holds at least ``layout``'s bytes for ``[m, k]``.
         b_scales: contiguous layout_128x4 buffer for ``[n, k]``.
         alpha: float32 of one element or one per row, or ``None`` for 1.
         out: ``[m, n]``, written.
         layout: order of the bytes in ``a_scales``.
+        enable_pdl, skip_check: FlashInfer's, without meaning here.
     """
+    a, b, a_scales, b_scales = (operand.view(torch.uint8) for operand in (a, b, a_scales, b_scales))
     k = 2 * a.shape[1]
     product = _whole_tiles(a, a_scales, layout, k) @ _whole_tiles(b, b_scales, SfLayout.layout_128x4, k).T
     out.copy_(product if alpha is None else product * alpha.reshape(-1, 1))
@@ -140,11 +150,6 @@ def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int) -> Ten
     if layout is SfLayout.layout_linear:
         return F.pad(dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout), (0, padded_k - k))
     return dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout, k=padded_k)
-
-
-def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
-    """Zero the padding of a buffer in place; real bytes are not touched."""
-    ScaleSpec(rows, k, layout, padded_k).zero_padding(scales)
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
-"""Rows routed to experts, in plain torch, on any device: what the grouped kernels must reproduce, bit for bit.
+"""Rows grouped by expert (MoE), in plain torch, on any device: what the grouped kernels must reproduce, bit for bit.
 
 The rows of ``x`` are sorted by expert: those of expert ``e`` are ``expert_offsets[e]`` to ``expert_offsets[e + 1] - 1``, and
-their scales lie from scale row ``blockscale_offsets[e]`` on, where a tile starts. Rows outside of every group are routed
-nowhere. Both are vLLM's (``get_cutlass_moe_mm_data``).
+their scales start at scale row ``blockscale_offsets[e]``, where a tile starts. Both offsets are vLLM's
+(``get_cutlass_moe_mm_data``). Rows outside of every group have no scales.
 
-A buffer's record has a number for each row of the last step: the scale row it was put in, counted from 1, or -1 if it was
-routed nowhere; behind the last of them it is 0. Real scales are what the record names, and every other byte is zero: a step
-clears what the record names and it does not write itself, whatever the offsets were. Nothing here synchronizes, nor copies
-from the host.
+A buffer's record (:class:`safealloc.formats.spec.ScaleSpec`) names the scale rows of the last step. These are valid, and
+every other byte is zero: a step clears the rows that the record names and the step does not write itself, whatever the
+offsets were. Nothing here synchronizes or copies from the host.
 
 The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantized, as vLLM's. No
-two libraries agree on the last bit of an exponential, so that this one is spelled out: sums, products and a division in
+two libraries agree on the last bit of an exponential, so the steps are spelled out: sums, products and a division in
 float32, each rounded to nearest, which give the same bits everywhere::
 
     silu(v) = v / (1 + 2 ** t),  t = -v / ln(2) = n + f,  n whole,  2 ** f a polynomial of degree 6
@@ -43,17 +42,17 @@ def quantize(
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
 ) -> None:
-    """Quantize routed rows, and clear what the step before left.
+    """Quantize rows grouped by expert, and clear the scales that only the previous step wrote.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up.
         global_scales: float32 ``[experts]``.
-        x_fp4: uint8 ``[rows, k // 2]``, written; rows that are routed nowhere or not valid are zero.
+        x_fp4: uint8 ``[rows, k // 2]``, written; rows outside of every group or not valid are zero.
         scales: uint8 ``[padded_rows, padded_cols]``, all of the buffer.
         layout: order of the bytes in ``scales``.
-        record: int32 ``[at least rows]``, brought up to date; ``None``: scales that are zeroed at each step have none.
-        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing; the last scale row they lead to lies in
-            the buffer.
+        record: int32 ``[at least rows]``, updated; ``None`` for scales that are zeroed at each step, which have none.
+        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing; a row whose scale row would lie beyond
+            the buffer counts as outside of every group.
         valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
         row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
         silu_and_mul: whether to quantize ``silu(gate) * up``.
@@ -88,23 +87,25 @@ def clean(
     blockscale_offsets: Tensor,
     rows: int,
 ) -> None:
-    """Clear what the step before left and this one does not write, and bring the record up to date.
+    """Clear the scales that only the previous step wrote, and update the record.
 
-    Before or after the scales of this step are written: those bytes are not touched.
+    It may run before or after the scales of this step are written: those bytes are not touched.
 
     Args:
         scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
         k: columns of the matrix.
-        rows: of this step, routed or not.
+        rows: of this step, in a group or not.
     """
     padded_rows, padded_cols = scales.shape
     _, place = places(rows, expert_offsets, blockscale_offsets, padded_rows)
-    real = torch.zeros(padded_rows + 1, dtype=torch.bool, device=scales.device)  # the last: nowhere
-    stale = real.clone()
-    real.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
+    written = torch.zeros(
+        padded_rows + 1, dtype=torch.bool, device=scales.device
+    )  # the last row: outside of every group
+    previous = written.clone()
+    written.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
     known = (record >= 1) & (record <= padded_rows)
-    stale.index_fill_(0, torch.where(known, record - 1, padded_rows).long(), True)
-    cleared = (stale & ~real)[:padded_rows, None]
+    previous.index_fill_(0, torch.where(known, record - 1, padded_rows).long(), True)
+    cleared = (previous & ~written)[:padded_rows, None]
     offsets = layout.offsets(padded_rows, k, scales.device, padded_k=padded_cols * BLOCK_SIZE)
     flat = scales.view(-1)
     flat[offsets] = torch.where(cleared, 0, flat[offsets])
@@ -113,19 +114,19 @@ def clean(
 
 
 def places(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor, padded_rows: int) -> tuple[Tensor, Tensor]:
-    """Expert and scale row of each row, int64 ``[rows]``; scale row -1 for one that is routed nowhere.
+    """Expert and scale row of each row, int64 ``[rows]``; scale row -1 for a row outside of every group.
 
     Args:
-        rows: routed or not.
+        rows: in a group or not.
         expert_offsets, blockscale_offsets: int32 ``[experts + 1]``.
-        padded_rows: of the buffer; a row that would lie beyond it is routed nowhere.
+        padded_rows: of the buffer; a row that would lie beyond it counts as outside of every group.
     """
     row = torch.arange(rows, dtype=torch.int32, device=expert_offsets.device)
     expert = torch.searchsorted(expert_offsets[1:].contiguous(), row, right=True)  # how many groups end before it
     known = expert.clamp(max=len(expert_offsets) - 2)
     place = blockscale_offsets[known] + row - expert_offsets[known]
-    routed = (expert == known) & (row >= expert_offsets[known]) & (place < padded_rows)
-    return expert, torch.where(routed, place, -1).long()
+    grouped = (expert == known) & (row >= expert_offsets[known]) & (place < padded_rows)
+    return expert, torch.where(grouped, place, -1).long()
 
 
 def multiply(x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _mm(
     a_at = a + row_m.to(tl.int64)[:, None] * (cols * 8) + byte
     b_at = b + row_n.to(tl.int64)[:, None] * (cols * 8) + byte
     in_m, in_n = (row_m < m)[:, None], (row_n < n)[:, None]
-    # Tiles have 4 columns whether or not they are real, but linear scales end where the matrix does.
+    # Tiles have 4 columns, of which some may be padding, but linear scales end where the matrix does.
     scale_cols = cols if LAYOUT == 2 else col_tiles * 4
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -280,21 +280,32 @@ def _add_up(
 
 
 def mm(
-    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, alpha: Tensor | None, out: Tensor, layout: SfLayout
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
+    alpha: Tensor | None,
+    out: Tensor,
+    layout: SfLayout,
+    *,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
 ) -> None:
     """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``, in one launch, or two where ``b`` is small.
 
     Nothing synchronizes. What is summed in which order depends on the shapes alone.
 
     Args:
-        a: uint8 ``[m, k // 2]``, contiguous, m at least 1.
-        b: uint8 ``[n, k // 2]``, contiguous.
-        a_scales: uint8, contiguous, at least ``layout``'s bytes for ``[m, k]``.
-        b_scales: uint8, contiguous, at least layout_128x4's bytes for ``[n, k]``.
+        a: one-byte dtype ``[m, k // 2]``, as all operands; contiguous, m at least 1.
+        b: ``[n, k // 2]``, contiguous.
+        a_scales: contiguous, at least ``layout``'s bytes for ``[m, k]``.
+        b_scales: contiguous, at least layout_128x4's bytes for ``[n, k]``.
         alpha: float32, contiguous, of one element or one per row, or ``None`` for 1.
         out: bfloat16, float16 or float32 ``[m, n]``, any strides, written.
         layout: order of the bytes in ``a_scales``.
+        enable_pdl, skip_check: FlashInfer's, without meaning here: dependent launches are used where the device has them.
     """
+    a, b, a_scales, b_scales = _as_bytes(a), _as_bytes(b), _as_bytes(a_scales), _as_bytes(b_scales)
     m, n, cols = a.shape[0], b.shape[0], 2 * a.shape[1] // BLOCK_SIZE
     multiprocessors = _multiprocessors(a.device)
     steps = -(-cols // (4 * _TILES))
@@ -354,6 +365,10 @@ def mm(
             )
 
 
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.uint8 else tensor.view(torch.uint8)
+
+
 _ADD_UP_COLUMNS = 1024
 
 
@@ -370,17 +385,17 @@ class Tiling(NamedTuple):
 def tiling_for(m: int, n: int, steps: int, multiprocessors: int) -> Tiling:
     """At decode the weight's bytes are all that counts; with more rows of a the conversion of b must pay for itself.
 
-    With few rows, tiles are as wide as gives most programs, up to 2 a multiprocessor; where even wide tiles are more than
-    that, narrow ones.
+    With few rows, tiles have the width, 128 or 64, that gives most programs, up to 2 a multiprocessor; where both give more
+    than that, 64.
     """
     if m <= 16:
-        most = _PROGRAMS * multiprocessors
-        wide, narrow = (
+        at_once = _PROGRAMS * multiprocessors
+        with_128, with_64 = (
             tiles * shares_for(tiles, steps, multiprocessors) for tiles in (_tiles(m, n, 16, 128), _tiles(m, n, 16, 64))
         )
-        if wide <= most and not wide < narrow <= most:
+        if with_128 <= at_once and not with_128 < with_64 <= at_once:
             return Tiling(16, 128, 4, 4)
-        return Tiling(16, 64, 4, 4 if narrow <= most else 6)
+        return Tiling(16, 64, 4, 4 if with_64 <= at_once else 6)
     if m <= 32:
         return Tiling(32, 128, 8, 4)
     if m <= 64:
@@ -393,13 +408,13 @@ def _tiles(m: int, n: int, block_m: int, block_n: int) -> int:
     return -(-m // block_m) * -(-n // 128) * (128 // block_n)
 
 
-_MOST_SHARES = 4
+_MAX_SHARES = 4
 _PROGRAMS = 2  # a multiprocessor
 
 
 def shares_for(tiles: int, steps: int, multiprocessors: int) -> int:
     """How many programs share a tile: up to 4, so that a multiprocessor has 2 programs, each with 16 steps or more."""
-    return max(1, min(_MOST_SHARES, _PROGRAMS * multiprocessors // tiles, steps // 16))
+    return max(1, min(_MAX_SHARES, _PROGRAMS * multiprocessors // tiles, steps // 16))
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""NVFP4 quantization of rows routed to experts, bit for bit as :mod:`safealloc.kernels.reference_grouped`.
+"""NVFP4 quantization of rows grouped by expert (MoE), bit for bit as :mod:`safealloc.kernels.reference_grouped`.
 
-A row has a program for each piece of its columns. Others, before them, clean some rows each: they clear the scale row in
-which the row of the same number lay at the step before, if that holds no scale now, and note the new one. So the buffer's
-record of a row belongs to one program, and cleaning takes as long as the other programs need anyway. If the step before had
-more rows, each cleaning program takes its share of them.
+A row has a program for each part of its columns. Cleaning programs, which come first, take some rows each: they clear the
+scale row that the row of the same number had at the previous step, unless it is valid now, and record the new one. So the
+buffer's record of a row belongs to one program, and cleaning takes as long as the other programs need anyway. If the previous
+step had more rows, each cleaning program takes its share of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_lau
 from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load_blocks, takes_words, tiling_for
 
 _FEW_BLOCKS = 4096
-_CLEANED_ALONE = 1  # rows a program, where no other program quantizes
+_ROWS_CLEANED_ALONE = 1  # by each program, where no other program quantizes
 _MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
 
@@ -64,14 +64,14 @@ def _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts):
 
 @triton.jit
 def _place_of(row, first, end, base, scale_rows):
-    """Scale row of a row, counted from 1; 0 where it is routed nowhere. A row belongs to one group at most."""
+    """Scale row of a row, counted from 1; 0 for a row outside of every group. A row belongs to one group at most."""
     place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 0)
     return tl.where((place > 0) & (place <= scale_rows), place, 0)
 
 
 @triton.jit
 def _divide(number, divisor, reciprocal):
-    """Quotient and remainder, int32, sooner than by a division, which matters where the kernel takes a microsecond.
+    """Quotient and remainder, int32, faster than by a division, which matters where the kernel takes a microsecond.
 
     ``reciprocal`` is ``(2**31 - 1) // divisor``. The quotient that it gives is at most one too small.
     """
@@ -98,29 +98,29 @@ def _clean(
     ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    # Everything is [ROWS, EXPERTS], or 1 of either: other shapes move between warps, which wait for each other then.
+    # Everything is [ROWS, EXPERTS], or 1 of either: other shapes move between warps, which must then synchronize.
     expert = tl.arange(0, EXPERTS)[None, :]
     row = leader + tl.arange(0, ROWS)[:, None]
     first, end, base = _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts)
     inside = row < rows
     old = tl.load(record + row, mask=inside, other=0)
     leader += rows
-    # Of the step before's rows none lies behind one that has no entry, so that this one tells whether there are more.
+    # Behind a row without an entry the previous step had no more rows, so this entry tells whether there are more.
     more = tl.load(record + leader, mask=leader < capacity, other=0)
     if DEPENDENT:
         gdc_launch_dependents()
     place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 1, keep_dims=True)
     place = tl.where((place > 0) & (place <= scale_rows), place, 0)
-    words = scales  # a word is what a tile holds of a row, zero padding columns included
+    words = scales  # a word is a tile's bytes of one row, zero padding columns included
     if TILE_COLS == 4:
         words = scales.to(tl.pointer_type(tl.int32))
     WORDS: tl.constexpr = 128 if ROWS <= 2 else 32
     at = row
     rounds = 0
-    going = rows  # not 0: the first round does not wait for an answer
-    while going != 0:  # of the step before: these rows, and beyond this step's every so many
-        real = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 1, keep_dims=True)
-        clear = tl.where((old > 0) & (old <= scale_rows) & (real == 0), col_tiles, 0)
+    going = rows  # not 0: the first round does not wait for a load
+    while going != 0:  # rows of the previous step: these, and beyond this step's rows one in so many
+        valid = tl.sum(((base < old) & (old <= base + (end - first))).to(tl.int32), 1, keep_dims=True)
+        clear = tl.where((old > 0) & (old <= scale_rows) & (valid == 0), col_tiles, 0)
         scale_row = tl.maximum(old, 1) - 1
         for start in range(0, col_tiles, WORDS):
             word = start + tl.arange(0, WORDS)[None, :]
@@ -288,17 +288,17 @@ def quantize(
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
 ) -> None:
-    """Quantize routed rows, and clear what the step before left, in one launch.
+    """Quantize rows grouped by expert, and clear the scales that only the previous step wrote, in one launch.
 
     Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up; contiguous.
         global_scales: float32 ``[experts]``.
-        x_fp4: uint8 ``[rows, k // 2]``, contiguous, written; rows that are routed nowhere or not valid are zero.
+        x_fp4: uint8 ``[rows, k // 2]``, contiguous, written; rows outside of every group or not valid are zero.
         scales: uint8 ``[padded_rows, padded_cols]``, all of the buffer; nothing beyond it is touched, whatever the offsets.
         layout: order of the bytes in ``scales``.
-        record: int32 ``[at least rows]``, brought up to date; ``None``: scales that are zeroed at each step have none.
+        record: int32 ``[at least rows]``, updated; ``None`` for scales that are zeroed at each step, which have none.
         expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing.
         valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
         row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
@@ -365,20 +365,20 @@ def clean(
     blockscale_offsets: Tensor,
     rows: int,
 ) -> None:
-    """Clear what the step before left and this one does not write, and bring the record up to date, in one launch.
+    """Clear the scales that only the previous step wrote, and update the record, in one launch.
 
-    Before or after the scales of this step are written: those bytes are not touched. Nothing is allocated and nothing
-    synchronizes.
+    It may run before or after the scales of this step are written: those bytes are not touched. Nothing is allocated and
+    nothing synchronizes.
 
     Args:
         scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
         k: columns of the matrix.
-        rows: of this step, routed or not.
+        rows: of this step, in a group or not.
     """
     experts = expert_offsets.shape[0] - 1
     dependent = dependent_launch(scales.device)
     with device_of(scales):
-        _clean_grouped[(-(-rows // _CLEANED_ALONE),)](
+        _clean_grouped[(-(-rows // _ROWS_CLEANED_ALONE),)](
             scales,
             record,
             expert_offsets,
@@ -391,7 +391,7 @@ def clean(
             LAYOUT=int(layout),
             EXPERTS=triton.next_power_of_2(experts),
             TILE_COLS=layout.tile.cols,
-            ROWS=_CLEANED_ALONE,
+            ROWS=_ROWS_CLEANED_ALONE,
             DEPENDENT=bool(dependent),
             num_warps=4,
             enable_fp_fusion=False,

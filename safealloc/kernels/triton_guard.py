@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Looks for padding that is not zero, and tells the host by a word of its memory: nothing waits.
+"""Checks that padding is zero, and reports to the host by a word of its memory: checks are asynchronous.
 
-A program looks at a piece of a buffer, 128 rows of 64 columns, in matrix order. What is padding follows from the shape, or
-from the buffer's record (:class:`safealloc.layout.ScaleSpec`).
+A program checks a piece of a buffer, 128 rows of 64 columns, in matrix order. What is padding follows from the shape, or
+from the buffer's record (:class:`safealloc.formats.spec.ScaleSpec`).
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def _is_dirty(
     row = first_row + tl.arange(0, ROWS)
     tile_cols = tl.where(layout == 2, 1, 4)
     end = tl.minimum(first_col + COLS, col_tiles * tile_cols)
-    real_row = row < rows
-    if length > 0:  # the record says where each row was put
-        here = tl.zeros((ROWS,), tl.int32)
+    valid_row = row < rows
+    if length > 0:  # the record names the valid rows
+        named = tl.zeros((ROWS,), tl.int32)
         for start in range(0, length, ROWS):
             at = start + tl.arange(0, ROWS)
             place = tl.load(record + at, mask=at < length, other=0)
-            here += tl.sum((place[None, :] == row[:, None] + 1).to(tl.int32), 1)
-        real_row = here > 0
+            named += tl.sum((place[None, :] == row[:, None] + 1).to(tl.int32), 1)
+        valid_row = named > 0
     dirty = tl.zeros((ROWS, STEP), tl.int32)
     for start in range(first_col, end, STEP):
         col = start + tl.arange(0, STEP)
-        real = real_row[:, None] & (col < cols)[None, :]
+        valid = valid_row[:, None] & (col < cols)[None, :]
         row_2d, col_2d = row[:, None], col[None, :]
         offset = tl.where(
             layout == 0,
@@ -81,8 +81,8 @@ def _is_dirty(
                 layout == 1, scale_offset(row_2d, col_2d, col_tiles, 1), scale_offset(row_2d, col_2d, col_tiles, 2)
             ),
         )
-        there = (row_2d < padded_rows) & (col_2d < end) & (real == 0)
-        byte = tl.load(scales + offset, mask=there, other=0)
+        padding = (row_2d < padded_rows) & (col_2d < end) & (valid == 0)
+        byte = tl.load(scales + offset, mask=padding, other=0)
         dirty |= (byte != 0).to(tl.int32)
     return tl.max(tl.max(dirty, 1), 0) != 0
 
@@ -164,7 +164,7 @@ _CONSTANTS = {"ROWS": ROWS, "COLS": COLS, "STEP": _STEP}
 
 
 def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
-    """What of a buffer has to be looked at, for a table.
+    """The pieces of a buffer that have padding, for a table.
 
     Args:
         spec: of the buffer.
@@ -182,7 +182,7 @@ def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
 
 
 def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
-    """Look at one buffer: set ``flags[slot]`` and ``flags[0]`` where its padding is not zero. Nothing is waited for.
+    """Check one buffer asynchronously: set ``flags[slot]`` and ``flags[0]`` if its padding is not zero.
 
     Args:
         spec, base: as in :func:`pieces_of`.
@@ -210,7 +210,7 @@ def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
 
 
 def check_table(table: Tensor, flags: Tensor, counters: Tensor, every: int) -> None:
-    """One node of a graph: at every ``every``-th replay, look at all pieces that the table has then.
+    """One node of a graph: at every ``every``-th replay, check all pieces that the table has then.
 
     Args:
         table: int64 ``[1 + pieces, WORDS]`` in pinned memory: how many pieces there are now, then each piece and its slot.

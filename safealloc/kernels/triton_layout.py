@@ -61,9 +61,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     Such a kernel is launched while its predecessor still runs, and has to call ``gdc_wait`` before it touches memory: that
     returns when all that came before is done and visible (CUDA Programming Guide, "Programmatic Dependent Launch").
     """
-    if _WAITS and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if _GDC_WAIT_COMPILES and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"launch_pdl": True}
     return {}
 
 
-_WAITS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # Triton 3.4's gdc_wait does not compile
+_GDC_WAIT_COMPILES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # not with Triton 3.4

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Zeroes the padding of a scale buffer in one launch, as :func:`safealloc.kernels.reference.zero_padding`.
+"""Zeroes the padding of a scale buffer in one launch, as :meth:`safealloc.formats.spec.ScaleSpec.zero_padding`.
 
 A word is what a tile holds of one row: 4 bytes, in linear 1. The padding is two sets of words::
 
@@ -56,7 +56,7 @@ def _zero_padding(
 
 
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
-    """Zero the padding of a buffer in place; real bytes, and bytes beyond the layout, are not touched.
+    """Zero the padding of a buffer in place; valid scales, and bytes beyond the layout, are not touched.
 
     Without padding nothing is launched. Nothing is allocated and nothing synchronizes.
 

@@ -32,10 +32,10 @@ from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_lau
 
 
 @triton.jit
-def _round(x, MIN_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, MOST: tl.constexpr):
-    """Code and float32 value, without sign, of the small float next to ``|x|``, saturating at ``MOST``; so does NaN."""
+def _round(x, MIN_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, LARGEST: tl.constexpr):
+    """Code and float32 value, without sign, of the small float next to ``|x|``, saturating at ``LARGEST``; so does NaN."""
     magnitude = tl.abs(x)
-    magnitude = tl.where(magnitude < MOST, magnitude, MOST)  # not minimum(): some interpreters pass NaN there
+    magnitude = tl.where(magnitude < LARGEST, magnitude, LARGEST)  # not minimum(): some interpreters pass NaN there
     lowest: tl.constexpr = (127 + MIN_EXPONENT) << 23
     exponent = magnitude.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.maximum(exponent, lowest)  # subnormals have the step of the lowest exponent
@@ -98,8 +98,8 @@ def _encode_scale(x, HARDWARE: tl.constexpr):
         rounded = x.to(tl.float8e4nv)
         code, value = rounded.to(tl.uint8, bitcast=True), rounded.to(tl.float32)
     else:
-        wide, value = _encode_e4m3(x)
-        code = wide.to(tl.uint8)
+        code_int32, value = _encode_e4m3(x)
+        code = code_int32.to(tl.uint8)
     return code, value
 
 
@@ -121,9 +121,9 @@ def _pack_ptx(unpack: str) -> tl.constexpr:
         and.b32 step, step, 0x7F800000;        // its exponent, e2m1's lowest at least,
         add.s32 step, step, 0x08000000;        // as the number whose ulp is e2m1's step * 2**-6
         max.s32 step, step, 0x47800000;
-        mov.b32 wide, step;
-        fma.rn.f32 magnitude, magnitude, 0f3C800000, wide;  // 2**-6
-        sub.rn.f32 magnitude, magnitude, wide;
+        mov.b32 rounder, step;
+        fma.rn.f32 magnitude, magnitude, 0f3C800000, rounder;  // 2**-6
+        sub.rn.f32 magnitude, magnitude, rounder;
         mov.b32 step, magnitude;
         mov.b32 sign, {x};
         lop3.b32 step, step, sign, 0x80000000, 0xF8;
@@ -138,7 +138,7 @@ def _pack_ptx(unpack: str) -> tl.constexpr:
     return tl.constexpr(
         f"""
         {{
-        .reg .f32 even, odd, magnitude, wide;
+        .reg .f32 even, odd, magnitude, rounder;
         .reg .b32 step, sign, low, high, rest;
         .reg .b16 pair0, pair1, pair2, pair3, half0, half1;
         {pairs}
@@ -308,7 +308,7 @@ def quantize(
     layout: SfLayout,
     valid_rows: Tensor | None = None,
 ) -> None:
-    """Quantize ``x`` into ``x_fp4`` and the real bytes of ``scales`` in one launch; padding is not touched.
+    """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales`` in one launch; padding is not touched.
 
     Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
 
@@ -331,12 +331,9 @@ def quantize(
             scales,
             valid_rows,
             cols,
-            scales.shape[-1] // _TILE_COLS[layout],
+            scales.shape[-1] // layout.tile.cols,
             **_options(x.device, layout, tiling),
         )
-
-
-_TILE_COLS = {layout: layout.tile.cols for layout in SfLayout}
 
 
 @functools.cache

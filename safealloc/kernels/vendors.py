@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from safealloc._optional import require
 from safealloc.formats.layout import SfLayout
-from safealloc.kernels import reference
+from safealloc.formats.spec import ScaleSpec
 
 
 def flashinfer_quantize(
     x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
 ) -> None:
-    """``flashinfer.nvfp4_quantize``; it allocates by itself, so that its results are copied into ours."""
+    """``flashinfer.nvfp4_quantize``, which allocates its results: they are copied into ours."""
     flashinfer = require("flashinfer")
     data, their_scales = flashinfer.nvfp4_quantize(
         x, global_scale, sfLayout=flashinfer.SfLayout(layout.value), do_shuffle=False
     )
     x_fp4.copy_(data.view(torch.uint8))
     scales.view(-1).copy_(their_scales.view(torch.uint8).reshape(-1))
-    reference.zero_padding(scales, layout, x.shape[0], x.shape[1])
+    ScaleSpec(x.shape[0], x.shape[1], layout).zero_padding(scales)
 
 
 def vllm_quantize(
@@ -38,16 +36,37 @@ def vllm_quantize(
 def flashinfer_mm(
     a: Tensor,
     b: Tensor,
-    a_descale: Tensor,
-    b_descale: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
     alpha: Tensor | None,
-    out_dtype: torch.dtype,
-    out: Tensor | None,
-    **keywords: Any,
-) -> Tensor:
-    """``flashinfer.mm_fp4`` as it is: ``b`` and ``b_descale`` transposed, and shuffled by the caller for trtllm."""
-    result: Tensor = require("flashinfer").mm_fp4(a, b, a_descale, b_descale, alpha, out_dtype, out, **keywords)
-    return result
+    out: Tensor,
+    layout: SfLayout,
+    *,
+    backend: str,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
+) -> None:
+    """:func:`safealloc.kernels.reference.mm` by ``flashinfer.mm_fp4``, which takes the weight and its scales transposed.
+
+    Args:
+        a, b, a_scales, b_scales, alpha, out: in the dtypes that FlashInfer is to see; for trtllm, ``b`` and ``b_scales`` as
+            :func:`shuffle_for_trtllm` returns them.
+        layout: 128x4 or 8x4.
+        backend, enable_pdl, skip_check: FlashInfer's.
+    """
+    require("flashinfer").mm_fp4(
+        a,
+        b.T,
+        a_scales,
+        b_scales.T,
+        alpha,
+        out.dtype,
+        out,
+        use_8x4_sf_layout=layout is SfLayout.layout_8x4,
+        backend=backend,
+        enable_pdl=enable_pdl,
+        skip_check=skip_check,
+    )
 
 
 TRTLLM_TILE_ROWS = 128

@@ -1,4 +1,4 @@
-"""The tables of backends: a name, a function, and one sentence why it cannot run here.
+"""The tables of backends: a row is a name, a function, and one sentence why it cannot run here.
 
 ``"auto"`` takes the first row that can. A backend is added as a row.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safealloc import _optional
 from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import reference, reference_grouped, vendors
 
 
@@ -27,7 +28,7 @@ class Call(NamedTuple):
         layout: of the activation's scales.
         out_dtype: of a GEMM's result, else ``None``.
         valid_rows: a quantization with a device-side row count.
-        row_alpha: a GEMM with one alpha per row; ``None`` where its one alpha is that too, since there is one row.
+        row_alpha: a GEMM with one alpha per row; ``None`` where one alpha is both, since there is one row.
     """
 
     device: torch.device
@@ -37,69 +38,87 @@ class Call(NamedTuple):
     row_alpha: bool | None = False
 
 
+call_for = functools.cache(Call)
+"""A :class:`Call`, looked up instead of made, which takes a third of the time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row.
+    """One row of a table.
 
     Attributes:
         name: what a caller asks for.
         refusal: why it cannot run a call, in one sentence, or ``None``.
-        run: the function; each table's take the arguments of its row "reference", and FlashInfer's GEMMs its own.
+        run: the function; all rows of a table take the same call, that of row "reference".
         automatic: whether ``"auto"`` may take it.
-        flashinfer: a GEMM of FlashInfer's, which takes FlashInfer's arguments.
+        package: whose kernel it is, where it is not ours.
     """
 
     name: str
     refusal: Callable[[Call], str | None]
-    run: Callable[..., Any]
+    run: Callable[..., None]
     automatic: bool = True
-    flashinfer: bool = False
+    package: str | None = None
 
 
-_chosen: dict[tuple[Any, ...], Backend] = {}  # on CUDA devices, which stay what they are
+class Table(MutableMapping[str, Backend]):
+    """Backends by name, in the order in which ``"auto"`` tries them.
 
-
-def choose(
-    table: Mapping[str, Backend],
-    name: str,
-    device: torch.device,
-    layout: SfLayout,
-    out_dtype: torch.dtype | None = None,
-    valid_rows: bool = False,
-    row_alpha: bool | None = False,
-) -> Backend:
-    """The row that ``name`` asks for.
-
-    Args:
-        table, name: as stated there.
-        device, layout, out_dtype, valid_rows, row_alpha: the fields of a :class:`Call`, which is only made where
-            the row is not known yet: it costs more than the rest.
-
-    Raises:
-        TypeError: ``name`` is no string.
-        ValueError: no such backend, or it cannot run this call; says why.
+    Every eager call chooses, so choices on CUDA devices, whose capability does not change, are remembered until a row
+    changes. On a CPU, whether Triton's interpreter runs may change.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"backend must be a string, got {name!r}")
-    key = id(table), name, device, layout, out_dtype, valid_rows, row_alpha
-    row = _chosen.get(key)
-    if row is None:
-        row = _choose(table, name, Call(device, layout, out_dtype, valid_rows, row_alpha))
-        if device.type == "cuda":
-            _chosen[key] = row
-    return row
 
+    def __init__(self, *rows: Backend) -> None:
+        self._rows = {row.name: row for row in rows}
+        self._chosen: dict[tuple[str, Call], Backend] = {}
 
-def _choose(table: Mapping[str, Backend], name: str, call: Call) -> Backend:
-    if name == "auto":
-        return next(row for row in table.values() if row.automatic and row.refusal(call) is None)
-    row = table.get(name)
-    if row is None:
-        raise ValueError(f"backend must be one of {', '.join(['auto', *table])}, got {name!r}")
-    reason = row.refusal(call)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this: {reason}")
-    return row
+    def choose(self, name: str, call: Call) -> Backend:
+        """The row that ``name`` asks for.
+
+        Raises:
+            TypeError: ``name`` is no string.
+            ValueError: no such backend, or it cannot run this call; says why.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be a string, got {name!r}")
+        row = self._chosen.get((name, call))
+        if row is None:
+            row = self._choose(name, call)
+            if call.device.type == "cuda":
+                self._chosen[name, call] = row
+        return row
+
+    def _choose(self, name: str, call: Call) -> Backend:
+        if name == "auto":
+            return next(row for row in self.values() if row.automatic and row.refusal(call) is None)
+        row = self.get(name)
+        if row is None:
+            raise ValueError(f"backend must be one of {', '.join(['auto', *self])}, got {name!r}")
+        reason = row.refusal(call)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run this: {reason}")
+        return row
+
+    def forget_choices(self) -> None:
+        """Choose anew from now on: what a requirement looks at has changed."""
+        self._chosen.clear()
+
+    def __getitem__(self, name: str) -> Backend:
+        return self._rows[name]
+
+    def __setitem__(self, name: str, row: Backend) -> None:
+        self._rows[name] = row
+        self.forget_choices()
+
+    def __delitem__(self, name: str) -> None:
+        del self._rows[name]
+        self.forget_choices()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 @functools.cache
@@ -120,16 +139,16 @@ def triton_refusal(call: Call) -> str | None:
     if call.device.type != "cuda":
         return None if interpreting() else f"Triton kernels need a CUDA device, not {call.device}"
     if capability(call.device) < (8, 9):
-        return f"float8_e4m3 needs compute capability 8.9, {_has(call.device)}"
+        return f"float8_e4m3 needs compute capability 8.9, {_capability_text(call.device)}"
     return None
 
 
-def _has(device: torch.device) -> str:
+def _capability_text(device: torch.device) -> str:
     major, minor = capability(device)
     return f"{device} has {major}.{minor}"
 
 
-def _anywhere(call: Call) -> str | None:
+def _runs_anywhere(call: Call) -> str | None:
     return None
 
 
@@ -137,7 +156,8 @@ def _anywhere(call: Call) -> str | None:
 _BLACKWELL = (100, 103, 107, 110, 120, 121)
 
 
-def _blackwell(call: Call, package: str, runs_on: tuple[int, ...]) -> str | None:
+def package_refusal(call: Call, package: str, runs_on: tuple[int, ...]) -> str | None:
+    """Why a package's kernel for some compute capabilities cannot run on the device of a call, or ``None``."""
     if reason := _optional.missing(package):
         return reason
     if call.device.type != "cuda":
@@ -146,19 +166,19 @@ def _blackwell(call: Call, package: str, runs_on: tuple[int, ...]) -> str | None
     if 10 * major + minor not in runs_on:
         listed = ", ".join(str(number / 10) for number in runs_on)
         per_row = " with one alpha per row" if call.row_alpha else ""
-        return f"it runs{per_row} on compute capability {listed} only, {_has(call.device)}"
+        return f"it runs{per_row} on compute capability {listed} only, {_capability_text(call.device)}"
     return None
 
 
-def _vendor_quantizer(call: Call, package: str) -> str | None:
+def _quantizer_refusal(call: Call, package: str) -> str | None:
     if call.valid_rows:
         return f"{package} takes no valid_rows"
     if package == "vllm" and call.layout is SfLayout.layout_8x4:
         return "vLLM's own quantizer writes 128x4 and linear"
-    return _blackwell(call, package, _BLACKWELL)
+    return package_refusal(call, package, _BLACKWELL)
 
 
-def _flashinfer_gemm(
+def _flashinfer_refusal(
     call: Call,
     reads: tuple[SfLayout, ...],
     returns: tuple[torch.dtype, ...],
@@ -173,47 +193,43 @@ def _flashinfer_gemm(
     runs_on = row_alpha if per_row else runs_on
     if not runs_on:
         return "it takes one alpha, not one per row" if per_row else "it takes one alpha per row, not one"
-    return _blackwell(call, "flashinfer", runs_on)
+    return package_refusal(call, "flashinfer", runs_on)
 
 
 # Launchers are looked up at the first call: Triton may be missing, and its import takes a second.
-def _triton(module: str, function: str) -> Callable[..., Any]:
+def _triton(module: str, function: str) -> Callable[..., None]:
     @functools.cache
-    def launcher() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(_optional.require(f"safealloc.kernels.{module}"), function)
+    def launcher() -> Callable[..., None]:
+        found: Callable[..., None] = getattr(_optional.require(f"safealloc.kernels.{module}"), function)
         return found
 
-    return lambda *arguments: launcher()(*arguments)
+    return lambda *arguments, **keywords: launcher()(*arguments, **keywords)
 
 
-def _table(*rows: Backend) -> dict[str, Backend]:
-    return {row.name: row for row in rows}
+def _quantizer(package: str, run: Callable[..., None]) -> Backend:
+    refusal = functools.partial(_quantizer_refusal, package=package)
+    return Backend(package, refusal, run, automatic=False, package=package)
 
 
-QUANTIZERS = _table(
+QUANTIZERS = Table(
     Backend("triton", triton_refusal, _triton("triton_quantize", "quantize")),
-    Backend("reference", _anywhere, reference.quantize),
-    Backend(
-        "flashinfer",
-        functools.partial(_vendor_quantizer, package="flashinfer"),
-        vendors.flashinfer_quantize,
-        automatic=False,
-    ),
-    Backend("vllm", functools.partial(_vendor_quantizer, package="vllm"), vendors.vllm_quantize, automatic=False),
+    Backend("reference", _runs_anywhere, reference.quantize),
+    _quantizer("flashinfer", vendors.flashinfer_quantize),
+    _quantizer("vllm", vendors.vllm_quantize),
 )
-"""Quantizers. Vendors' are there to be asked for: FlashInfer's costs a copy, and both store padding themselves."""
+"""Quantizers. The vendors' run only by name: FlashInfer's costs a copy, and both write padding themselves."""
 
-GROUPED_QUANTIZERS = _table(
+GROUPED_QUANTIZERS = Table(
     Backend("triton", triton_refusal, _triton("triton_grouped", "quantize")),
-    Backend("reference", _anywhere, reference_grouped.quantize),
+    Backend("reference", _runs_anywhere, reference_grouped.quantize),
 )
-"""Quantizers of rows routed to experts. Vendors' do not clean; they go with a row of ``CLEANERS``."""
+"""Quantizers of rows grouped by expert (MoE). The vendors' do not clean: they need a row of ``CLEANERS`` beside them."""
 
-CLEANERS = _table(
+CLEANERS = Table(
     Backend("triton", triton_refusal, _triton("triton_grouped", "clean")),
-    Backend("reference", _anywhere, reference_grouped.clean),
+    Backend("reference", _runs_anywhere, reference_grouped.clean),
 )
-"""What clears the scales that an earlier routing left."""
+"""What clears the scales that only an earlier step wrote."""
 
 
 def _flashinfer(
@@ -225,16 +241,15 @@ def _flashinfer(
     row_alpha: tuple[int, ...] = (),
 ) -> Backend:
     """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row."""
-    refusal = functools.partial(_flashinfer_gemm, reads=reads, returns=returns, runs_on=runs_on, row_alpha=row_alpha)
-    asked = "auto" if name == "flashinfer" else name
-    run = functools.partial(vendors.flashinfer_mm, backend=asked)
-    return Backend(name, refusal, run, automatic=name == "flashinfer", flashinfer=True)
+    refusal = functools.partial(_flashinfer_refusal, reads=reads, returns=returns, runs_on=runs_on, row_alpha=row_alpha)
+    run = functools.partial(vendors.flashinfer_mm, backend="auto" if name == "flashinfer" else name)
+    return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer")
 
 
-GEMMS = _table(
+GEMMS = Table(
     _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103)),  # FlashInfer's own choice
     Backend("triton", triton_refusal, _triton("triton_gemm", "mm")),
-    Backend("reference", _anywhere, reference.mm),
+    Backend("reference", _runs_anywhere, reference.mm),
     _flashinfer("cudnn", _BLACKWELL),
     _flashinfer(
         "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
@@ -247,13 +262,19 @@ GEMMS = _table(
 )
 """GEMMs. What FlashInfer's run on, read and return, and where with an alpha per row: its ``mm_fp4`` requirements (0.7.2).
 
-What depends on the shape, on CUDA's version or on another package, FlashInfer itself refuses.
+FlashInfer itself refuses what depends on the shape, on CUDA's version or on another package.
 """
 
 
 def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:
-    """Zero a foreign buffer's padding in place: one Triton kernel where there is one, else up to four fills."""
+    """Zero the padding of scales that no pool made, in place: by one Triton kernel, or up to four fills without Triton.
+
+    Args:
+        scales: contiguous, one-byte dtype, exactly the scales of ``[rows, k]`` in ``layout``.
+        layout: order of the bytes in ``scales``.
+        rows, k: the matrix.
+    """
     if triton_refusal(Call(scales.device, layout)) is None:
         _triton("triton_padding", "zero_padding")(scales, layout, rows, k)
     else:
-        reference.zero_padding(scales.view(-1)[: layout.nbytes(rows, k)], layout, rows, k)
+        ScaleSpec(rows, k, layout).zero_padding(scales)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from safealloc._checks import BYTES, FP4, check_contiguous, check_tensor
-from safealloc._optional import missing
+from safealloc._optional import missing, require
 from safealloc.errors import LayoutMismatchError, SafeAllocError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.kernels.vendors import flashinfer_mm
-from safealloc.ops.backends import GEMMS, Backend, Call, choose, zero_padding
+from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import library
 from safealloc.pool.contents import remember, spec_of
 
@@ -23,7 +22,7 @@ _foreign_scales: ForeignScales = "zero"
 
 
 def set_foreign_scales(mode: ForeignScales) -> ForeignScales:
-    """What :func:`mm_fp4` does with activation scales that no pool made; returns the mode until now.
+    """Set what :func:`mm_fp4` does with activation scales that no pool made; returns the previous mode.
 
     Args:
         mode: ``"zero"`` zeroes their padding in place by one small kernel, ``"trust"`` reads them as they are,
@@ -59,18 +58,18 @@ def mm_fp4(
 
     Args:
         a: uint8 or float4_e2m1fn_x2 ``[m, k // 2]``, contiguous.
-        b: the weight ``[n, k // 2]`` transposed: ``[k // 2, n]``, column-major.
+        b: the weight ``[n, k // 2]`` transposed, ``weight.T``: ``[k // 2, n]``, column-major.
         a_descale: scales of ``a``, uint8 or float8_e4m3fn, contiguous. From a pool: layout and rows are known, and ``a``
             may have been padded in k as far as the buffer's columns go. From elsewhere: see :func:`set_foreign_scales`.
-        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed.
+        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed likewise.
         alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
         out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
         out: result ``[m, n]``, contiguous; ``None`` makes one.
         block_size: 16. 32 is MXFP4, which goes to FlashInfer untouched.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
         backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
-            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: 8x4 scales go
-            to it by its name only, and to "triton" by "auto".
+            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it runs by its
+            name only. With "auto", 8x4 scales go to "triton".
         use_nvfp4, enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
     Returns:
@@ -84,7 +83,7 @@ def mm_fp4(
     if block_size != BLOCK_SIZE or not use_nvfp4:
         if reason := missing("flashinfer"):
             raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
-        return flashinfer_mm(
+        passed_through: Tensor = require("flashinfer").mm_fp4(
             a,
             b,
             a_descale,
@@ -99,59 +98,42 @@ def mm_fp4(
             enable_pdl=enable_pdl,
             skip_check=skip_check,
         )
+        return passed_through
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.safealloc.mm_fp4(
             a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check, a_descale
         )
         return result if out is None else out.copy_(result)
-    m, n, k = _check_operands(a, b, b_descale)
-    check_result(m, n, alpha, out_dtype, out, a.device)
-    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
-    row = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, a.device, m))
-    if foreign:
-        _treat_foreign(a_descale, layout, m, k)
-    return multiply(
-        row, a, b, a_descale, b_descale, alpha, out_dtype, out, layout, enable_pdl=enable_pdl, skip_check=skip_check
-    )
-
-
-def multiply(
-    row: Backend,
-    a: Tensor,
-    b: Tensor,
-    a_descale: Tensor,
-    b_descale: Tensor,
-    alpha: Tensor | None,
-    out_dtype: torch.dtype,
-    out: Tensor | None,
-    layout: SfLayout,
-    *,
-    enable_pdl: bool = True,
-    skip_check: bool = False,
-) -> Tensor:
-    """:func:`mm_fp4` of arguments that were checked, by a backend that was chosen; ``layout`` is that of ``a_descale``."""
-    if row.flashinfer:
-        swizzle = {"use_8x4_sf_layout": layout is SfLayout.layout_8x4}
-        options = {"enable_pdl": enable_pdl, "skip_check": skip_check}
-        return row.run(a, b, a_descale, b_descale, alpha, out_dtype, out, **swizzle, **options)  # type: ignore[no-any-return]
-    if out is None:
-        out = torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
-    a_bytes, b_bytes = a.view(torch.uint8), b.T.view(torch.uint8)
-    row.run(a_bytes, b_bytes, a_descale.view(torch.uint8), b_descale.T.view(torch.uint8), alpha, out, layout)
-    return out
-
-
-def _check_operands(a: Tensor, b: Tensor, b_descale: Tensor) -> tuple[int, int, int]:
     check_tensor("a", a, FP4, "[m, k // 2]")
     check_contiguous("a", a)
     check_tensor("b", b, FP4, "[k // 2, n]", a.device)
     check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
-    n, k = check_weight(b.T, b_descale.T, a.device, "b.T", "b_descale.T")
-    if a.shape[0] < 1 or 2 * a.shape[1] != k:
+    weight, weight_scales = _untransposed("b", b, "weight"), _untransposed("b_descale", b_descale, "weight_scales")
+    n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T")
+    m = a.shape[0]
+    if m < 1 or 2 * a.shape[1] != k:
         raise ValueError(
             f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
         )
-    return a.shape[0], n, k
+    check_result(m, n, alpha, out_dtype, out, a.device)
+    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
+    row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m))
+    if foreign:
+        _treat_foreign(a_descale, layout, m, k)
+    if out is None:
+        out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    row.run(a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check)
+    return out
+
+
+def _untransposed(name: str, tensor: Tensor, original: str) -> Tensor:
+    transposed = tensor.T
+    if not transposed.is_contiguous():
+        raise ValueError(
+            f"{name} must be the {original.replace('_', ' ')} transposed, a column-major view: pass {original}.T, "
+            f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    return transposed
 
 
 def check_weight(
@@ -209,23 +191,23 @@ def call_of(
 ) -> Call:
     """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
     row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
-    return Call(device, layout, out_dtype, row_alpha=row_alpha)
+    return call_for(device, layout, out_dtype, False, row_alpha)
 
 
 def _layout_of(
     a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device
 ) -> tuple[SfLayout, bool]:
-    """The layout the scales were written in, and whether that is only the caller's word."""
+    """The layout of the scales, and whether no pool made them: then it is only what the caller says."""
     check_tensor("a_descale", a_descale, BYTES, None, device)
     check_contiguous("a_descale", a_descale)
-    said = None
+    asked = None
     if use_8x4_sf_layout is not None:
-        said = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+        asked = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
     spec = spec_of(a_descale)
     if spec is not None:
-        _check_spec(spec, a_descale, m, k, said)
+        _check_spec(spec, a_descale, m, k, asked)
         return spec.layout, False
-    layout = said or SfLayout.layout_128x4
+    layout = SfLayout.layout_128x4 if asked is None else asked
     needed = layout.nbytes(m, k)
     if a_descale.numel() != needed:
         others = [other.name for other in SfLayout if other.nbytes(m, k) == a_descale.numel()]
@@ -237,31 +219,31 @@ def _layout_of(
     return layout, True
 
 
-def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, said: SfLayout | None) -> None:
-    check_agrees(spec, m, k, said)
+def _check_spec(spec: ScaleSpec, a_descale: Tensor, m: int, k: int, asked: SfLayout | None) -> None:
+    check_agrees(spec, m, k, asked)
     if a_descale.numel() != spec.scale_bytes:
         raise ValueError(f"a_descale must be the whole buffer, {spec.padded_shape}, got {tuple(a_descale.shape)}")
 
 
-def check_agrees(spec: ScaleSpec, m: int, k: int, said: SfLayout | None) -> None:
-    """Refuse a GEMM that would read a buffer otherwise than it was written.
+def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> None:
+    """Refuse a GEMM that would not read a buffer as it was written.
 
     Args:
         spec: of the activation's scales.
         m, k: of the activation; k may have been padded as far as the buffer's columns go.
-        said: the layout that the GEMM is told, if it is told one.
+        asked: the layout that the GEMM is told to read, if it is told one.
 
     Raises:
         LayoutMismatchError: the layout, the rows or the columns contradict the buffer.
     """
-    if said is not None and said is not spec.layout:
+    if asked is not None and asked is not spec.layout:
         raise LayoutMismatchError(
-            f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={said is SfLayout.layout_8x4} asks the "
-            f"GEMM to read it as {said.name}; use_8x4_sf_layout=None takes the buffer's layout"
+            f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={asked is SfLayout.layout_8x4} asks the "
+            f"GEMM to read it as {asked.name}; use_8x4_sf_layout=None takes the buffer's layout"
         )
     if spec.experts is not None:
         raise LayoutMismatchError(
-            f"a_descale holds rows routed to {spec.experts} experts, each from a tile on, which only a grouped GEMM reads"
+            f"a_descale holds rows grouped by expert ({spec.experts} experts), which only a grouped GEMM reads"
         )
     if spec.rows != m:
         raise LayoutMismatchError(
@@ -285,8 +267,8 @@ def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> None:
         zero_padding(a_descale, layout, m, k)
 
 
-# A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: as they are, which
-# tells the buffer, and as what is zeroed and read where they are from elsewhere.
+# A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: a_descale, by which
+# a pool's buffer is recognized, and foreign_descale, which is zeroed and read where no pool made them.
 library.define(
     "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
     "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
@@ -309,7 +291,7 @@ def _op(
 ) -> Tensor:
     spec = spec_of(a_descale)
     if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr():
-        remember(foreign_descale, spec)  # the copy, which later ops of the graph may get
+        remember(foreign_descale, spec)  # it is a copy, which later ops of the graph may get
     return mm_fp4(
         a,
         b,

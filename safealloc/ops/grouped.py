@@ -1,4 +1,4 @@
-"""NVFP4 quantization of rows routed to experts, into pool buffers in which nothing of an earlier step is left."""
+"""NVFP4 quantization of rows grouped by expert (MoE), into pool buffers that keep no scales of an earlier step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from safealloc._checks import BYTES, check_contiguous, check_scalar, check_tenso
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, checked_layout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, choose
+from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for
 from safealloc.ops.inductor import forbid_reuse
-from safealloc.ops.library import library
+from safealloc.ops.library import empty_scales, library
 from safealloc.pool.contents import spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
@@ -31,24 +31,24 @@ def nvfp4_quantize_grouped(
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows that are sorted by expert, as vLLM's ``scaled_fp4_experts_quant``, in one launch.
 
-    Every byte of the scales that is not one of this call's is zero afterwards, whatever the offsets were at the call before.
-    Offsets are read on the device and not checked there: with such as contradict the buffer, rows that would lie beyond it
-    count as routed nowhere.
+    Afterwards every byte that is not a scale of this call is zero, whatever the offsets of the previous call were. Offsets
+    are read on the device and not checked there: a row whose scale row would lie beyond the buffer counts as outside of
+    every group.
 
     Args:
         x: bfloat16 or float16 ``[rows, k]``, contiguous; the rows of expert ``e`` are ``expert_offsets[e]`` to
-            ``expert_offsets[e + 1] - 1``. Rows outside of every group are routed nowhere: their data are zero.
+            ``expert_offsets[e + 1] - 1``. The data of rows outside of every group are zero.
         global_scales: float32 ``[experts]``: what the scales of each expert's rows are multiplied by.
         expert_offsets: int32 ``[experts + 1]`` on the device, not decreasing, from 0 to ``rows`` at most.
-        blockscale_offsets: int32 ``[experts + 1]`` on the device: the scale row where each expert's begin, a multiple of the
-            layout's tile; each group rounded up to whole tiles, and summed.
+        blockscale_offsets: int32 ``[experts + 1]`` on the device: the first scale row of each expert, a multiple of the
+            layout's tile: the sum of the groups before it, each rounded up to whole tiles.
         layout: order of the scale bytes.
         pool: where the scales come from; ``None`` is the default pool.
         backend: ``"reference"`` (any device), ``"triton"`` (compute capability 8.9 and up), ``"auto"``.
         valid_rows: int32, one element on the device: rows of tokens at or beyond it, a graph's padded batch, get zero data
             and zero scales whatever they hold. ``None``: all are valid.
-        row_tokens: int32 ``[rows]`` on the device: the token of each row (vLLM's ``a_map``), for ``valid_rows``; ``None``: a
-            row is a token.
+        row_tokens: int32 ``[rows]`` on the device: the token of each row (vLLM's ``a_map``), for ``valid_rows``; ``None``:
+            the number of the row.
 
     Returns:
         uint8 ``[rows, k // 2]`` (low nibble: even column) and the scales, as :meth:`ScalePool.acquire_grouped` returns them.
@@ -58,7 +58,7 @@ def nvfp4_quantize_grouped(
         SafeAllocError: as :meth:`ScalePool.acquire`.
     """
     return _quantize(
-        x, global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens, silu=False
+        x, global_scales, expert_offsets, blockscale_offsets, layout, backend, valid_rows, row_tokens, False, pool
     )
 
 
@@ -90,7 +90,7 @@ def silu_and_mul_nvfp4_quantize_grouped(
         TypeError, ValueError, SafeAllocError: as :func:`nvfp4_quantize_grouped`.
     """
     return _quantize(
-        x, global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens, silu=True
+        x, global_scales, expert_offsets, blockscale_offsets, layout, backend, valid_rows, row_tokens, True, pool
     )
 
 
@@ -102,15 +102,15 @@ def clean_grouped_scales(
     *,
     backend: str = "auto",
 ) -> None:
-    """Beside a producer that writes real scales only: clear what the step before left and this one does not write.
+    """Clear the scales that only the previous step wrote, beside a producer that writes valid scales only.
 
-    One launch, whose cost follows the rows of both steps. It may come before or after the producer, on its stream, and has to
-    come before the GEMM. What a producer wrote elsewhere, only :meth:`ScalePool.verify` sees.
+    One launch, whose cost follows the rows of both steps. It may run before or after the producer, on its stream, and must
+    run before the GEMM. Only :meth:`ScalePool.verify` sees what a producer wrote elsewhere.
 
     Args:
         scales: of :meth:`ScalePool.acquire_grouped`, or a dtype view of it.
         expert_offsets, blockscale_offsets: as in :func:`nvfp4_quantize_grouped`.
-        rows: of this step, routed or not; ``None``: as many as the buffer is for.
+        rows: of this step, in a group or not; ``None``: as many as the buffer is for.
         backend: ``"reference"`` or ``"triton"``, ``"auto"``.
 
     Raises:
@@ -122,7 +122,7 @@ def clean_grouped_scales(
     spec = spec_of(scales)
     if spec is None or spec.experts is None:
         raise ValueError(
-            "scales must start at a buffer of ScalePool.acquire_grouped: another has no record to clean by"
+            "scales must start at a buffer of ScalePool.acquire_grouped: other memory has no record of the previous step"
         )
     _check_offsets(expert_offsets, blockscale_offsets, spec.experts, scales.device)
     rows = spec.rows if rows is None else rows
@@ -130,8 +130,8 @@ def clean_grouped_scales(
         raise TypeError(f"rows must be an integer, got {rows!r}")
     if not 1 <= rows <= spec.rows:
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
-    row = choose(CLEANERS, backend, scales.device, spec.layout)
-    buffer, record = _whole(spec, scales.view(torch.uint8))
+    row = CLEANERS.choose(backend, call_for(scales.device, spec.layout))
+    buffer, record = _whole_buffer(spec, scales.view(torch.uint8))
     row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
 
 
@@ -140,22 +140,29 @@ def _quantize(
     global_scales: Tensor,
     expert_offsets: Tensor,
     blockscale_offsets: Tensor,
-    layout: SfLayout,
-    pool: ScalePool | None,
+    layout: SfLayout | int,
     backend: str,
     valid_rows: Tensor | None,
     row_tokens: Tensor | None,
-    *,
-    silu: bool,
+    silu_and_mul: bool,
+    pool: ScalePool | None = None,
 ) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         if pool is not None:
             raise ValueError("compiled code quantizes into the default pool: leave pool out, and choose it by use_pool")
         result: tuple[Tensor, Tensor] = torch.ops.safealloc.nvfp4_quantize_grouped(
-            x, global_scales, expert_offsets, blockscale_offsets, int(layout), backend, valid_rows, row_tokens, silu
+            x,
+            global_scales,
+            expert_offsets,
+            blockscale_offsets,
+            int(layout),
+            backend,
+            valid_rows,
+            row_tokens,
+            silu_and_mul,
         )
         return result
-    rows, k, experts = _check_input(x, global_scales, expert_offsets, blockscale_offsets, silu=silu)
+    rows, k, experts = _check_input(x, global_scales, expert_offsets, blockscale_offsets, silu_and_mul)
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     if row_tokens is not None:
@@ -166,11 +173,11 @@ def _quantize(
     pool = default_pool(x.device) if pool is None else checked_pool(pool)
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    row = choose(GROUPED_QUANTIZERS, backend, x.device, layout)
+    row = GROUPED_QUANTIZERS.choose(backend, call_for(x.device, layout))
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
     assert spec is not None
-    buffer, record = _whole(spec, scales)
+    buffer, record = _whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
     row.run(
         x,
@@ -183,12 +190,12 @@ def _quantize(
         blockscale_offsets,
         valid_rows,
         row_tokens,
-        silu,
+        silu_and_mul,
     )
     return x_fp4, scales
 
 
-def _whole(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
+def _whole_buffer(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
     """All of the buffer, uint8 ``[padded_rows, padded_cols]``, and its record."""
     padded_rows, padded_cols = spec.padded_shape
     record = spec.record_in(scales)
@@ -197,15 +204,15 @@ def _whole(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_input(
-    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, *, silu: bool
+    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, silu_and_mul: bool
 ) -> tuple[int, int, int]:
     """Rows, k and experts."""
-    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, 2 * k]" if silu else "[rows, k]")
+    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, 2 * k]" if silu_and_mul else "[rows, k]")
     check_contiguous("x", x)
     rows, width = x.shape
-    block = 2 * BLOCK_SIZE if silu else BLOCK_SIZE
+    block = 2 * BLOCK_SIZE if silu_and_mul else BLOCK_SIZE
     if rows < 1 or width < block or width % block:
-        columns = f"2 * k with k a multiple of {BLOCK_SIZE}" if silu else f"k a multiple of {BLOCK_SIZE}"
+        columns = f"2 * k with k a multiple of {BLOCK_SIZE}" if silu_and_mul else f"k a multiple of {BLOCK_SIZE}"
         raise ValueError(f"x must have at least 1 row and {columns} columns, got shape {rows, width}")
     check_tensor("global_scales", global_scales, (torch.float32,), "[experts]", x.device)
     check_contiguous("global_scales", global_scales)
@@ -213,7 +220,7 @@ def _check_input(
     if experts < 1:
         raise ValueError("global_scales must have one element for each expert, got none")
     _check_offsets(expert_offsets, blockscale_offsets, experts, x.device)
-    return rows, width // 2 if silu else width, experts
+    return rows, width // 2 if silu_and_mul else width, experts
 
 
 def _check_offsets(expert_offsets: Tensor, blockscale_offsets: Tensor, experts: int, device: torch.device) -> None:
@@ -235,31 +242,6 @@ library.define(
 )
 
 
-def _op(
-    x: Tensor,
-    global_scales: Tensor,
-    expert_offsets: Tensor,
-    blockscale_offsets: Tensor,
-    layout: int,
-    backend: str,
-    valid_rows: Tensor | None,
-    row_tokens: Tensor | None,
-    silu_and_mul: bool,
-) -> tuple[Tensor, Tensor]:
-    return _quantize(
-        x,
-        global_scales,
-        expert_offsets,
-        blockscale_offsets,
-        SfLayout(layout),
-        None,
-        backend,
-        valid_rows,
-        row_tokens,
-        silu=silu_and_mul,
-    )
-
-
 def _fake(
     x: Tensor,
     global_scales: Tensor,
@@ -272,12 +254,12 @@ def _fake(
     silu_and_mul: bool,
 ) -> tuple[Tensor, Tensor]:
     forbid_reuse(torch.ops.safealloc.nvfp4_quantize_grouped.default)
-    order = checked_layout(layout)
+    sf_layout = checked_layout(layout)
     rows, width = x.shape
     k = width // 2 if silu_and_mul else width
-    shape = order.round_up(order.grouped_rows(rows, global_scales.shape[0]), k // BLOCK_SIZE)
-    return x.new_empty((rows, k // 2), dtype=torch.uint8), x.new_empty(shape, dtype=torch.uint8)
+    scale_rows = sf_layout.grouped_rows(rows, global_scales.shape[0])
+    return x.new_empty((rows, k // 2), dtype=torch.uint8), empty_scales(scale_rows, k, sf_layout, x.device)
 
 
-library.impl("nvfp4_quantize_grouped", _op, "CompositeExplicitAutograd")
+library.impl("nvfp4_quantize_grouped", _quantize, "CompositeExplicitAutograd")
 torch.library.register_fake("safealloc::nvfp4_quantize_grouped", _fake, lib=library)

@@ -1,11 +1,11 @@
-"""Keeps Inductor from handing a pool buffer to somebody else.
+"""Keeps Inductor from reusing the memory of a pool buffer.
 
 Inductor plans the memory of a compiled graph itself: after the last use of an op's output it gives that memory to the next
-temporary of equal size and dtype, or writes a temporary over it, which for a pool buffer means stray bytes in padding that
-has to stay zero. It leaves alone what aliases something, and frees it after its last use all the same. So a lowering lets
-the output alias itself. (``never_reuse_buffers`` would keep it until the compiled code returns, and the pool would need a
-buffer for each site instead of one for all.) This is private to PyTorch (seen in 2.9 to 2.14), so the lowering is only
-there if its parts are; where they are not, tracing such an op is an error that names the op to use instead.
+temporary of equal size and dtype, or writes a temporary over it. In a pool buffer that leaves stray bytes in padding, which
+must stay zero. Inductor does not reuse memory that aliases something, and still frees it after its last use. So a lowering
+lets the output alias itself. (``never_reuse_buffers`` would keep it until the compiled code returns, and the pool would need
+a buffer for each site instead of one for all.) All this is private to PyTorch (seen in 2.9 to 2.14), so the lowering is only
+registered where its parts exist; elsewhere, tracing such an op is an error that names the op to use instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from safealloc.errors import SafeAllocError
 
-_INSTEAD = "safealloc.nvfp4_linear, whose scales never leave one op, needs none of this"
+_INSTEAD = "safealloc.nvfp4_linear, whose scales never leave one op"
 
 
 @functools.cache
@@ -38,10 +38,10 @@ def forbid_reuse(op: torch._ops.OpOverload) -> None:
         register = lowering.register_lowering(op, type_promotion_kind=None)
         for function in (FreeIfNotReusedLine.plan, BaseSchedulerNode.decide_inplace_update):
             if "get_inputs_that_alias_output" not in function.__code__.co_names:
-                raise AttributeError(f"{function.__qualname__} does not ask what aliases")
+                raise AttributeError(f"{function.__qualname__} does not check for aliases")
     except Exception as error:
         raise SafeAllocError(
-            f"Inductor of torch {torch.__version__} cannot be told to leave a pool buffer alone ({error}): {_INSTEAD}"
+            f"Inductor of torch {torch.__version__} cannot be kept from reusing a pool buffer ({error}): use {_INSTEAD}"
         ) from error
 
     def lower(*args: Any, **kwargs: Any) -> Any:

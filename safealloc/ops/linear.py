@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, checked_layout
-from safealloc.ops.backends import GEMMS, QUANTIZERS, choose
-from safealloc.ops.gemm import call_of, check_result, check_weight, multiply
+from safealloc.ops.backends import GEMMS, QUANTIZERS, call_for
+from safealloc.ops.gemm import call_of, check_result, check_weight
 from safealloc.ops.library import library
 from safealloc.ops.quantize import check_input, quantize_into
 from safealloc.pool.default import default_pool
@@ -69,10 +69,11 @@ def nvfp4_linear(
         )
     check_result(rows, n, alpha, out_dtype, None, x.device)
     layout = _layout_for(rows, alpha, out_dtype, backend, x.device) if layout is None else checked_layout(layout)
-    gemm = choose(GEMMS, backend, *call_of(layout, alpha, out_dtype, x.device))
-    quantizer = choose(QUANTIZERS, "reference" if backend == "reference" else "auto", x.device, layout)
+    gemm = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, x.device))
+    quantizer = QUANTIZERS.choose("reference" if backend == "reference" else "auto", call_for(x.device, layout))
     x_fp4, scales = quantize_into(default_pool(x.device), quantizer, x_rows, input_global_scale, layout)
-    y = multiply(gemm, x_fp4, weight_fp4.T, scales, weight_scale.T, alpha, out_dtype, None, layout)
+    y = torch.empty((rows, n), dtype=out_dtype, device=x.device)
+    gemm.run(x_fp4, weight_fp4, scales, weight_scale, alpha, y, layout)
     return y.view(*x.shape[:-1], n)
 
 
@@ -81,8 +82,8 @@ def _layout_for(
 ) -> SfLayout:
     if rows > MAX_ROWS_8X4:
         return SfLayout.layout_128x4
-    wide = choose(GEMMS, backend, *call_of(SfLayout.layout_128x4, alpha, out_dtype, device))
-    refusal = wide.refusal(call_of(SfLayout.layout_8x4, alpha, out_dtype, device))
+    gemm = GEMMS.choose(backend, call_of(SfLayout.layout_128x4, alpha, out_dtype, device))
+    refusal = gemm.refusal(call_of(SfLayout.layout_8x4, alpha, out_dtype, device))
     return SfLayout.layout_128x4 if refusal else SfLayout.layout_8x4
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from safealloc._checks import check_contiguous, check_scalar, check_tensor
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, checked_layout
-from safealloc.ops.backends import QUANTIZERS, Backend, choose
+from safealloc.ops.backends import QUANTIZERS, Backend, call_for
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, library
 from safealloc.pool.default import checked_pool, default_pool
@@ -60,7 +60,7 @@ def nvfp4_quantize(
     pool = default_pool(x.device) if pool is None else checked_pool(pool)
     if pool.device != x.device:
         raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    row = choose(QUANTIZERS, backend, x.device, layout, valid_rows=valid_rows is not None)
+    row = QUANTIZERS.choose(backend, call_for(x.device, layout, None, valid_rows is not None))
     return quantize_into(pool, row, x, global_scale, layout, valid_rows)
 
 

@@ -29,24 +29,11 @@ def find_corruptions(buffers: Sequence[tuple[ScaleSpec, Tensor]]) -> list[Corrup
 
 
 def repair_padding(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Sequence[Corruption]) -> None:
-    """Zero the padding of those buffers that are corrupt; of grouped scales also the rows that their record does not know."""
+    """Zero the padding of those buffers that are corrupt."""
     dirty = {corruption.address for corruption in corruptions}
     for spec, buffer in buffers:
-        if buffer.data_ptr() not in dirty:
-            continue
-        spec.zero_padding(buffer)
-        record = spec.record_in(buffer)
-        if record is not None:
-            unused = spec.layout.offsets(spec.stored_rows, spec.k, buffer.device)[~_valid(spec, record)]
-            buffer.view(-1)[unused] = 0
-
-
-def _valid(spec: ScaleSpec, record: Tensor) -> Tensor:
-    """Where grouped scales are valid now, bool ``[stored_rows, k // 16]``."""
-    placed = record[(record > 0) & (record <= spec.stored_rows)].long() - 1
-    valid = torch.zeros(spec.stored_rows, dtype=torch.bool, device=record.device)
-    valid[placed] = True
-    return valid[:, None].expand(-1, spec.k // BLOCK_SIZE)
+        if buffer.data_ptr() in dirty:
+            spec.zero_padding(buffer)
 
 
 def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
@@ -57,7 +44,7 @@ def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
     if record is None:
         valid.zero_()
     else:
-        valid.masked_fill_(_valid(spec, record), 0)
+        valid.masked_fill_(spec.valid_rows_in(record)[:, None], 0)
     return logical
 
 

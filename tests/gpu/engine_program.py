@@ -1,7 +1,7 @@
 """One run of the real vLLM engine: ``python engine_program.py REQUEST.json RESULT.json``.
 
-The model is a small NVFP4 Llama with random weights, made on the spot. 2832 = 177 blocks of 16, so that the down
-projection has padding columns, and vLLM pads its k. The plugin is loaded by vLLM, through its entry point.
+The model is a small NVFP4 Llama with random weights. Its intermediate size 2832 is 177 blocks of 16, so that the down
+projection has padding columns, and vLLM pads its k. vLLM loads the plugin through its entry point.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-import vllm_stand_ins
+from support import vllm_gpu_ops
 
 DEFAULTS = {
     "mode": 3,
@@ -30,12 +32,12 @@ DEFAULTS = {
     "sizes": [1, 2, 4, 8, 16, 32],
     "batches": [3],
     "tokens": 16,
-    "control": None,  # "empty": torch.empty, as vLLM 0.22.1 allocates
-    "linear": "cutlass",  # or "safealloc", whose plugin brings it
+    "control": None,  # "empty": scales from torch.empty, as in vLLM 0.22.1
+    "linear": "cutlass",  # or "safealloc", which the plugin registers
     "simple": False,  # stand-ins that need no safealloc
     "adversary": False,
     "corrupt": False,
-    "guard": False,  # dirty what graphs hold, under SAFEALLOC_VERIFY_REPAIR=1 and then as without it
+    "guard": False,  # dirty what graphs hold, with SAFEALLOC_VERIFY_REPAIR=1 and then as if without it
     "sleep": [],
     "layers": 4,
     "hidden": 1024,
@@ -79,21 +81,21 @@ def model_folder(request: dict) -> str:
 
 
 def prepare(request: dict) -> None:
-    """Stand-in ops, weights that are filled, and the kernel that the request asks for."""
+    """Install stand-in ops, filled-in weights, and the kernel that the request asks for."""
     import vllm._custom_ops as ops
     import vllm.model_executor.kernels.linear as linear
     from vllm.model_executor.kernels.linear.nvfp4.cutlass import CutlassNvFp4LinearKernel
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4LinearMethod
     from vllm.platforms import current_platform
 
-    vllm_stand_ins.install(simple=request["simple"])
+    vllm_gpu_ops.install(simple=request["simple"])
     original = ModelOptNvFp4LinearMethod.process_weights_after_loading
 
     def process_weights_after_loading(self, layer):
         kernel_process = self.kernel.process_weights_after_loading
 
         def filled(layer):
-            vllm_stand_ins.fill_weights(layer)
+            vllm_gpu_ops.fill_weights(layer)
             kernel_process(layer)
 
         self.kernel.process_weights_after_loading = filled
@@ -186,14 +188,12 @@ def dirty_padding(buffers: list) -> None:
 
 
 def generated_code() -> dict[str, int]:
-    """What Inductor made of the scale buffers: quantizations, those that write a pool buffer, and buffers used for more."""
+    """Inductor's use of the scale buffers: quantizations, those that write a pool buffer, and buffers that it reuses."""
     found = {"quantizations": 0, "into a pool buffer": 0, "reused": 0}
     for file in Path(os.environ["VLLM_CACHE_ROOT"]).rglob("*.py"):
         text = file.read_text(errors="replace")
-        if (
-            "safealloc.vllm_scales" not in text or "async_compile" not in text
-        ):  # vLLM also writes the traced graph there
-            continue
+        if "safealloc.vllm_scales" not in text or "async_compile" not in text:
+            continue  # vLLM also writes the traced graph there
         ours: set[str] = set()
         for line in text.splitlines():
             if made := re.match(r"\s*(\w+) = torch\.ops\.safealloc\.vllm_scales\.default\(", line):
@@ -213,11 +213,11 @@ def digest(answers: list) -> str:
 
 
 def run(request: dict) -> dict:
-    said: list[str] = []
+    logged: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(f"{record.levelname} {record.getMessage()}")
+            logged.append(f"{record.levelname} {record.getMessage()}")
 
     prepare(request)
     log = logging.getLogger("vllm.safealloc")  # after the import of vLLM, which sets up logging anew
@@ -225,7 +225,7 @@ def run(request: dict) -> dict:
     log.setLevel(logging.INFO)
     hook_calls = [0]
     if importlib.util.find_spec("safealloc") is not None:
-        from safealloc.integrations.vllm.allocator import allocator
+        from safealloc.integrations.vllm.serve import allocator
 
         def count(function):
             def counted(*given):
@@ -244,7 +244,7 @@ def run(request: dict) -> dict:
         "generated": len(flat),
         "distinct": len(set(flat)),
         "hook calls": hook_calls[0],
-        "said": said,
+        "logged": logged,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
     }
@@ -252,12 +252,14 @@ def run(request: dict) -> dict:
         result["generated code"] = generated_code()
     if request["simple"]:
         return result
+    from support.internals import buffers_of, watch_of
+
     from safealloc import PaddingCorruptionError, default_pool
 
     pool = default_pool("cuda:0")
     result["stats"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     result["verified"] = pool.verify()
-    result["addresses"] = sorted(pool._inventory.by_address)
+    result["addresses"] = sorted(buffer.address for buffer in buffers_of(pool))
     for level in request["sleep"]:
         saved = [weight.detach().cpu() for weight in engine.weights()]
         engine.llm.sleep(level=level)
@@ -269,10 +271,11 @@ def run(request: dict) -> dict:
                 weight.data.copy_(copy)
         result[f"tokens after sleep level {level}"] = digest(engine.generate())
         result[f"verified after sleep level {level}"] = pool.verify()
-        result[f"same addresses after sleep level {level}"] = result["addresses"] == sorted(pool._inventory.by_address)
+        addresses = sorted(buffer.address for buffer in buffers_of(pool))
+        result[f"same addresses after sleep level {level}"] = addresses == result["addresses"]
         result[f"bytes allocated in sleep level {level}"] = asleep
     if request["corrupt"]:
-        dirty_padding(list(pool._inventory.by_address.values()))
+        dirty_padding(buffers_of(pool))
         result["tokens with NaN in the padding"] = digest(engine.generate())
         try:
             pool.verify()
@@ -282,14 +285,14 @@ def run(request: dict) -> dict:
         pool.verify(repair=True)
         result["tokens after repair"] = digest(engine.generate())
     if request["guard"]:
-        logging.getLogger("safealloc.pool.pool").addHandler(Collect())
-        captured = [buffer for buffer in pool._inventory.by_address.values() if buffer.capture]
+        logging.getLogger("safealloc.pool").addHandler(Collect())
+        captured = [buffer for buffer in buffers_of(pool) if buffer.capture]
         result["dirtied"] = len(captured)
         dirty_padding(captured)
         result["tokens with NaN in the padding"] = digest(engine.generate())
-        result["verified after healing"] = pool.verify()
-        result["tokens after healing"] = digest(engine.generate())
-        pool._repair = False
+        result["verified after guard repair"] = pool.verify()
+        result["tokens after guard repair"] = digest(engine.generate())
+        watch_of(pool)._repair = False
         dirty_padding(captured)
         try:
             engine.generate()

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(_optional.missing("flashinfer") is not None, reason=f"{_optional.missing('flashinfer')}"),
 ]
 
-N, L128, L8 = 256, SfLayout.layout_128x4, SfLayout.layout_8x4
+N = 256
 DEVICE, NAN = torch.device("cuda"), 0x7F
 ANY_K = ("flashinfer", "cudnn", "cutlass", "b12x")  # a multiple of 32; FlashInfer's others want more
 
@@ -77,21 +77,21 @@ def close(y: Tensor, right: Tensor) -> bool:
 
 
 @pytest.mark.parametrize(("m", "k"), [(5, 512), (40, 512), (5, 480)])
-@pytest.mark.parametrize("name", [name for name, row in GEMMS.items() if row.flashinfer])
+@pytest.mark.parametrize("name", [name for name, row in GEMMS.items() if row.package])
 def test_a_gemm_on_pool_buffers_and_on_poisoned_ones(name, m, k, pool, generator):
     """As the reference: on the pool's buffer, and on NaN padding, copied to the pool or zeroed as a foreign buffer."""
-    skip_unless(name, L128)
+    skip_unless(name, SfLayout.layout_128x4)
     if (k % 64 and name not in ANY_K) or (m > 8 and name == "cutedsl_low_latency"):
         pytest.skip("FlashInfer's does not take this shape")
     x, weight, given = operands(m, k, name, generator)
-    x_fp4, scales = quantize(x, L128, pool)
+    x_fp4, scales = quantize(x, SfLayout.layout_128x4, pool)
     right = weight.multiply(x_fp4, scales, "reference", use_8x4=None)
     assert close(given.multiply(x_fp4, scales, name, use_8x4=None), right)
 
-    offsets = L128.offsets(m, k, DEVICE)
+    offsets = SfLayout.layout_128x4.offsets(m, k, DEVICE)
     poisoned = torch.full_like(scales, NAN)
     poisoned.view(-1)[offsets] = scales.view(-1)[offsets]
-    replaced = pool.acquire(m, k, L128)
+    replaced = pool.acquire(m, k, SfLayout.layout_128x4)
     replaced.view(-1)[offsets] = poisoned.view(-1)[offsets]
     assert close(given.multiply(x_fp4, replaced, name, use_8x4=None), right)
     assert close(given.multiply(x_fp4, poisoned, name, use_8x4=False), right)  # set_foreign_scales("zero"), the default
@@ -100,16 +100,16 @@ def test_a_gemm_on_pool_buffers_and_on_poisoned_ones(name, m, k, pool, generator
 
 @pytest.mark.parametrize("m", [1, 5, 8, 9, 32])
 def test_trtllm_reads_8x4_scales_of_the_pool(m, pool, generator):
-    skip_unless("trtllm", L8)
+    skip_unless("trtllm", SfLayout.layout_8x4)
     x, weight, given = operands(m, 512, "trtllm", generator)
-    x_fp4, scales = quantize(x, L8, pool)
+    x_fp4, scales = quantize(x, SfLayout.layout_8x4, pool)
     right = weight.multiply(x_fp4, scales, "reference", use_8x4=None)
     assert close(given.multiply(x_fp4, scales, "trtllm", use_8x4=None), right)
     with pytest.raises(LayoutMismatchError):
         given.multiply(x_fp4, scales, "trtllm", use_8x4=False)
     assert pool.verify() == 1
     with ScalePool(DEVICE) as other, use_pool(other):
-        other.reserve(m, 512, L8)
+        other.reserve(m, 512, SfLayout.layout_8x4)
         y = nvfp4_linear(
             x, given.fp4, given.scales, given.alpha, given.alpha, backend="trtllm"
         )  # both global scales are 1
@@ -119,10 +119,13 @@ def test_trtllm_reads_8x4_scales_of_the_pool(m, pool, generator):
 
 def test_trtllm_on_a_weight_that_is_not_shuffled_is_wrong(pool, generator):
     """So the other tests would see a wrong product."""
-    skip_unless("trtllm", L128)
+    skip_unless("trtllm", SfLayout.layout_128x4)
     x, weight, given = operands(5, 512, "trtllm", generator)
-    x_fp4, scales = quantize(x, L128, pool)
-    exact = reference.dequantize(x_fp4, scales, L128) @ reference.dequantize(weight.fp4, weight.scales, L128).T
+    x_fp4, scales = quantize(x, SfLayout.layout_128x4, pool)
+    exact = (
+        reference.dequantize(x_fp4, scales, SfLayout.layout_128x4)
+        @ reference.dequantize(weight.fp4, weight.scales, SfLayout.layout_128x4).T
+    )
     assert close(given.multiply(x_fp4, scales, "trtllm", use_8x4=None), exact)
     assert not close(mm_fp4(x_fp4, weight.fp4.T, scales, given.scales.T, given.alpha, backend="trtllm"), exact)
 

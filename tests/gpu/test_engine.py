@@ -1,4 +1,4 @@
-"""The real vLLM engine with the plugin, on a GPU: each run is a process of its own (engine_program.py)."""
+"""The real vLLM engine with the plugin, on a GPU; each run is a process of its own (engine_program.py)."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def start(
     )
     result = json.loads(answer.read_text()) if answer.exists() else {}
     (folder / "output.txt").write_text(done.stdout + done.stderr)
-    said = "\n".join(line for line in done.stdout.splitlines() if "safealloc:" in line)
+    logged = "\n".join(line for line in done.stdout.splitlines() if "safealloc:" in line)
     cached = "load AOT compilation from" in done.stdout
     return result | {
         "exit": done.returncode,
         "from cache": cached,
-        "output": said,
+        "output": logged,
         "printed": (done.stdout + done.stderr)[-6000:],
     }
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """All runs that can share the GPU, at once; beside them the runs that share one cache folder, one after the other."""
+    """All runs that can share the GPU, at once; at the same time the runs that share one cache folder, in sequence."""
     folder = Path(os.environ.get("SAFEALLOC_ENGINE_FOLDER") or tempfile.mkdtemp())
 
     found: dict[str, Any] = {}
@@ -121,77 +121,77 @@ def results() -> dict[str, Any]:
 
 
 def serve(folder: Path) -> dict[str, Any]:
-    """As ``vllm serve`` runs it: the engine in a process of its own, into which vLLM loads the plugin, and our kernel."""
+    """As ``vllm serve``: the engine in a process of its own, into which vLLM loads the plugin, with our kernel."""
     request = FULL | SHARED_GPU | {"linear": "safealloc", "simple": True, "batches": [2]}
     return start(request, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "SAFEALLOC_LINEAR": "1"}, folder / "served")
 
 
 def tensor_parallel(folder: Path) -> dict[str, Any]:
-    """A worker process for each of two GPUs; our kernel, since a spawned worker has no stand-ins."""
+    """A worker process for each of two GPUs, with our kernel, since a spawned worker has no stand-ins."""
     engine = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True, **SHARED_GPU["engine"]}
     request = FULL | {"linear": "safealloc", "simple": True, "batches": [2], "intermediate": 2816, "engine": engine}
     return start(request, {"SAFEALLOC_LINEAR": "1", "NCCL_NVLS_ENABLE": "0"}, folder / "two GPUs")
 
 
 @pytest.mark.parametrize("name", [*RUNS, "0.95", "served"])
-def test_starts_and_generates(results, name):
+def test_the_engine_starts_and_generates(results, name):
     assert results[name]["exit"] == 0, results[name]["printed"]
     assert results[name]["generated"] > 0
-    if name != "served":  # whose weights are whatever was there
+    if name != "served":  # its weights are uninitialized
         assert results[name]["distinct"] > 1
 
 
 @pytest.mark.parametrize("mode", ["eager", "FULL", "PIECEWISE"])
-def test_tokens_are_those_of_vllms_own_zeros(results, mode):
-    """Under an adversary that writes NaN bytes into all free memory before each step."""
+def test_tokens_are_those_of_vllm_with_zeroed_scales(results, mode):
+    """With an adversary that writes NaN bytes into all free memory before each step."""
     assert results[f"{mode}, pool"]["generated"] == 512
     assert results[f"{mode}, pool"]["tokens"] == results[f"{mode}, vLLM's own"]["tokens"]
 
 
 def test_tokens_depend_on_the_padding(results):
-    """The same adversary spoils them where the buffers come from torch.empty, as in vLLM 0.22.1."""
+    """The same adversary changes them where scales come from torch.empty, as in vLLM 0.22.1."""
     assert results["eager, torch.empty"]["tokens"] != results["eager, vLLM's own"]["tokens"]
 
 
 @pytest.mark.parametrize("mode", ["eager", "FULL", "PIECEWISE"])
-def test_corruption_is_seen_named_and_healed(results, mode):
+def test_dirty_padding_changes_tokens_is_found_and_repaired(results, mode):
     run = results[f"{mode}, pool"]
     assert run["tokens with NaN in the padding"] != run["tokens"]
     assert run["verify names it"]
     assert run["tokens after repair"] == run["tokens"]
 
 
-def test_a_guard_heals_between_steps_and_raises(results):
-    """Nobody asks for a buffer in a step of replays: its safe point is the worker's."""
+def test_the_guard_repairs_between_steps_and_raises(results):
+    """A step of replays asks for no buffer, so the check is at the worker's safe point."""
     run = results["FULL, guarded"]
     assert run["tokens"] == results["FULL, vLLM's own"]["tokens"]
     assert run["tokens with NaN in the padding"] != run["tokens"]  # of the step that found it
-    assert run["verified after healing"] >= run["dirtied"]
-    assert run["tokens after healing"] == run["tokens"]
-    healed = [
-        line for line in run["said"] if line.startswith("WARNING zeroed padding that somebody wrote: buffer at 0x")
+    assert run["verified after guard repair"] >= run["dirtied"]
+    assert run["tokens after guard repair"] == run["tokens"]
+    repaired = [
+        line for line in run["logged"] if line.startswith("WARNING zeroed padding that somebody wrote: buffer at 0x")
     ]
-    assert len(healed) == run["dirtied"] > 0
+    assert len(repaired) == run["dirtied"] > 0
     assert re.search(r"buffer at 0x\w+ \(.*\): \d+ padding bytes are not zero, first 0x7F at scale row ", run["raised"])
 
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 def test_every_site_of_a_captured_step_is_served(results, mode):
-    """Four linears a layer and four layers; buffers of the warm-up, and nothing zeroed in a graph."""
+    """Four linear layers in each of four layers, from buffers of the warm-up; no graph zeroes memory."""
     run = results[f"{mode}, pool"]
-    (line,) = [line for line in run["said"] if "sites a step" in line]
-    assert "rank 0: serves 16 of 16 NVFP4 scale sites a step, in " in line
+    (line,) = [line for line in run["logged"] if "sites per step" in line]
+    assert "rank 0: serves 16 of 16 NVFP4 scale sites per step, in " in line
     assert mode == "PIECEWISE" or "in 6 captures" in line
     assert "bypassed: none" in line
     assert run["stats"]["capture_fallbacks"] == 0
-    # Two shapes a batch size, and layers take turns: Inductor asks for the next buffer before the last GEMM has read its own.
+    # Two shapes per batch size, and up to two buffers: Inductor allocates the next one before the last GEMM has read its own.
     assert 12 <= run["stats"]["captured"] <= 24
     assert run["verified"] >= run["stats"]["captured"]
 
 
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
-def test_inductor_leaves_the_buffers_alone(results, mode):
-    """Each quantization in the generated code writes a buffer of its own from the pool: not cloned, merged or reused.
+def test_inductor_neither_clones_merges_nor_reuses_buffers(results, mode):
+    """Each quantization in the generated code writes its own pool buffer.
 
     vLLM compiles three kinds of pieces, which start, continue and end its layers: with 1, 4 and 3 quantizations.
     """
@@ -201,21 +201,21 @@ def test_inductor_leaves_the_buffers_alone(results, mode):
     assert code["reused"] == 0
 
 
-def test_nothing_else_is_said(results):
+def test_no_warnings_or_errors_are_logged(results):
     for name in ("FULL, pool", "PIECEWISE, pool", "eager, pool"):
-        assert [line for line in results[name]["said"] if line.startswith(("WARNING", "ERROR"))] == []
+        assert [line for line in results[name]["logged"] if line.startswith(("WARNING", "ERROR"))] == []
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_neither_loses_nor_moves_a_buffer(results, level):
+def test_buffers_stay_in_place_while_the_engine_sleeps(results, level):
     run = results["both, sleep"]
     assert run[f"same addresses after sleep level {level}"]
     assert run[f"tokens after sleep level {level}"] == run["tokens"]
     assert run[f"verified after sleep level {level}"] == run["verified"]
 
 
-def test_a_shared_cache_folder_follows_the_state(results):
-    """Off, on, off, on, and then without the package: a cache of one state is never loaded in another."""
+def test_a_compile_cache_is_loaded_only_in_the_state_that_wrote_it(results):
+    """Off, on, off, on, and then without the package, all in one cache folder."""
     off, on, off_again, on_again, gone = results["cache"]
     for run in results["cache"]:
         assert run["exit"] == 0, run["printed"]
@@ -226,16 +226,16 @@ def test_a_shared_cache_folder_follows_the_state(results):
     assert [run["from cache"] for run in results["cache"]] == [False, False, True, True, True]
 
 
-def test_starts_with_nearly_all_memory(results):
+def test_the_engine_starts_with_nearly_all_memory(results):
     assert results["0.95"]["stats"]["capture_fallbacks"] == 0
 
 
-def test_our_linear_kernel(results):
-    """In graphs and without; every layer counts as a site."""
+def test_our_linear_kernel_serves_every_layer(results):
+    """With graphs and without; every layer counts as a site."""
     for name in ("our kernel", "our kernel, eager"):
         assert results[name]["stats"]["capture_fallbacks"] == 0
         assert results[name]["verified"] > 0
-    (line,) = [line for line in results["our kernel"]["said"] if "sites a step" in line]
+    (line,) = [line for line in results["our kernel"]["logged"] if "sites per step" in line]
     assert "serves 16 of 16" in line
 
 

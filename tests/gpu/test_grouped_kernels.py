@@ -1,4 +1,4 @@
-"""The kernels for routed rows against their plain-torch twins: every byte of data, scales and record.
+"""The kernels for rows grouped by expert against their plain-torch twins: every byte of data, scales and record.
 
 Runs on a GPU and, with TRITON_INTERPRET=1, in Triton's interpreter on the CPU, as test_kernels.py does.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.kernels import DEVICE, GUARD, INTERPRETED, MARKS, layouts
 from torch import Tensor
-from where import DEVICE, INTERPRETED, MARKS
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
@@ -21,20 +21,17 @@ from safealloc.kernels import reference_grouped, triton_grouped  # noqa: E402
 
 pytestmark = MARKS
 
-GUARD = 64
-"""Bytes behind each output that nobody may touch."""
 SHAPES = (
     ((6, 40, 80), (1, 30, 528)) if INTERPRETED else ((6, 40, 80), (1, 300, 528), (100, 700, 1040), (256, 512, 2048))
 )
 STEPS = 6 if INTERPRETED else 40
 
-layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 shapes = pytest.mark.parametrize(("experts", "most", "k"), SHAPES)
 
 
 @dataclass
-class Routing:
-    """Rows of each expert, and the offsets that follow."""
+class Groups:
+    """Rows of each expert, and their offsets."""
 
     counts: list[int]
     layout: SfLayout
@@ -65,28 +62,26 @@ class Buffer:
 
 
 class TestGrouped:
-    def draw(self, layout: SfLayout, experts: int, most: int, step: int) -> tuple[int, Routing, torch.Generator]:
-        """Even, skewed and one-sided routings, some with rows that are routed nowhere."""
+    def draw(self, layout: SfLayout, experts: int, most: int, step: int) -> tuple[int, Groups, torch.Generator]:
+        """Even, skewed and one-sided groups, some with rows outside of every group."""
         rng = torch.Generator().manual_seed(zlib.crc32(repr((layout, experts, most, step)).encode()))
         rows = int(torch.randint(1, most + 1, (1,), generator=rng))
-        routed = int(torch.randint(0, rows + 1, (1,), generator=rng)) if step % 4 == 0 else rows
-        chosen = torch.randint(0, experts, (routed,), generator=rng)
+        grouped = int(torch.randint(0, rows + 1, (1,), generator=rng)) if step % 4 == 0 else rows
+        chosen = torch.randint(0, experts, (grouped,), generator=rng)
         if step % 3 == 1:
             chosen = chosen**3 // experts**2
         elif step % 3 == 2:
             chosen = chosen * 0 + step % experts
-        return rows, Routing(torch.bincount(chosen, minlength=experts).tolist(), layout), rng
+        return rows, Groups(torch.bincount(chosen, minlength=experts).tolist(), layout), rng
 
     @layouts
     @shapes
     @pytest.mark.parametrize("silu_and_mul", [False, True], ids=["quantize", "silu_and_mul"])
-    def test_a_sequence_of_routings(
-        self, layout: SfLayout, experts: int, most: int, k: int, silu_and_mul: bool
-    ) -> None:
-        """One buffer through calls of ever other rows, routing, dtype and dead rows."""
+    def test_a_sequence_of_steps(self, layout: SfLayout, experts: int, most: int, k: int, silu_and_mul: bool) -> None:
+        """One buffer through steps that differ in rows, groups, dtype and valid rows."""
         ours, theirs = (Buffer(experts, most, k, layout) for _ in range(2))
         for step in range(STEPS):
-            rows, routing, rng = self.draw(layout, experts, most, step)
+            rows, groups, rng = self.draw(layout, experts, most, step)
             x = torch.randn(rows, 2 * k if silu_and_mul else k, generator=rng) * 3
             x[int(torch.randint(0, rows, (1,), generator=rng))] = (float("nan"), float("inf"), 0.0)[step % 3]
             x = x.to(torch.bfloat16 if step % 2 else torch.float16).to(DEVICE)
@@ -103,8 +98,8 @@ class TestGrouped:
                     buffer.scales,
                     layout,
                     buffer.record,
-                    routing.expert_offsets,
-                    routing.blockscale_offsets,
+                    groups.expert_offsets,
+                    groups.blockscale_offsets,
                     valid_rows,
                     row_tokens,
                     silu_and_mul,
@@ -116,13 +111,13 @@ class TestGrouped:
     @layouts
     @shapes
     def test_cleaning_beside_another_producer(self, layout: SfLayout, experts: int, most: int, k: int) -> None:
-        """The other one writes real scales only; cleaned before or after it, the buffer is the quantizer's."""
+        """The other producer writes valid scales only; cleaned before or after it, the buffer is the quantizer's."""
         ours, theirs = (Buffer(experts, most, k, layout) for _ in range(2))
         for step in range(STEPS):
-            rows, routing, rng = self.draw(layout, experts, most, step)
+            rows, groups, rng = self.draw(layout, experts, most, step)
             x = torch.randn(rows, k, generator=rng).bfloat16().to(DEVICE)
             global_scales = torch.ones(experts, device=DEVICE)
-            offsets = routing.expert_offsets, routing.blockscale_offsets
+            offsets = groups.expert_offsets, groups.blockscale_offsets
             data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
 
             def clean(rows: int = rows, offsets: tuple[Tensor, Tensor] = offsets) -> None:
@@ -135,7 +130,7 @@ class TestGrouped:
                 clean()
             reference_grouped.quantize(x, global_scales, data, theirs.scales, layout, theirs.record, *offsets)
             ours.check(theirs, f"step {step}")
-            assert ours.scales.any() or not sum(routing.counts)
+            assert ours.scales.any() or not sum(groups.counts)
 
     def test_without_a_record_nothing_is_cleaned(self) -> None:
         layout, k = SfLayout.layout_8x4, 80
@@ -143,8 +138,8 @@ class TestGrouped:
         x, one = torch.ones(8, k, dtype=torch.bfloat16, device=DEVICE), torch.ones(2, device=DEVICE)
         data = torch.empty(8, k // 2, dtype=torch.uint8, device=DEVICE)
         for counts, scales in (([5, 3], 8), ([1, 0], 8)):
-            routing = Routing(counts, layout)
-            offsets = routing.expert_offsets, routing.blockscale_offsets
+            groups = Groups(counts, layout)
+            offsets = groups.expert_offsets, groups.blockscale_offsets
             triton_grouped.quantize(x, one, data, buffer.scales, layout, None, *offsets)
             assert int((buffer.scales != 0).sum()) == scales * 5
         assert not buffer.noted.any()
@@ -169,13 +164,13 @@ class TestGrouped:
         ours.check(theirs, "offsets beyond the buffer")
         assert ours.record[:rows].tolist() == [1, 2, 3] + 9 * [-1]
 
-    def test_a_record_that_somebody_else_wrote_leads_nowhere_else(self) -> None:
+    def test_a_record_with_numbers_beyond_the_buffer_writes_nothing_beyond_it(self) -> None:
         layout, experts, rows, k = SfLayout.layout_128x4, 2, 4, 80
         buffer = Buffer(experts, rows, k, layout)
         buffer.record.copy_(torch.tensor([1 << 30, -(1 << 30), 257, 256], dtype=torch.int32))
-        routing = Routing([2, 2], layout)
+        groups = Groups([2, 2], layout)
         triton_grouped.clean(
-            buffer.scales, layout, k, buffer.record, routing.expert_offsets, routing.blockscale_offsets, rows
+            buffer.scales, layout, k, buffer.record, groups.expert_offsets, groups.blockscale_offsets, rows
         )
         assert not buffer.memory.any()
         assert buffer.noted[:rows].tolist() == [1, 2, 129, 130]
@@ -191,12 +186,12 @@ class TestGrouped:
             gate = gate.view(256, -1)
         rows, k = gate.shape
         x = torch.cat([gate, torch.full_like(gate, 1.5)], 1).contiguous().to(DEVICE)
-        routing = Routing([rows], SfLayout.layout_linear)
+        groups = Groups([rows], SfLayout.layout_linear)
         one, results = torch.ones(1, device=DEVICE), []
         for kernel in (triton_grouped.quantize, reference_grouped.quantize):
             data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
             scales = torch.zeros(rows, k // 16, dtype=torch.uint8, device=DEVICE)
-            offsets = routing.expert_offsets, routing.blockscale_offsets
+            offsets = groups.expert_offsets, groups.blockscale_offsets
             kernel(x, one, data, scales, SfLayout.layout_linear, None, *offsets, None, None, True)
             results.append((data, scales))
         assert torch.equal(results[0][0], results[1][0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safealloc import SfLayout, mm_fp4
+from safealloc import ScaleSpec, SfLayout, mm_fp4
 from safealloc.audit.consumers import product
 from safealloc.audit.findings import (
     BEYOND,
@@ -322,7 +322,7 @@ def is_noisy(a, b, a_descale, b_descale, alpha, layout):
 
 def heals(a, b, a_descale, b_descale, alpha, layout):
     """Zeroes the padding of the buffer it is given, and multiplies as the hardware does."""
-    reference.zero_padding(a_descale, layout, a.shape[0], 2 * a.shape[1])
+    ScaleSpec(a.shape[0], 2 * a.shape[1], layout).zero_padding(a_descale)
     return product(a, b, a_descale, b_descale, alpha, layout).to(torch.float16)
 
 

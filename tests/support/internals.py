@@ -6,6 +6,7 @@ from safealloc import ScalePool
 from safealloc.pool.buffer import Buffer
 from safealloc.pool.guard import Guard
 from safealloc.pool.inventory import Inventory
+from safealloc.pool.watch import Watch
 
 
 def inventory_of(pool: ScalePool) -> Inventory:
@@ -16,6 +17,11 @@ def inventory_of(pool: ScalePool) -> Inventory:
 def buffers_of(pool: ScalePool) -> list[Buffer]:
     """Every buffer that the pool holds, oldest first."""
     return list(pool._inventory.by_address.values())
+
+
+def watch_of(pool: ScalePool) -> Watch:
+    """The checks of the pool."""
+    return pool._watch
 
 
 def guard_of(pool: ScalePool) -> Guard:

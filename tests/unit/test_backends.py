@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from safealloc import SfLayout, _optional
 from safealloc.audit.known import CONSUMERS, PRODUCERS
 from safealloc.commands import doctor, report, repro
 from safealloc.ops import backends
-from safealloc.ops.backends import GEMMS, QUANTIZERS, Call
+from safealloc.ops.backends import GEMMS, QUANTIZERS, Backend, Call, Table
 
-L128, L8 = SfLayout.layout_128x4, SfLayout.layout_8x4
 BF16 = torch.bfloat16
 CAPABILITIES = ["8.9", "9.0", "10.0", "10.1", "10.3", "10.7", "11.0", "12.0", "12.1", "13.0"]
 BLACKWELL = ["10.0", "10.3", "10.7", "11.0", "12.0", "12.1"]
@@ -37,17 +37,20 @@ capabilities = pytest.mark.parametrize("capability", CAPABILITIES)
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> On:
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     """A CUDA device of some compute capability, with all packages, as far as the tables of backends see."""
     monkeypatch.setattr(_optional, "missing", lambda name: None)
 
     def device(capability: str) -> torch.device:
         major, minor = map(int, capability.split("."))
         monkeypatch.setattr(backends, "capability", lambda device: (major, minor))
-        backends._chosen.clear()
+        GEMMS.forget_choices()
+        QUANTIZERS.forget_choices()
         return torch.device("cuda", 0)
 
-    return device
+    yield device
+    GEMMS.forget_choices()
+    QUANTIZERS.forget_choices()
 
 
 def refused(runs_on: list[str], capability: str, per_row: bool = False) -> str | None:
@@ -57,13 +60,79 @@ def refused(runs_on: list[str], capability: str, per_row: bool = False) -> str |
     return f"it runs{alpha} on compute capability {', '.join(runs_on)} only, cuda:0 has {capability}"
 
 
+class Rows:
+    """A table of two backends, of which the first refuses as told, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        self.asked = 0
+        self.table = Table(Backend("first", self.refuse, print), Backend("second", lambda call: None, print))
+
+    def refuse(self, call: Call) -> str | None:
+        self.asked += 1
+        return self.refusal
+
+    def chosen(self, device: str, name: str = "auto") -> str:
+        return self.table.choose(name, Call(torch.device(device), SfLayout.layout_128x4)).name
+
+
+def test_a_choice_on_a_cuda_device_is_remembered() -> None:
+    rows = Rows()
+    assert [rows.chosen("cuda:0") for _ in range(3)] == ["first"] * 3
+    assert rows.asked == 1
+    assert rows.chosen("cuda:1") == "first"
+    assert rows.asked == 2
+    rows.refusal = "it is closed"
+    assert rows.chosen("cuda:0") == "first"
+    rows.table.forget_choices()
+    assert rows.chosen("cuda:0") == "second"
+
+
+def test_a_choice_on_a_cpu_is_made_anew() -> None:
+    """Triton's interpreter may be switched on."""
+    rows = Rows()
+    assert rows.chosen("cpu") == "first"
+    rows.refusal = "it is closed"
+    assert rows.chosen("cpu") == "second"
+
+
+def test_a_changed_row_is_chosen_from_then_on() -> None:
+    rows = Rows()
+    assert rows.chosen("cuda:0") == "first"
+    replaced = Backend("first", lambda call: "it is closed", print)
+    rows.table["first"] = replaced
+    assert rows.table["first"] is replaced
+    assert rows.chosen("cuda:0") == "second"
+    del rows.table["second"]
+    rows.table["third"] = Backend("third", lambda call: None, print)
+    assert rows.chosen("cuda:0") == "third"
+    assert list(rows.table) == ["first", "third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("first", ValueError, "backend 'first' cannot run this: it is closed"),
+        ("third", ValueError, "backend must be one of auto, first, second, got 'third'"),
+        (None, TypeError, "backend must be a string, got None"),
+        ([], TypeError, r"backend must be a string, got \[\]"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(name: Any, error: type[Exception], message: str) -> None:
+    rows = Rows()
+    rows.refusal = "it is closed"
+    for device in ("cuda:0", "cpu"):
+        with pytest.raises(error, match=message):
+            rows.chosen(device, name)
+
+
 @capabilities
-def test_gemms(on: On, capability: str) -> None:
+def test_gemms_run_on_their_compute_capabilities(on: On, capability: str) -> None:
     device = on(capability)
     for name in [*RUNS_ON, "flashinfer"]:
-        one = GEMMS[name].refusal(Call(device, L128, BF16))
-        per_row = GEMMS[name].refusal(Call(device, L128, BF16, row_alpha=True))
-        both = GEMMS[name].refusal(Call(device, L128, BF16, row_alpha=None))
+        one = GEMMS[name].refusal(Call(device, SfLayout.layout_128x4, BF16))
+        per_row = GEMMS[name].refusal(Call(device, SfLayout.layout_128x4, BF16, row_alpha=True))
+        both = GEMMS[name].refusal(Call(device, SfLayout.layout_128x4, BF16, row_alpha=None))
         if name == "cake":
             assert one == "it takes one alpha per row, not one"
         else:
@@ -77,11 +146,11 @@ def test_gemms(on: On, capability: str) -> None:
 
 @capabilities
 @pytest.mark.parametrize("package", ["flashinfer", "vllm"])
-def test_quantizers(on: On, package: str, capability: str) -> None:
-    assert QUANTIZERS[package].refusal(Call(on(capability), L128)) == refused(BLACKWELL, capability)
+def test_vendor_quantizers_run_on_blackwell(on: On, package: str, capability: str) -> None:
+    assert QUANTIZERS[package].refusal(Call(on(capability), SfLayout.layout_128x4)) == refused(BLACKWELL, capability)
 
 
-def test_the_installed_flashinfer_says_the_same() -> None:
+def test_compute_capabilities_match_the_installed_flashinfer() -> None:
     flashinfer = _optional.load("flashinfer")
     if isinstance(flashinfer, str):
         pytest.skip(f"compares with flashinfer.mm_fp4: {flashinfer}")
@@ -91,17 +160,21 @@ def test_the_installed_flashinfer_says_the_same() -> None:
 
 
 @capabilities
-def test_auto(on: On, capability: str) -> None:
+def test_auto_takes_flashinfer_where_it_runs(on: On, capability: str) -> None:
     """FlashInfer's choice wherever it has one, else ours; never trtllm, whose weight is shuffled."""
     device = on(capability)
-    for layout, row_alpha, theirs in ((L128, False, BLACKWELL), (L128, True, ["10.0", "10.3"]), (L8, False, [])):
-        row = backends.choose(GEMMS, "auto", device, layout, BF16, row_alpha=row_alpha)
+    for layout, row_alpha, theirs in (
+        (SfLayout.layout_128x4, False, BLACKWELL),
+        (SfLayout.layout_128x4, True, ["10.0", "10.3"]),
+        (SfLayout.layout_8x4, False, []),
+    ):
+        row = GEMMS.choose("auto", Call(device, layout, BF16, row_alpha=row_alpha))
         assert row.name == ("flashinfer" if capability in theirs else "triton")
 
 
 @capabilities
-def test_doctor(on: On, capability: str) -> None:
-    calls = [Call(on(capability), layout, BF16) for layout in (L128, L8)]
+def test_doctor_reports_the_same_refusals(on: On, capability: str) -> None:
+    calls = [Call(on(capability), layout, BF16) for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)]
     found = {row.name: row for row in doctor._backends(GEMMS, calls)}
     for name, runs_on in ONE_ALPHA.items():
         layouts = ("128x4", "8x4") if name == "trtllm" else ("128x4",)
@@ -111,7 +184,7 @@ def test_doctor(on: On, capability: str) -> None:
 
 
 @capabilities
-def test_repro(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_repro_refuses_a_backend_that_cannot_run(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     device = on(capability)
     monkeypatch.setattr(repro, "checked_device", lambda asked: device)
     for name, runs_on in ONE_ALPHA.items():
@@ -124,7 +197,7 @@ def test_repro(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None
 
 
 @capabilities
-def test_audit(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_audit_reports_the_same_refusals(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     device = on(capability)
     monkeypatch.setattr(_optional, "load", lambda name: SimpleNamespace(**dict.fromkeys(NORMS)))
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(**dict.fromkeys(OPS)), raising=False)

@@ -85,3 +85,21 @@ def test_targets_compare_medians_and_ratios_within_a_batch(host):
     assert not any(target["met"] for target in host.targets(slower))
     few = {name: times[name] for name in (host.EMPTY, host.ACQUIRE)}
     assert [target["met"] for target in host.targets(few)] == [True, True, False, False]
+
+
+def test_the_bare_launch_repeats_the_launch_of_quantize(host, monkeypatch):
+    triton = pytest.importorskip("triton", reason="it launches a Triton kernel")
+    x = torch.ones(host.ROWS, host.K, dtype=torch.bfloat16)
+    data, scales = torch.empty(host.ROWS, host.K // 2, dtype=torch.uint8), torch.empty(128, 256, dtype=torch.uint8)
+    launches = []
+
+    def run(kernel, *arguments, **options):
+        launches.append((arguments[:4], options["grid"]))
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    launch = host.bare_launch(x, torch.ones(1), data, scales)
+    assert launches == []  # recorded, not launched
+    launch()
+    (((*tensors, _), grid),) = [(arguments, grid) for arguments, grid in launches]
+    assert tensors[0] is x
+    assert grid[0] == host.ROWS

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safealloc import ScaleSpec, SfLayout
+from safealloc.formats.format import NAN_SCALE
 from safealloc.formats.layout import checked_layout
 
 ROWS = range(1, 141)
@@ -64,7 +65,7 @@ def check_layout(layout: SfLayout, rows: int, k: int, padded_k: int | None = Non
 
 @layouts
 @pytest.mark.parametrize("k", K)
-def test_every_small_shape(layout: SfLayout, k: int) -> None:
+def test_every_small_shape_follows_the_formula(layout: SfLayout, k: int) -> None:
     """Offsets, mask, shape, swizzle and unswizzle of 140 row counts each."""
     everything = torch.randint(1, 256, (max(ROWS), k // 16), dtype=torch.uint8)  # no zero: padding shows
     for rows in ROWS:
@@ -81,7 +82,7 @@ def test_every_small_shape(layout: SfLayout, k: int) -> None:
 
 @layouts
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 128, 129])
-def test_every_padded_k(layout: SfLayout, rows: int) -> None:
+def test_every_padded_k_follows_the_formula(layout: SfLayout, rows: int) -> None:
     """Columns between k and padded_k are padding, whole tiles of them included."""
     for k in K:
         for padded_k in range(k, 177, 16):
@@ -114,6 +115,7 @@ def test_padding_views_of_a_full_tile_are_none() -> None:
     assert SfLayout.layout_linear.padding_views(torch.zeros(3, 5), 3, 80) == []
 
 
+@pytest.mark.slow
 @given(**sizes, extra=st.integers(0, 9), data=st.data())
 @example(rows=5000, blocks=1875, layout=SfLayout.layout_128x4, extra=0, data=None)
 @settings(max_examples=150, deadline=None)
@@ -133,6 +135,7 @@ def test_large_shapes_at_spots(rows: int, blocks: int, layout: SfLayout, extra: 
     assert set(zip(rows_set.tolist(), columns_set.tolist(), strict=True)) == spots
 
 
+@pytest.mark.slow
 @given(**sizes)
 @settings(max_examples=60, deadline=None)
 def test_large_shapes_pad_and_round_trip(rows: int, blocks: int, layout: SfLayout) -> None:
@@ -149,7 +152,7 @@ def test_large_shapes_pad_and_round_trip(rows: int, blocks: int, layout: SfLayou
 
 
 @layouts
-def test_dtype_views_and_flat_buffers(layout: SfLayout) -> None:
+def test_dtype_views_and_flat_buffers_are_accepted(layout: SfLayout) -> None:
     linear = torch.randint(0, 0x7F, (9, 5), dtype=torch.uint8)
     buffer = layout.swizzle(linear.view(torch.float8_e4m3fn))
     assert buffer.dtype == torch.uint8
@@ -172,7 +175,7 @@ def test_names_and_values_are_flashinfers() -> None:
     }
 
 
-def test_the_symptom_of_vllm_37563() -> None:
+def test_vllm_issue_37563_is_reproduced() -> None:
     """Rows that read a poisoned padding byte when a 128x4 buffer of 128 rows is read as 8x4: the published counts."""
     for m, published in ((1, 1), (2, 2), (4, 4), (8, 8), (16, 14), (32, 24)):
         padding = torch.ones(128 * 32, dtype=torch.bool)
@@ -211,7 +214,7 @@ def test_another_enum_is_taken_by_value() -> None:
         (1.0, TypeError),
     ],
 )
-def test_wrong_layout(layout: Any, error: type[Exception]) -> None:
+def test_an_unknown_layout_is_refused(layout: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="layout must be"):
         checked_layout(layout)
     with pytest.raises(error, match="layout must be"):
@@ -231,13 +234,18 @@ BAD_SHAPES = [
     ((4, 64.0), TypeError, "k must be an integer"),
     (("4", 64), TypeError, "rows must be an integer"),
     ((4, None), TypeError, "k must be an integer"),
+    ((2**40, 16), ValueError, "rows=1099511627776 with k=16 need 1099511627776 scale bytes"),
+    ((2**60, 64), ValueError, "rows=1152921504606846976 with k=64 need"),
+    ((1, 2**44), ValueError, "rows=1 with k=17592186044416 need"),
 ]
 BAD_PADDED_K = [(48, ValueError), (65, ValueError), (72, ValueError), (64.0, TypeError), (True, TypeError)]
 
 
 @layouts
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_SHAPES)
-def test_bad_shape(layout: SfLayout, arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
+def test_wrong_shapes_are_refused(
+    layout: SfLayout, arguments: tuple[Any, Any], error: type[Exception], message: str
+) -> None:
     buffer = torch.zeros(512, dtype=torch.uint8)
     for function in (layout.padded_shape, layout.nbytes, layout.offsets, layout.padding_mask):
         with pytest.raises(error, match=message):
@@ -251,7 +259,7 @@ def test_bad_shape(layout: SfLayout, arguments: tuple[Any, Any], error: type[Exc
 
 @layouts
 @pytest.mark.parametrize(("padded_k", "error"), BAD_PADDED_K)
-def test_bad_padded_k(layout: SfLayout, padded_k: Any, error: type[Exception]) -> None:
+def test_a_wrong_padded_k_is_refused(layout: SfLayout, padded_k: Any, error: type[Exception]) -> None:
     for function in (layout.padded_shape, layout.nbytes, layout.offsets, layout.padding_mask):
         with pytest.raises(error, match="padded_k must be"):
             function(4, 64, padded_k=padded_k)
@@ -259,8 +267,17 @@ def test_bad_padded_k(layout: SfLayout, padded_k: Any, error: type[Exception]) -
         ScaleSpec.checked(4, 64, layout, padded_k)
 
 
+def test_a_matrix_that_no_device_holds_is_refused() -> None:
+    assert SfLayout.layout_linear.padded_shape(2**40 - 1, 16) == (2**40 - 1, 1)
+    assert SfLayout.layout_128x4.padded_shape(2**20, 2**23) == (2**20, 2**19)
+    with pytest.raises(ValueError, match="rows=1048576 with padded_k=16777216 need"):
+        ScaleSpec.checked(2**20, 2**23, SfLayout.layout_128x4, 2**24)
+    with pytest.raises(ValueError, match="no device holds 1 TiB of them"):
+        ScaleSpec.grouped(2**40, 64, SfLayout.layout_128x4, 2)
+
+
 @pytest.mark.parametrize("nbytes", [1, 511, 513, 1024])
-def test_wrong_buffer_size(nbytes: int) -> None:
+def test_a_buffer_of_another_size_is_refused(nbytes: int) -> None:
     buffer = torch.zeros(nbytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"layout_128x4 buffer for rows=4, k=64 is 512 contiguous bytes"):
         SfLayout.layout_128x4.unswizzle(buffer, 4, 64)
@@ -268,7 +285,7 @@ def test_wrong_buffer_size(nbytes: int) -> None:
         SfLayout.layout_128x4.padding_views(buffer, 4, 64)
 
 
-def test_bad_tensors() -> None:
+def test_wrong_tensors_are_refused() -> None:
     layout = SfLayout.layout_8x4
     with pytest.raises(ValueError, match="contiguous"):
         layout.unswizzle(torch.zeros(4, 8, dtype=torch.uint8).T, 8, 64)
@@ -306,7 +323,34 @@ def test_spec_is_a_value() -> None:
     assert torch.equal(buffer.view(-1).bool(), expected_mask(SfLayout.layout_8x4, 5, 4, 8))
 
 
-def test_integers_of_other_libraries_count() -> None:
+@layouts
+@pytest.mark.parametrize(
+    ("rows", "k", "padded_k"), [(1, 16, None), (9, 80, None), (9, 80, 192), (128, 64, None), (130, 48, 64)]
+)
+def test_zero_padding_zeroes_the_padding_only(layout: SfLayout, rows: int, k: int, padded_k: int | None) -> None:
+    buffer = torch.full(layout.padded_shape(rows, k, padded_k=padded_k), NAN_SCALE, dtype=torch.uint8)
+    ScaleSpec(rows, k, layout, padded_k).zero_padding(buffer)
+    expected = torch.where(expected_mask(layout, rows, k // 16, (padded_k or k) // 16), 0, NAN_SCALE)
+    assert torch.equal(buffer.view(-1), expected.to(torch.uint8))
+
+
+@layouts
+def test_zero_padding_keeps_the_rows_that_the_record_names(layout: SfLayout) -> None:
+    """Numbers that name no row of the buffer are not followed."""
+    spec = ScaleSpec.grouped(6, 80, layout, 2)
+    memory = torch.full((spec.nbytes,), NAN_SCALE, dtype=torch.uint8)
+    scales = spec.scales_in(memory)
+    record = spec.record_in(scales)
+    assert record is not None
+    record.copy_(torch.tensor([1, 3, -1, 0, spec.stored_rows + 1, 3], dtype=torch.int32))
+    spec.zero_padding(scales)
+    assert spec.valid_rows_in(record).nonzero().flatten().tolist() == [0, 2]
+    valid = layout.logical(scales, spec.stored_rows, 80) == NAN_SCALE
+    assert valid.nonzero().tolist() == [[row, col] for row in (0, 2) for col in range(5)]
+    assert int(scales.count_nonzero()) == 10
+
+
+def test_integers_of_other_libraries_are_accepted() -> None:
     class Index:
         def __index__(self) -> int:
             return 16

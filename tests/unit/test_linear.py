@@ -28,13 +28,15 @@ N, K = 24, 80
 G = torch.tensor([20.0])
 ALPHA = torch.tensor([0.05])
 FP8 = torch.float8_e4m3fn
-L128, L8, LINEAR = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
 
 
 def quantized_weight(n: int = N, k: int = K) -> tuple[Tensor, Tensor]:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
-    fp4, scales = torch.empty(n, k // 2, dtype=torch.uint8), torch.zeros(L128.padded_shape(n, k), dtype=torch.uint8)
-    reference.quantize(w, torch.ones(1), fp4, scales, L128)
+    fp4, scales = (
+        torch.empty(n, k // 2, dtype=torch.uint8),
+        torch.zeros(SfLayout.layout_128x4.padded_shape(n, k), dtype=torch.uint8),
+    )
+    reference.quantize(w, torch.ones(1), fp4, scales, SfLayout.layout_128x4)
     return fp4, scales
 
 
@@ -51,30 +53,33 @@ def pool() -> Iterator[ScalePool]:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_result(
+def test_result_equals_quantize_and_mm(
     pool: ScalePool, layout: SfLayout | None, backend: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
     """Bit for bit what the two calls give, and near the exact product."""
     x = torch.randn(9, K).to(dtype)
     y = nvfp4_linear(x, W_FP4, W_SCALES, G, ALPHA, layout=layout, out_dtype=out_dtype, backend=backend)
-    used = L8 if layout is None else layout
+    used = SfLayout.layout_8x4 if layout is None else layout
     x_fp4, scales = nvfp4_quantize(x, G, layout=used, backend=backend)
     assert torch.equal(y, mm_fp4(x_fp4, W_FP4.T, scales, W_SCALES.T, ALPHA, out_dtype, backend=backend))
-    values = reference.dequantize(x_fp4, scales, used).double() @ reference.dequantize(W_FP4, W_SCALES, L128).double().T
+    values = (
+        reference.dequantize(x_fp4, scales, used).double()
+        @ reference.dequantize(W_FP4, W_SCALES, SfLayout.layout_128x4).double().T
+    )
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-18}[out_dtype]
     torch.testing.assert_close(y.double(), values * 0.05, rtol=tolerance, atol=1e-2)
     pool.verify()
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (33, K), (2, 3, K), (2, 1, 4, K)], ids=str)
-def test_leading_dimensions(pool: ScalePool, shape: tuple[int, ...]) -> None:
+def test_leading_dimensions_are_kept(pool: ScalePool, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).bfloat16()
     y = nvfp4_linear(x, W_FP4, W_SCALES, G, ALPHA)
     assert y.shape == (*shape[:-1], N)
     assert torch.equal(y.view(-1, N), nvfp4_linear(x.view(-1, K), W_FP4, W_SCALES, G, ALPHA))
 
 
-def test_alpha_none_and_one_per_row(pool: ScalePool) -> None:
+def test_alpha_may_be_none_or_one_per_row(pool: ScalePool) -> None:
     x = torch.randn(9, K).bfloat16()
     one = nvfp4_linear(x, W_FP4, W_SCALES, G, torch.ones(1), out_dtype=torch.float32)
     assert torch.equal(nvfp4_linear(x, W_FP4, W_SCALES, G, None, out_dtype=torch.float32), one)
@@ -83,25 +88,28 @@ def test_alpha_none_and_one_per_row(pool: ScalePool) -> None:
     assert torch.equal(rows, one * alpha[:, None])
 
 
-def test_float8_weight_scales(pool: ScalePool) -> None:
+def test_float8_weight_scales_are_accepted(pool: ScalePool) -> None:
     x = torch.randn(9, K).bfloat16()
     expected = nvfp4_linear(x, W_FP4, W_SCALES, G, ALPHA)
     assert torch.equal(nvfp4_linear(x, W_FP4, W_SCALES.view(FP8), G, ALPHA), expected)
 
 
-@pytest.mark.parametrize(("rows", "layout"), [(1, L8), (32, L8), (33, L128), (140, L128)])
-def test_8x4_for_few_rows(pool: ScalePool, rows: int, layout: SfLayout) -> None:
+@pytest.mark.parametrize(
+    ("rows", "layout"),
+    [(1, SfLayout.layout_8x4), (32, SfLayout.layout_8x4), (33, SfLayout.layout_128x4), (140, SfLayout.layout_128x4)],
+)
+def test_few_rows_use_8x4(pool: ScalePool, rows: int, layout: SfLayout) -> None:
     """Where the backend reads it, and the reference does."""
-    pool.reserve(rows, K, L8)
-    pool.reserve(rows, K, L128)
+    pool.reserve(rows, K, SfLayout.layout_8x4)
+    pool.reserve(rows, K, SfLayout.layout_128x4)
     before = pool.stats()
     address = pool.acquire(rows, K, layout).data_ptr()
     seen: list[int] = []
     real = backends.GEMMS["reference"].run
 
-    def spy(a: Tensor, b: Tensor, a_scales: Tensor, *rest: Any) -> None:
+    def spy(a: Tensor, b: Tensor, a_scales: Tensor, *rest: Any, **options: Any) -> None:
         seen.append(a_scales.data_ptr())
-        real(a, b, a_scales, *rest)
+        real(a, b, a_scales, *rest, **options)
 
     row = backends.Backend("reference", lambda call: None, spy)
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +142,13 @@ def test_nan_stays_in_its_row(pool: ScalePool) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "rows", "layout"),
-    [("trtllm", 9, L8), ("trtllm", 33, L128), ("cutlass", 9, L128), ("cute-dsl", 33, L128), ("auto", 9, L128)],
+    [
+        ("trtllm", 9, SfLayout.layout_8x4),
+        ("trtllm", 33, SfLayout.layout_128x4),
+        ("cutlass", 9, SfLayout.layout_128x4),
+        ("cute-dsl", 33, SfLayout.layout_128x4),
+        ("auto", 9, SfLayout.layout_128x4),
+    ],
 )
 def test_flashinfer_gets_the_weight_transposed(
     monkeypatch: pytest.MonkeyPatch, pool: ScalePool, backend: str, rows: int, layout: SfLayout
@@ -143,11 +157,11 @@ def test_flashinfer_gets_the_weight_transposed(
 
     def mm(*arguments: Any, **keywords: Any) -> Tensor:
         calls.append((arguments, keywords | {"spec": pool.spec(arguments[2])}))
-        return torch.zeros(rows, N, dtype=torch.bfloat16)
+        return arguments[6].zero_()
 
     fake, real = SimpleNamespace(mm_fp4=mm), _optional.load
     monkeypatch.setattr(_optional, "load", lambda name: fake if name == "flashinfer" else real(name))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: _optional.missing(package))
+    monkeypatch.setattr(backends, "package_refusal", lambda call, package, runs_on: _optional.missing(package))
     nvfp4_linear(torch.randn(rows, K).bfloat16(), W_FP4, W_SCALES, G, ALPHA, backend=backend)
     ((arguments, keywords),) = calls
     a, b, a_descale, b_descale, alpha, out_dtype, out = arguments
@@ -157,9 +171,9 @@ def test_flashinfer_gets_the_weight_transposed(
     assert a_descale.shape == layout.padded_shape(rows, K)
     assert alpha is ALPHA
     assert out_dtype == torch.bfloat16
-    assert out is None
+    assert (out.shape, out.dtype) == ((rows, N), torch.bfloat16)
     assert keywords == {
-        "use_8x4_sf_layout": layout is L8,
+        "use_8x4_sf_layout": layout is SfLayout.layout_8x4,
         "backend": backend,
         "enable_pdl": True,
         "skip_check": False,
@@ -220,7 +234,9 @@ BAD = {
         for name, case in BAD.items()
     ],
 )
-def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(
+    pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     """Raised before anything runs: the pool has not even been asked."""
     before = pool.stats()
     names = ("x", "weight_fp4", "weight_scale", "input_global_scale", "alpha")
@@ -230,7 +246,7 @@ def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Excepti
     assert pool.stats() == before
 
 
-def test_closed_pool() -> None:
+def test_a_closed_pool_is_refused() -> None:
     pool = ScalePool("cpu")
     with use_pool(pool):
         pool.close()

@@ -38,7 +38,9 @@ def expected(x: Tensor, layout: SfLayout, global_scale: Tensor = ONE) -> tuple[T
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 80), (8, 64), (33, 176), (130, 96)], ids=str)
-def test_result(pool: ScalePool, layout: SfLayout, dtype: torch.dtype, backend: str, shape: tuple[int, int]) -> None:
+def test_result_is_the_reference_in_a_pool_buffer(
+    pool: ScalePool, layout: SfLayout, dtype: torch.dtype, backend: str, shape: tuple[int, int]
+) -> None:
     x = torch.randn(shape).to(dtype)
     g = torch.tensor([20.0])
     x_fp4, scales = nvfp4_quantize(x, g, layout=layout, pool=pool, backend=backend)
@@ -69,7 +71,7 @@ def test_the_buffer_is_reused_once_it_is_dropped(pool: ScalePool) -> None:
     assert pool.stats().buffers == 2
 
 
-def test_a_vendors_enum_of_layouts(pool: ScalePool) -> None:
+def test_flashinfers_enum_of_layouts_is_accepted(pool: ScalePool) -> None:
     class Layout(enum.Enum):
         layout_8x4 = 1
 
@@ -79,7 +81,7 @@ def test_a_vendors_enum_of_layouts(pool: ScalePool) -> None:
 
 @layouts
 @pytest.mark.parametrize("valid", [0, 1, 4, 5, 6])
-def test_valid_rows(pool: ScalePool, layout: SfLayout, valid: int) -> None:
+def test_rows_beyond_valid_rows_are_zero(pool: ScalePool, layout: SfLayout, valid: int) -> None:
     x = torch.randn(5, 80).bfloat16()
     x[valid:] = float("nan")
     x_fp4, scales = nvfp4_quantize(
@@ -93,7 +95,7 @@ def test_valid_rows(pool: ScalePool, layout: SfLayout, valid: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-def test_scalars_of_any_shape(pool: ScalePool, shape: tuple[int, ...]) -> None:
+def test_scalars_may_have_any_shape(pool: ScalePool, shape: tuple[int, ...]) -> None:
     x = torch.randn(5, 80).bfloat16()
     valid = torch.full(shape, 3, dtype=torch.int32)
     x_fp4, _ = nvfp4_quantize(x, torch.full(shape, 2.0), pool=pool, valid_rows=valid)
@@ -101,7 +103,7 @@ def test_scalars_of_any_shape(pool: ScalePool, shape: tuple[int, ...]) -> None:
     assert torch.equal(x_fp4, expected(clean, SfLayout.layout_128x4, torch.tensor([2.0]))[0])
 
 
-def test_input_that_requires_grad(pool: ScalePool) -> None:
+def test_input_may_require_grad(pool: ScalePool) -> None:
     x = torch.randn(5, 80).bfloat16().requires_grad_()
     x_fp4, scales = nvfp4_quantize(x, ONE, pool=pool)
     assert not x_fp4.requires_grad
@@ -109,7 +111,7 @@ def test_input_that_requires_grad(pool: ScalePool) -> None:
     assert torch.equal(x_fp4, expected(x.detach(), SfLayout.layout_128x4)[0])
 
 
-def test_inference_mode(pool: ScalePool) -> None:
+def test_inference_mode_is_supported(pool: ScalePool) -> None:
     x = torch.randn(5, 80).bfloat16()
     with torch.inference_mode():
         _, scales = nvfp4_quantize(x, ONE, pool=pool)
@@ -122,14 +124,14 @@ def test_inference_mode(pool: ScalePool) -> None:
 # --- which pool -------------------------------------------------------------------------------------------------------
 
 
-def test_default_pool_is_one_a_device() -> None:
+def test_there_is_one_default_pool_per_device() -> None:
     assert default_pool("cpu") is default_pool(torch.device("cpu"))
     x = torch.randn(3, 48).bfloat16()
     _, scales = nvfp4_quantize(x, ONE)
     assert default_pool("cpu").spec(scales) == ScaleSpec(3, 48, SfLayout.layout_128x4)
 
 
-def test_use_pool(pool: ScalePool) -> None:
+def test_use_pool_replaces_the_default_pool(pool: ScalePool) -> None:
     x = torch.randn(3, 48).bfloat16()
     process_wide = default_pool("cpu")
     with ScalePool("cpu") as inner:
@@ -155,7 +157,7 @@ def test_use_pool_ends_on_an_error(pool: ScalePool) -> None:
     assert default_pool("cpu") is not pool
 
 
-def test_use_pool_of_another_device(pool: ScalePool) -> None:
+def test_use_pool_replaces_the_pool_of_its_device_only(pool: ScalePool) -> None:
     """A replacement counts for its own device only."""
     process_wide = default_pool("cpu")
     pool.device = torch.device("cuda", 0)
@@ -165,12 +167,12 @@ def test_use_pool_of_another_device(pool: ScalePool) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", "no such device", torch.device("meta")], ids=str)
-def test_default_pool_of_no_device(device: Any) -> None:
+def test_default_pool_refuses_a_missing_device(device: Any) -> None:
     with pytest.raises(ValueError, match="device"):
         default_pool(device)
 
 
-def test_use_pool_bad_input() -> None:
+def test_use_pool_refuses_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="expected a ScalePool, got str"), use_pool("cpu"):  # type: ignore[arg-type]
         pass
     closed = ScalePool("cpu")
@@ -238,7 +240,9 @@ def _parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), _parameters())
-def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(
+    pool: ScalePool, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     held = nvfp4_quantize(X, ONE, pool=pool)
     before, bytes_before = pool.stats(), held[1].clone()
     arguments: dict[str, Any] = {"x": X, "global_scale": ONE, "layout": SfLayout.layout_128x4, "pool": pool} | changes
@@ -251,7 +255,7 @@ def test_bad_input(pool: ScalePool, changes: dict[str, Any], error: type[Excepti
     assert torch.equal(held[1], bytes_before)
 
 
-def test_closed_pool() -> None:
+def test_a_closed_pool_is_refused() -> None:
     pool = ScalePool("cpu")
     _, scales = nvfp4_quantize(X, ONE, pool=pool)
     pool.close()
@@ -260,7 +264,7 @@ def test_closed_pool() -> None:
     assert torch.equal(scales, expected(X, SfLayout.layout_128x4)[1])
 
 
-def test_pool_on_another_device(pool: ScalePool) -> None:
+def test_a_pool_on_another_device_is_refused(pool: ScalePool) -> None:
     before = pool.stats()
     pool.device = torch.device("cuda", 0)
     with pytest.raises(ValueError, match="x is on cpu, the pool on cuda:0"):
@@ -276,7 +280,7 @@ def _provide(monkeypatch: pytest.MonkeyPatch, name: str, module: object) -> None
     """Let ``optional`` find ``module``, and pretend that the device can run it."""
     real = _optional.load
     monkeypatch.setattr(_optional, "load", lambda wanted: module if wanted.split(".")[0] == name else real(wanted))
-    monkeypatch.setattr(backends, "_blackwell", lambda call, package, runs_on: _optional.missing(package))
+    monkeypatch.setattr(backends, "package_refusal", lambda call, package, runs_on: _optional.missing(package))
 
 
 @layouts

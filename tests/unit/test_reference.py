@@ -17,7 +17,7 @@ from safealloc.kernels import reference
 
 NAN = 0x7F
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FROZEN = json.loads((Path(__file__).parent / "data" / "ref_nvfp4_quant.json").read_text())
+FROZEN = json.loads((Path(__file__).parents[1] / "data" / "ref_nvfp4_quant.json").read_text())
 
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
@@ -79,12 +79,13 @@ def check(x: Tensor, global_scale: float) -> None:
 @dtypes
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("global_scale", [None, 1e-30, 1e-6, 0.5, 1.0, 1e3, 1e10, 1e30, 0.0], ids=str)
-def test_quantize_sweep(dtype: torch.dtype, magnitude: float, global_scale: float | None) -> None:
+def test_quantize_matches_the_derivation(dtype: torch.dtype, magnitude: float, global_scale: float | None) -> None:
     generator = torch.Generator().manual_seed(int(magnitude * 1e6))
     x = (torch.randn(6, 48, generator=generator) * magnitude).clamp(-6e4, 6e4).to(dtype)
     check(x, 448 * 6 / float(x.abs().max()) if global_scale is None else global_scale)
 
 
+@pytest.mark.slow
 @dtypes
 def test_every_16_bit_pattern(dtype: torch.dtype) -> None:
     """All bit patterns of the dtype, NaN and Inf too, each in a block with +6 so that it is rounded as it is."""
@@ -101,7 +102,7 @@ def test_every_16_bit_pattern(dtype: torch.dtype) -> None:
     assert bool((codes[~nan][:, 0] == 7).all())
 
 
-def test_ties_and_their_neighbors_in_fractions() -> None:
+def test_ties_and_their_neighbors_round_to_the_nearest() -> None:
     halfway = [Fraction(VALUES[code]) + (Fraction(VALUES[code + 1]) - Fraction(VALUES[code])) / 2 for code in range(7)]
     points = torch.tensor([float(point) for point in halfway])
     around = torch.cat([points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(9.0))])
@@ -114,6 +115,7 @@ def test_ties_and_their_neighbors_in_fractions() -> None:
     assert torch.equal(reference.encode_e2m1(around), nearest_codes(around))
 
 
+@pytest.mark.slow
 def test_scale_bytes_are_the_nearest_e4m3() -> None:
     """The cast of torch, which the derivation relies on, against all 127 finite e4m3 magnitudes in fractions."""
     finite = [
@@ -174,7 +176,7 @@ def test_scales_go_where_the_layout_says(layout: SfLayout) -> None:
 
 @layouts
 @pytest.mark.parametrize("padded_k", [96, 128, 192])
-def test_scales_in_a_buffer_of_a_padded_k(layout: SfLayout, padded_k: int) -> None:
+def test_scales_go_into_a_buffer_of_a_padded_k(layout: SfLayout, padded_k: int) -> None:
     x = torch.randn(9, 80).bfloat16()
     x_fp4 = torch.empty(9, 40, dtype=torch.uint8)
     scales = torch.zeros(layout.padded_shape(9, 80, padded_k=padded_k), dtype=torch.uint8)
@@ -183,7 +185,7 @@ def test_scales_in_a_buffer_of_a_padded_k(layout: SfLayout, padded_k: int) -> No
     assert not scales.view(-1)[layout.padding_mask(9, 80, padded_k=padded_k)].any()
 
 
-def test_global_scale_of_any_shape() -> None:
+def test_global_scale_may_have_any_shape() -> None:
     x = torch.randn(3, 16).bfloat16()
     expected = quantized(x, 5.0)
     for shape in ((), (1,), (1, 1)):
@@ -194,7 +196,7 @@ def test_global_scale_of_any_shape() -> None:
 
 @layouts
 @pytest.mark.parametrize("valid", [-1, 0, 1, 5, 9, 10, 1000])
-def test_valid_rows(layout: SfLayout, valid: int) -> None:
+def test_rows_beyond_valid_rows_are_zero(layout: SfLayout, valid: int) -> None:
     x = torch.randn(9, 48).bfloat16()
     x[max(valid, 0) :] = float("nan")
     x_fp4 = torch.full((9, 24), 0xAA, dtype=torch.uint8)
@@ -233,7 +235,7 @@ def test_nan_makes_its_block_nan(dtype: torch.dtype, global_scale: float) -> Non
 
 @dtypes
 @pytest.mark.parametrize("global_scale", [1e-30, 1.0, 20.0, 1e30])
-def test_inf_saturates(dtype: torch.dtype, global_scale: float) -> None:
+def test_inf_saturates_the_scale(dtype: torch.dtype, global_scale: float) -> None:
     """The scale is 448, Inf is 6 with its sign, and finite values are rounded with that scale."""
     x = torch.randn(5, 64).to(dtype)
     clean_codes, clean_scales = quantized(x, global_scale)
@@ -283,7 +285,7 @@ def test_not_finite_rows_stay_alone_through_mm(layout: SfLayout) -> None:
 
 
 @pytest.mark.parametrize("case", FROZEN["cases"], ids=lambda case: case["name"])
-def test_frozen_values_of_vllm(case: dict[str, str]) -> None:
+def test_quantize_matches_frozen_bytes_of_vllm(case: dict[str, str]) -> None:
     """Bytes that vLLM 0.32.0's ref_nvfp4_quant gave."""
     rows, k = int(case["rows"]), int(case["k"])
     patterns = torch.frombuffer(bytearray.fromhex(case["x"]), dtype=torch.uint8).view(-1, 2).flip(1).contiguous()
@@ -309,7 +311,7 @@ def vllm_utils() -> ModuleType:
 @dtypes
 @pytest.mark.parametrize("global_scale", [None, 1e-6, 1.0, 1e6], ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (33, 128), (130, 320)], ids=str)
-def test_against_vllm(
+def test_quantize_matches_the_installed_vllm(
     vllm_utils: ModuleType, dtype: torch.dtype, global_scale: float | None, shape: tuple[int, int]
 ) -> None:
     x = torch.randn(shape).to(dtype)
@@ -358,7 +360,9 @@ def product(
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("alphas", ["none", "one", "one per row"])
 @pytest.mark.parametrize("shape", [(1, 8, 16), (5, 24, 80), (9, 130, 176), (130, 7, 64)], ids=str)
-def test_mm_against_float64(layout: SfLayout, out_dtype: torch.dtype, alphas: str, shape: tuple[int, int, int]) -> None:
+def test_mm_is_close_to_float64(
+    layout: SfLayout, out_dtype: torch.dtype, alphas: str, shape: tuple[int, int, int]
+) -> None:
     m, n, k = shape
     a, a_scales, a_values = random_operand(m, k, layout)
     b, b_scales, b_values = random_operand(n, k, SfLayout.layout_128x4)
@@ -374,7 +378,7 @@ def test_mm_against_float64(layout: SfLayout, out_dtype: torch.dtype, alphas: st
 
 @pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("column", [5, 6, 7])
-def test_nan_in_a_padding_column_of_a(layout: SfLayout, column: int) -> None:
+def test_nan_in_a_padding_column_of_a_reaches_its_row(layout: SfLayout, column: int) -> None:
     m, n, k = 9, 12, 80
     a, a_scales, _ = random_operand(m, k, layout)
     b, b_scales, _ = random_operand(n, k, SfLayout.layout_128x4)
@@ -389,7 +393,7 @@ def test_nan_in_a_padding_column_of_a(layout: SfLayout, column: int) -> None:
 
 @layouts
 @pytest.mark.parametrize("column", [5, 6, 7])
-def test_nan_in_a_padding_column_of_b(layout: SfLayout, column: int) -> None:
+def test_nan_in_a_padding_column_of_b_reaches_its_output_column(layout: SfLayout, column: int) -> None:
     m, n, k = 9, 12, 80
     a, a_scales, _ = random_operand(m, k, layout)
     b, b_scales, _ = random_operand(n, k, SfLayout.layout_128x4)
@@ -430,7 +434,7 @@ def test_a_longer_buffer_is_read_from_its_start(layout: SfLayout) -> None:
 
 
 @layouts
-def test_dequantize(layout: SfLayout) -> None:
+def test_dequantize_inverts_the_encoding(layout: SfLayout) -> None:
     packed, buffer, values = random_operand(9, 80, layout, padding=NAN)
     assert torch.equal(reference.dequantize(packed, buffer, layout).double(), values)
     assert torch.equal(reference.dequantize(packed, buffer, layout, 4.0).double(), values / 4)
@@ -449,13 +453,3 @@ def test_dequantized_values_are_near(dtype: torch.dtype) -> None:
     reference.quantize(x, g, x_fp4, scales, SfLayout.layout_linear)
     error = (reference.dequantize(x_fp4, scales, SfLayout.layout_linear, g) - x.float()).view(16, 4, 16).abs()
     assert bool((error <= x.float().view(16, 4, 16).abs().amax(-1, keepdim=True) / 4).all())
-
-
-@layouts
-def test_zero_padding(layout: SfLayout) -> None:
-    for rows, k, padded_k in ((1, 16, None), (9, 80, None), (9, 80, 192), (128, 64, None), (130, 48, 64)):
-        buffer = torch.full(layout.padded_shape(rows, k, padded_k=padded_k), NAN, dtype=torch.uint8)
-        reference.zero_padding(buffer, layout, rows, k, padded_k)
-        mask = layout.padding_mask(rows, k, padded_k=padded_k)
-        assert torch.equal(buffer.view(-1) == 0, mask)
-        assert bool((buffer.view(-1)[~mask] == NAN).all())

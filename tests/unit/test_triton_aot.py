@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for every architecture it is for, down to machine code: Triton carries its own ptxas.
 
-What no GPU here can run (``cvt.e2m1x2`` of Blackwell) is at least known to be there, and so are the wide loads.
+The PTX shows what no GPU here can run (``cvt.e2m1x2`` of Blackwell), and that loads are wide. Most of it is marked slow.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ GEMM_TILINGS = sorted({triton_gemm.tiling_for(m, n, 64, 132) for m in (16, 32, 6
 FLUSHING_DIVISION = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda number: f"sm_{number}")
+hopper_and_slow_others = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(number, marks=[] if number == 90 else pytest.mark.slow, id=f"sm_{number}")
+        for number in ARCHITECTURES
+    ],
+)
 gemm_tilings = pytest.mark.parametrize("tiling", GEMM_TILINGS, ids=lambda tiling: "-".join(map(str, tiling)))
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 
@@ -71,7 +78,6 @@ def quantize(
     layout: SfLayout,
     valid_rows: bool,
     tiling: triton_quantize.Tiling,
-    counts: bool = False,
 ) -> str:
     types = {
         "x": f"*{dtype}",
@@ -93,10 +99,6 @@ def quantize(
         types["valid_rows"] = "*i32"
     else:
         constants["valid_rows"] = None
-    if counts:
-        types["counts"] = "*i32"
-    else:
-        constants["counts"] = None
     options = {"launch_pdl": True} if architecture >= 90 else {}
     return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=4, **options)
 
@@ -136,6 +138,7 @@ def check_quantize(
     assert "0f3E2AAAAB" in ptx, "1 / 6 is not float32(1 / 6)"
 
 
+@pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("valid_rows", [False, True], ids=["all_rows", "valid_rows"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -146,27 +149,13 @@ def test_quantize_on_every_architecture(architecture: int, dtype: str, valid_row
             check_quantize(architecture, dtype, layout, valid_rows, next(tiling for tiling in TILINGS if tiling.words))
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("tiling", TILINGS[1:], ids=str)
 @pytest.mark.parametrize("architecture", [90, 100])
 def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling) -> None:
     for valid_rows in (False, True):
         check_quantize(architecture, "bf16", layout, valid_rows, tiling)
-
-
-@layouts
-@pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize("architecture", [90, 100])
-def test_a_compact_buffer_is_cleared_by_programs_of_their_own(
-    architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling
-) -> None:
-    """Those that quantize load what they load without counts; the others look at a count for each 32 columns."""
-    plain = quantize(architecture, "bf16", layout, False, tiling)
-    ptx = quantize(architecture, "bf16", layout, False, tiling, counts=True)
-    check_waits(ptx, architecture)
-    assert ptx.count("ld.global") == plain.count("ld.global") + tiling.blocks // 32
-    assert ptx.count("bar.sync") == plain.count("bar.sync") + 1, "no barrier between reading counts and clearing"
-    assert ptx.count("griddepcontrol.launch_dependents") >= plain.count("griddepcontrol.launch_dependents")
 
 
 def mm(
@@ -209,6 +198,7 @@ def mm(
     return compiled(triton_gemm._mm, architecture, types, constants, **options)
 
 
+@pytest.mark.slow
 @architectures
 @gemm_tilings
 def test_mm_on_every_architecture(architecture: int, tiling: triton_gemm.Tiling) -> None:
@@ -219,6 +209,7 @@ def test_mm_on_every_architecture(architecture: int, tiling: triton_gemm.Tiling)
     assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx), "the weight is not copied ahead"
 
 
+@pytest.mark.slow
 @gemm_tilings
 def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(tiling: triton_gemm.Tiling) -> None:
     ptx = mm(90, SfLayout.layout_128x4, tiling, alpha=True, out="bf16", cols="i32:16")
@@ -227,6 +218,7 @@ def test_on_hopper_the_weight_goes_from_registers_to_the_tensor_cores(tiling: tr
     assert "ldmatrix" not in multiplications, "decoded operands make a detour through shared memory"
 
 
+@pytest.mark.slow
 @layouts
 @gemm_tilings
 def test_mm_in_every_tiling(layout: SfLayout, tiling: triton_gemm.Tiling) -> None:
@@ -242,14 +234,15 @@ def test_every_tiling_of_mm_is_compiled() -> None:
     assert {triton_gemm.tiling_for(*shape, 132) for shape in shapes} == set(GEMM_TILINGS)
 
 
-@architectures
-def test_add_up(architecture: int) -> None:
+@hopper_and_slow_others
+def test_shares_are_added_up_after_the_predecessor(architecture: int) -> None:
     types = {"partial": "*fp32", "alpha": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("n", "alpha_stride", "out_stride_m", "shares"), "i32")
     constants = {"out_stride_n": 1, "BLOCK": triton_gemm._ADD_UP_COLUMNS, "DEPENDENT": architecture >= 90}
     check_waits(compiled(triton_gemm._add_up, architecture, types, constants), architecture)
 
 
+@pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("kernel", [in_kernel._row_by_row, in_kernel._wide_stores], ids=lambda kernel: kernel.__name__)
 def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
@@ -261,9 +254,9 @@ def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
     check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
 
 
-@architectures
+@hopper_and_slow_others
 @layouts
-def test_zero_padding(architecture: int, layout: SfLayout) -> None:
+def test_padding_is_zeroed_in_words(architecture: int, layout: SfLayout) -> None:
     names = ("rows", "cols", "col_tiles", "padding_rows", "row_programs")
     constants = {"LAYOUT": int(layout), "TILE_COLS": layout.tile.cols, "WORDS": triton_padding._WORDS}
     types = {"scales": "*u8", **dict.fromkeys(names, "i32")}
@@ -272,6 +265,7 @@ def test_zero_padding(architecture: int, layout: SfLayout) -> None:
         assert "st.global.b32" in ptx, "a padding row's words are not written as words"
 
 
+@pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("blocks", [1, 1 << 20])
@@ -292,16 +286,16 @@ def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
     assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
 
 
-@architectures
-def test_clean_grouped(architecture: int) -> None:
+@hopper_and_slow_others
+def test_cleaning_waits_for_the_predecessor(architecture: int) -> None:
     types = {"scales": "*u8", **dict.fromkeys(("record", "expert_offsets", "blockscale_offsets"), "*i32")}
     types |= dict.fromkeys(("rows", "capacity", "experts", "col_tiles", "scale_rows"), "i32")
     constants = {"LAYOUT": 0, "EXPERTS": 256, "TILE_COLS": 4, "ROWS": 1, "DEPENDENT": architecture >= 90}
     check_waits(compiled(triton_grouped._clean_grouped, architecture, types, constants, num_warps=4), architecture)
 
 
-@architectures
-def test_guard(architecture: int) -> None:
+@hopper_and_slow_others
+def test_the_guard_reads_its_table_only_when_a_check_is_due(architecture: int) -> None:
     numbers = ("kind", "length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot")
     types = {"scales": "*u8", "record": "*i32", "flags": "*i32", **dict.fromkeys(numbers, "i32")}
     constants = triton_guard._CONSTANTS
@@ -310,4 +304,4 @@ def test_guard(architecture: int) -> None:
     ptx = compiled(triton_guard._check_table, architecture, types, constants | {"WORDS": triton_guard.WORDS})
     first, after = ptx.partition("st.global")[::2]
     assert "ld.global" in first
-    assert "bra" in after, "all is read before it is known whether it is due"
+    assert "bra" in after, "the table is read before it is known whether a check is due"

@@ -1,51 +1,44 @@
-"""The pool's guard in a vLLM worker, without vLLM and without a GPU: what it finds reaches the worker, whoever asks."""
+"""The pool's guard in a vLLM worker, without vLLM and without a GPU: what it finds reaches the worker from every call."""
 
 from __future__ import annotations
 
-import io
-import re
-import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from test_vllm_targets import VERSION, stand_in
+from support.internals import check_all
 from torch import Tensor
 
-from safealloc import PaddingCorruptionError, PoolClosedError, ScalePool, SfLayout
-from safealloc.commands import doctor_vllm
-from safealloc.integrations.vllm import allocator as module
-from safealloc.integrations.vllm import hooks, ops, targets
-from safealloc.integrations.vllm.allocator import Allocator
+from safealloc import PaddingCorruptionError, PoolClosedError, ScalePool, SfLayout, settings
+from safealloc.integrations.vllm import hooks, ops, serve, targets
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.pool.guard import POISON, REPAIR, VERIFY
+from safealloc.integrations.vllm.serve import Allocator
+from safealloc.integrations.vllm.worker import logger
+from safealloc.pool import default
+from safealloc.settings import POISON, STRICT, VERIFY, VERIFY_REPAIR
 
 CPU = torch.device("cpu")
-L128 = SfLayout.layout_128x4
 TOPK = 2
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SAFEALLOC_STRICT", VERIFY, REPAIR, POISON):
+    for name in (STRICT, VERIFY, VERIFY_REPAIR, POISON):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
 
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Allocator, ScalePool]]]:
-    """Makes an allocator in a step, and the pool that it hands out from, under ``SAFEALLOC_VERIFY=1``."""
+    """Makes an allocator in a step, and the pool that it hands out from, which checks every handout and replay."""
     pools: list[ScalePool] = []
 
     def make(*, repair: bool = False) -> tuple[Allocator, ScalePool]:
-        monkeypatch.setenv(VERIFY, "1")
-        monkeypatch.setenv(REPAIR, str(int(repair)))
-        pool = ScalePool("cpu")
+        pool = ScalePool("cpu", verify_every=1, verify_repair=repair)
         pools.append(pool)
-        monkeypatch.setattr(module, "default_pool", lambda device: pool)
+        monkeypatch.setattr(serve, "default_pool", lambda device: pool)
         allocator = Allocator()
         allocator.enabled = True
         return allocator, pool
@@ -57,14 +50,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[All
 
 def dirty(scales: Tensor, k: int, row: int, column: int) -> None:
     """Write one byte of a buffer in 128x4."""
-    scales.view(torch.uint8).view(-1)[L128.offsets(row + 1, k)[row, column]] = 0x38
-
-
-def replays(pool: ScalePool) -> None:
-    """What a graph's node does: look at all that graphs hold."""
-    assert pool._guard is not None
-    for buffer, watched in pool._guard._watched.items():
-        pool._guard._check(buffer, watched.slot)
+    scales.view(torch.uint8).view(-1)[SfLayout.layout_128x4.offsets(row + 1, k)[row, column]] = 0x38
 
 
 def dense(allocator: Allocator) -> Tensor:
@@ -75,25 +61,25 @@ def in_8x4(allocator: Allocator) -> Tensor:
     return allocator.quantized_8x4(torch.ones(5, 64, dtype=torch.bfloat16), torch.ones(1))[1]
 
 
-def routed(allocator: Allocator) -> Tensor:
+def grouped(allocator: Allocator) -> Tensor:
     offsets, tiles = torch.tensor([0, 4, 4, 10]), torch.tensor([0, 128, 128, 256])
-    scales = allocator.expert_scales(10, 64, TOPK, offsets.int(), tiles.int())
+    scales = allocator.grouped_scales(10, 64, TOPK, offsets.int(), tiles.int())
     assert scales is not None
     return scales
 
 
-@pytest.mark.parametrize("site", [dense, in_8x4, routed])
-def test_what_the_guard_finds_is_raised_by_every_site(
+@pytest.mark.parametrize("site", [dense, in_8x4, grouped])
+def test_dirty_padding_is_raised_by_every_kind_of_call(
     guarded: Callable[..., Any], site: Callable[[Allocator], Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other pool errors are logged, and vLLM allocates: after this one its tokens may be wrong."""
+    """Other pool errors are logged, and vLLM allocates; after this one tokens may be wrong."""
     allocator, pool = guarded()
-    allocator.quantize_8x4 = lambda *given: pytest.fail("vLLM's own quantizer was called")
+    allocator.vllm_quantize_8x4 = lambda *given: pytest.fail("vLLM's own quantizer was called")
     scales = site(allocator)
     assert pool.spec(scales) is not None
     scales.view(torch.uint8).view(-1)[-1] = 0x38
     del scales
-    replays(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError):
         site(allocator)
     assert caplog.records == []
@@ -101,32 +87,34 @@ def test_what_the_guard_finds_is_raised_by_every_site(
     assert pool.spec(site(allocator)) is not None
 
 
-def test_it_passes_through_the_op_of_compiled_code(
+def test_dirty_padding_is_raised_by_the_op_of_compiled_code(
     guarded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     allocator, pool = guarded()
     monkeypatch.setattr(ops, "allocator", allocator)
     torch.ops.safealloc.vllm_scales(5, 64, CPU, None).view(torch.uint8).view(-1)[-1] = 0x38
-    replays(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError):
         torch.ops.safealloc.vllm_scales(5, 64, CPU, None)
     assert caplog.records == []
     pool.verify(repair=True)
 
 
-def test_a_guard_heals_at_every_site(guarded: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_dirty_padding_is_repaired_by_every_kind_of_call(
+    guarded: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     allocator, pool = guarded(repair=True)
     for site in (dense, in_8x4):
         site(allocator).view(torch.uint8).view(-1)[-1] = 0x38
-        replays(pool)
+        check_all(pool)
         assert pool.spec(site(allocator)) is not None
         assert pool.verify() > 0
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
-def test_a_debug_pool_raises_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_debug_pool_raises_dirty_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with ScalePool("cpu", debug=True) as pool:
-        monkeypatch.setattr(module, "default_pool", lambda device: pool)
+        monkeypatch.setattr(serve, "default_pool", lambda device: pool)
         allocator = Allocator()
         allocator.enabled = True
         dense(allocator).view(torch.uint8).view(-1)[-1] = 0x38
@@ -134,11 +122,11 @@ def test_a_debug_pool_raises_too(monkeypatch: pytest.MonkeyPatch) -> None:
             dense(allocator)
 
 
-# --- the worker's step ------------------------------------------------------------------------------------------------------
+# --- the worker's step ------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """Stands for vLLM's."""
+    """Stands in for vLLM's."""
 
     def __init__(self) -> None:
         self.steps: list[Any] = []
@@ -165,7 +153,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Allocator], Wo
     assert Worker.execute_model is original
 
 
-def test_a_step_is_passed_through(
+def test_a_hooked_step_returns_what_the_original_returns(
     guarded: Callable[..., Any], worker: Callable[[Allocator], Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allocator, pool = guarded()
@@ -177,39 +165,43 @@ def test_a_step_is_passed_through(
     assert stepping.execute_model(2) == (stepping, 2)
     assert stepping.execute_model(scheduler_output=3) == (stepping, 3)
     assert stepping.steps == [1, 2, 3]
-    assert calls == [1, 2]  # once a step, before it
+    assert calls == [1, 2]  # once per step, before it
     assert Worker.execute_model.__doc__ == "Run a step."
 
 
-def test_a_step_that_fails_fails_as_it_did(guarded: Callable[..., Any], worker: Callable[[Allocator], Worker]) -> None:
+def test_a_hooked_step_raises_what_the_original_raises(
+    guarded: Callable[..., Any], worker: Callable[[Allocator], Worker]
+) -> None:
     allocator, _ = guarded()
     dense(allocator)
     with pytest.raises(TypeError, match="scheduler_output"):
         worker(allocator).execute_model()  # type: ignore[call-arg]
 
 
-def test_steps_of_replays_alone_raise(guarded: Callable[..., Any], worker: Callable[[Allocator], Worker]) -> None:
+def test_a_step_of_replays_alone_raises_dirty_padding(
+    guarded: Callable[..., Any], worker: Callable[[Allocator], Worker]
+) -> None:
     allocator, pool = guarded()
     stepping = worker(allocator)
     scales = dense(allocator)
     dirty(scales, 64, 127, 3)
     stepping.execute_model(1)
-    replays(pool)
+    check_all(pool)
     with pytest.raises(PaddingCorruptionError, match="scale row 127, column 3") as raised:
         stepping.execute_model(2)
     assert "last handed to " in str(raised.value)
     assert stepping.steps == [1]
-    stepping.execute_model(3)  # said once
+    stepping.execute_model(3)  # raised once
     pool.verify(repair=True)
 
 
-def test_steps_of_replays_alone_heal(
+def test_a_step_of_replays_alone_repairs_dirty_padding(
     guarded: Callable[..., Any], worker: Callable[[Allocator], Worker], caplog: pytest.LogCaptureFixture
 ) -> None:
     allocator, pool = guarded(repair=True)
     stepping = worker(allocator)
     dirty(dense(allocator), 64, 127, 3)
-    replays(pool)
+    check_all(pool)
     assert stepping.execute_model(1) == (stepping, 1)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
@@ -217,7 +209,7 @@ def test_steps_of_replays_alone_heal(
     assert pool.verify() == 1
 
 
-def test_any_other_error_costs_no_step(
+def test_other_pool_errors_do_not_stop_a_step(
     guarded: Callable[..., Any],
     worker: Callable[[Allocator], Worker],
     monkeypatch: pytest.MonkeyPatch,
@@ -226,7 +218,7 @@ def test_any_other_error_costs_no_step(
     allocator, pool = guarded()
     stepping = worker(allocator)
     dense(allocator).view(torch.uint8).view(-1)[-1] = 0x38
-    replays(pool)
+    check_all(pool)
     pool.close()
     for step in range(3):
         assert stepping.execute_model(step) == (stepping, step)
@@ -238,27 +230,29 @@ def test_any_other_error_costs_no_step(
         stepping.execute_model(3)
 
 
-def test_it_is_raised_in_a_workers_start_too(guarded: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_dirty_padding_stops_a_workers_start_and_other_errors_do_not(
+    guarded: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     _, pool = guarded()
-    scales = pool.acquire(5, 64, L128)
+    scales = pool.acquire(5, 64, SfLayout.layout_128x4)
     dirty(scales, 64, 127, 3)
 
     def fails() -> None:
         raise RuntimeError("no such luck")
 
     with pytest.raises(PaddingCorruptionError):
-        hooks._guarded(pool.verify)
-    hooks._guarded(fails)
+        hooks.log_errors(pool.verify)
+    hooks.log_errors(fails)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     pool.verify(repair=True)
 
 
-def test_a_value_that_is_no_number_is_said_once(
+def test_a_value_that_is_not_a_number_is_logged_once(
     worker: Callable[[Allocator], Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the pool, which is then not made: vLLM allocates."""
+    """No pool is made then, and vLLM allocates."""
     monkeypatch.setenv(VERIFY, "often")
-    monkeypatch.setattr(module, "default_pool", lambda device: ScalePool(device))
+    monkeypatch.setattr(default, "_pools", {})
     allocator = Allocator()
     allocator.enabled = True
     stepping = worker(allocator)
@@ -271,56 +265,7 @@ def test_a_value_that_is_no_number_is_said_once(
 
 
 @pytest.mark.parametrize(("text", "expected"), [(None, False), ("", False), ("0", False), ("1", True), ("100", True)])
-def test_whether_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, text: str | None, expected: bool) -> None:
+def test_whether_padding_is_watched(monkeypatch: pytest.MonkeyPatch, text: str | None, expected: bool) -> None:
     if text is not None:
         monkeypatch.setenv(VERIFY, text)
-    assert module.watched() is expected
-
-
-# --- the doctor -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[doctor_vllm.VllmFinding, str]]:
-    """Looks at a vLLM that every hook fits; what it finds and prints."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(targets, "installed", lambda: (VERSION, stand_in().get))
-
-    def look() -> tuple[doctor_vllm.VllmFinding, str]:
-        found = doctor_vllm.look(None)
-        out = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
-        doctor_vllm.show(found, out)
-        return found, re.sub(" +", " ", out.file.getvalue())  # type: ignore[attr-defined]
-
-    return look
-
-
-def test_the_doctor_lists_the_guards_variables(doctor: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found, text = doctor()
-    assert not {VERIFY, REPAIR, POISON} & set(found.plugin.environment)
-    assert f"\n{targets.STEP.name} - registered with SAFEALLOC_VERIFY only, which is not set\n" in text
-    assert "\nSAFEALLOC_VERIFY not set padding is not checked\n" in text
-    assert "\nSAFEALLOC_VERIFY_REPAIR not set what SAFEALLOC_VERIFY finds is raised\n" in text
-    assert "\nSAFEALLOC_POISON not set the real bytes of new buffers are undefined\n" in text
-    settings = {VERIFY: "100", REPAIR: "1", POISON: "1"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    found, text = doctor()
-    assert found.plugin.environment.items() >= settings.items()
-    assert f"\n{targets.STEP.name} yes\n" in text
-    assert "\nSAFEALLOC_VERIFY 100 padding is checked once in 100 calls or replays\n" in text
-    assert "\nSAFEALLOC_VERIFY_REPAIR 1 what SAFEALLOC_VERIFY finds is zeroed and logged\n" in text
-    assert "\nSAFEALLOC_POISON 1 the real bytes of new buffers are NaN\n" in text
-    monkeypatch.setenv(VERIFY, "1")
-    assert "\nSAFEALLOC_VERIFY 1 padding is checked at each call and replay\n" in doctor()[1]
-
-
-@pytest.mark.parametrize("name", [VERIFY, REPAIR, POISON])
-def test_the_doctor_says_what_no_pool_takes(
-    doctor: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "often")
-    _, text = doctor()
-    assert f"\n{name} often no pool can be made: {name} must be " in text
-    assert text.count("no pool can be made") == 1
+    assert settings.watching() is expected

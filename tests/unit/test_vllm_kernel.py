@@ -1,4 +1,4 @@
-"""What vLLM's linear layers run on with our kernel, with stand-ins for GPUs and FlashInfer; vLLM itself is not needed."""
+"""Which GEMM our kernel for vLLM's linear layers runs on, with stand-ins for GPUs and FlashInfer; vLLM is not needed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ ONE = torch.ones(1)
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """The GPU is of some compute capability, and all packages are there, as far as the table of backends sees."""
+    """Sets the compute capability of the GPU for the table of backends, to which all packages seem installed."""
     monkeypatch.setattr(_optional, "missing", lambda name: None)
     return lambda *capability: monkeypatch.setattr(backends, "capability", lambda device: capability)
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the plugin logs, as in a process that has not said anything yet."""
-    kernel._say_triton.cache_clear()
+def logged() -> Iterator[list[str]]:
+    """What the plugin logs, as in a process that has not logged anything yet."""
+    kernel.log_triton.cache_clear()
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -39,21 +39,21 @@ def said() -> Iterator[list[str]]:
     yield lines
     kernel.logger.removeHandler(handler)
     kernel.logger.setLevel(level)
-    kernel._say_triton.cache_clear()
+    kernel.log_triton.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (10, 7)])
-def test_trtllm_takes_whole_tiles_of_weight_rows(
-    on: Callable[[int, int], None], said: list[str], capability: tuple[int, int]
+def test_trtllm_takes_weights_of_whole_tiles_of_rows(
+    on: Callable[[int, int], None], logged: list[str], capability: tuple[int, int]
 ) -> None:
-    """Others run on Triton, with the reason once."""
+    """Others run on Triton, and the reason is logged once."""
     on(*capability)
     for rows in (128, 5632, 1024):
-        assert kernel._backend(GPU, rows) == "trtllm"
-    assert said == []
+        assert kernel.backend_for(GPU, rows) == "trtllm"
+    assert logged == []
     for rows in (5664, 64, 5664):
-        assert kernel._backend(GPU, rows) == "triton"
-    assert [line.partition("trtllm cannot run, ")[2] for line in said] == [
+        assert kernel.backend_for(GPU, rows) == "triton"
+    assert [line.partition("trtllm cannot run: ")[2] for line in logged] == [
         "it takes weights of a multiple of 128 rows, one has 5664",
         "it takes weights of a multiple of 128 rows, one has 64",
     ]
@@ -61,19 +61,19 @@ def test_trtllm_takes_whole_tiles_of_weight_rows(
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (11, 0), (12, 0), (12, 1)])
-def test_where_trtllm_has_no_kernels_triton_runs(
-    on: Callable[[int, int], None], said: list[str], capability: tuple[int, int]
+def test_triton_runs_where_trtllm_has_no_kernels(
+    on: Callable[[int, int], None], logged: list[str], capability: tuple[int, int]
 ) -> None:
     on(*capability)
-    assert {kernel._backend(GPU, rows) for rows in (64, 128, 5664, 1024)} == {"triton"}
+    assert {kernel.backend_for(GPU, rows) for rows in (64, 128, 5664, 1024)} == {"triton"}
     reason = "it runs on compute capability 10.0, 10.3, 10.7 only, cuda:0 has {}.{}".format(*capability)
-    assert [line.partition("trtllm cannot run, ")[2] for line in said] == [reason]
+    assert [line.partition("trtllm cannot run: ")[2] for line in logged] == [reason]
     assert kernel.trtllm_refusal(GPU, 64) == reason
     assert kernel.refusal(10 * capability[0] + capability[1]) is None
 
 
-def test_any_capability_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Since of any model one layer may have other rows."""
+def test_triton_is_needed_on_every_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any model a layer may have a number of rows that trtllm does not take."""
     monkeypatch.setattr(_optional, "missing", lambda name: "it is not installed" if name == "triton" else None)
     assert kernel.refusal(100) == "what trtllm cannot take needs Triton, and it is not installed"
     monkeypatch.setattr(_optional, "missing", lambda name: "it is not installed" if name == "flashinfer" else None)
@@ -81,16 +81,16 @@ def test_any_capability_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("rows", "shuffled"), [(256, True), (96, False)])
-def test_a_layer_is_prepared_for_what_it_runs_on(
+def test_weights_are_shuffled_for_trtllm_only(
     monkeypatch: pytest.MonkeyPatch, on: Callable[[int, int], None], rows: int, shuffled: bool
 ) -> None:
-    """Weight and scales are shuffled for trtllm only, and the product is right in either case."""
+    """The product is right in either case."""
     on(10, 0)
     on_cpu = torch.device("cpu")
-    real = kernel._backend
-    monkeypatch.setattr(kernel, "_backend", lambda device, rows: real(GPU, rows))
+    real = kernel.backend_for
+    monkeypatch.setattr(kernel, "backend_for", lambda device, rows: real(GPU, rows))
     called: list[str] = []
-    order = torch.arange(rows).flip(0)  # a shuffle that is seen in the result
+    order = torch.arange(rows).flip(0)  # a shuffle that shows in the result
 
     def shuffle_matrix_a(weight: Tensor, tile: int) -> Tensor:
         called.append(f"a{tile}")
@@ -114,7 +114,7 @@ def test_a_layer_is_prepared_for_what_it_runs_on(
     ours = kernel.make(object)()
     ours.process_weights_after_loading(layer)
     assert ours.backend == ("trtllm" if shuffled else "triton")
-    assert called == (["a128", "sf_a128"] if shuffled else [])
+    assert sorted(called) == (["a128", "sf_a128"] if shuffled else [])
 
     ours.backend = "reference"  # which takes either, and does not shuffle back
     x = torch.randn(5, K).bfloat16()

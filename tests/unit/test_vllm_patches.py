@@ -1,4 +1,4 @@
-"""Replacing names in somebody else's modules: everywhere, at import, and back. Modules are written to a temporary path."""
+"""Replacing names in other packages' modules, now or at import, and restoring them: modules are in a temporary folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def replace_f(patches, replacement):
     return lambda module: patches.rebind(module.f, replacement, "f")
 
 
-# --- rebind ---------------------------------------------------------------------------------------------------------------
+# --- rebind -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_object_is_replaced_under_every_name_in_every_module(write, patches, replacement):
@@ -76,7 +76,7 @@ def test_an_object_is_replaced_under_every_name_in_every_module(write, patches, 
     assert [one.f, one.alias, two.g, two.alias, three.f] == [original] * 5
 
 
-def test_equal_is_not_identical(write, patches, replacement):
+def test_an_equal_object_is_not_replaced(write, patches, replacement):
     write("one", "class Equal:\n    __eq__ = lambda self, other: True\nf, g = Equal(), Equal()\n")
     one = importlib.import_module("one")
     g = one.g
@@ -85,7 +85,7 @@ def test_equal_is_not_identical(write, patches, replacement):
     assert one.g is g
 
 
-def test_the_last_replaced_is_put_back_first(write, patches, replacement):
+def test_restore_undoes_in_reverse_order(write, patches, replacement):
     write("one", "def f(): ...\n")
     one = importlib.import_module("one")
     original = one.f
@@ -101,7 +101,7 @@ def test_the_last_replaced_is_put_back_first(write, patches, replacement):
     assert len(undone) == 3
 
 
-def test_what_is_no_ordinary_module_in_sys_modules_is_passed_over(write, patches, monkeypatch, replacement):
+def test_entries_of_sys_modules_that_are_not_modules_are_skipped(write, patches, monkeypatch, replacement):
     write("one", "def f(): ...\n")
     one = importlib.import_module("one")
 
@@ -116,7 +116,7 @@ def test_what_is_no_ordinary_module_in_sys_modules_is_passed_over(write, patches
     assert sys.modules["namespace"].f is replacement
 
 
-def test_a_lazy_module_stays_unloaded(write, patches, monkeypatch, replacement):
+def test_a_lazy_module_is_not_loaded(write, patches, monkeypatch, replacement):
     write("one", "def f(): ...\n")
     write("lazy", "raise RuntimeError('loaded')\n")
     spec = importlib.util.find_spec("lazy")
@@ -127,7 +127,7 @@ def test_a_lazy_module_stays_unloaded(write, patches, monkeypatch, replacement):
     patches.rebind(importlib.import_module("one").f, replacement, "f")
 
 
-# --- set ------------------------------------------------------------------------------------------------------------------
+# --- set --------------------------------------------------------------------------------------------------------------
 
 
 class Base:
@@ -148,7 +148,7 @@ class Derived(Base):
         return "own"
 
 
-def test_a_class_with_an_attribute_of_its_own(patches):
+def test_an_attribute_of_a_class_is_set_and_restored(patches):
     original = vars(Derived)["own"]
     patches.set(Derived, "own", lambda self: "replaced")
     assert Derived().own() == "replaced"
@@ -156,7 +156,7 @@ def test_a_class_with_an_attribute_of_its_own(patches):
     assert vars(Derived)["own"] is original
 
 
-def test_a_class_that_inherits_the_attribute(patches):
+def test_an_inherited_attribute_is_set_and_removed_again(patches):
     patches.set(Derived, "method", lambda self: "replaced")
     assert (Derived().method(), Base().method()) == ("replaced", "base")
     patches.restore()
@@ -164,7 +164,7 @@ def test_a_class_that_inherits_the_attribute(patches):
     assert Derived().method() == "base"
 
 
-def test_static_and_class_methods_come_back_as_such(patches):
+def test_static_and_class_methods_are_restored_as_such(patches):
     before = {name: vars(Base)[name] for name in ("static", "of_class")}
     for name in before:
         patches.set(Base, name, lambda self: "replaced")
@@ -173,7 +173,7 @@ def test_static_and_class_methods_come_back_as_such(patches):
     assert (Base.static(), Derived().of_class()) == ("static", Derived)
 
 
-def test_a_class_set_twice(patches):
+def test_an_attribute_that_was_set_twice_is_restored(patches):
     original = vars(Derived)["own"]
     patches.set(Derived, "own", 1)
     patches.set(Derived, "own", 2)
@@ -181,7 +181,7 @@ def test_a_class_set_twice(patches):
     assert vars(Derived)["own"] is original
 
 
-def test_an_undo_that_fails_keeps_no_other_from_being_done(patches):
+def test_an_undo_that_fails_does_not_stop_the_others(patches):
     patches.set(Derived, "own", 1)
     patches.undo_by(lambda: [].remove(0))
     try:
@@ -192,10 +192,10 @@ def test_an_undo_that_fails_keeps_no_other_from_being_done(patches):
         patches.restore()
 
 
-# --- when_imported --------------------------------------------------------------------------------------------------------
+# --- when_imported ----------------------------------------------------------------------------------------------------
 
 
-def test_a_module_that_is_imported_is_done_at_once(write, patches, replace_f, replacement):
+def test_an_imported_module_is_handled_at_once(write, patches, replace_f, replacement):
     write("one", "def f(): ...\n")
     one = importlib.import_module("one")
     finders = list(sys.meta_path)
@@ -204,7 +204,7 @@ def test_a_module_that_is_imported_is_done_at_once(write, patches, replace_f, re
     assert sys.meta_path == finders
 
 
-def test_a_module_that_is_not_imported_is_done_when_it_is(write, patches, replace_f, replacement):
+def test_a_module_is_handled_when_it_is_imported(write, patches, replace_f, replacement):
     write("one", "def f(): return 'original'\nat_import = f()\n")
     write("two", "from one import f\n")
     finders = list(sys.meta_path)
@@ -219,7 +219,7 @@ def test_a_module_that_is_not_imported_is_done_when_it_is(write, patches, replac
     assert one.f is two.f is not replacement
 
 
-def test_several_actions_and_modules_are_done_in_order(write, patches):
+def test_several_actions_and_modules_are_handled_in_order(write, patches):
     write("one", "import two\n")
     write("two", "")
     write("three", "")
@@ -233,7 +233,7 @@ def test_several_actions_and_modules_are_done_in_order(write, patches):
     assert done[3:] == [(3, "three")]
 
 
-def test_a_package_and_its_submodule(write, patches, replace_f, replacement):
+def test_a_submodule_is_handled_before_its_package_binds_names(write, patches, replace_f, replacement):
     write("package.__init__", "from package.inner import f\n")
     write("package.inner", "def f(): ...\n")
     patches.when_imported("package.inner", replace_f)
@@ -242,7 +242,7 @@ def test_a_package_and_its_submodule(write, patches, replace_f, replacement):
     assert importlib.util.find_spec("package").submodule_search_locations
 
 
-def test_a_module_knows_its_own_loader_only(write, patches, replace_f):
+def test_a_module_sees_its_own_loader_only(write, patches, replace_f):
     text = "import sys\nseen = __spec__.loader, __loader__\ndef f(): ...\n"
     write("plain", text)
     write("one", text)
@@ -256,7 +256,7 @@ def test_a_module_knows_its_own_loader_only(write, patches, replace_f):
     assert one.__cached__ == one.__spec__.cached is not None
 
 
-def test_a_spec_that_is_only_looked_at_imports_nothing(write, patches):
+def test_finding_a_spec_imports_nothing(write, patches):
     file = write("one", "def f(): ...\n")
     done = []
     patches.when_imported("one", done.append)
@@ -268,7 +268,7 @@ def test_a_spec_that_is_only_looked_at_imports_nothing(write, patches):
     assert importlib.import_module("one") is done[0]
 
 
-def test_an_error_in_the_module_is_its_own(write, patches, replace_f, replacement):
+def test_an_error_in_a_module_is_raised_unchanged(write, patches, replace_f, replacement):
     file = write("one", "def f(): ...\nimport no_such_module\n")
     patches.when_imported("one", replace_f)
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'") as raised:
@@ -281,7 +281,7 @@ def test_an_error_in_the_module_is_its_own(write, patches, replace_f, replacemen
     assert importlib.import_module("one").f is replacement  # it is still waited for
 
 
-def test_after_an_error_restore_leaves_no_trace(write, patches, replace_f):
+def test_restore_after_an_import_error_leaves_no_finder(write, patches, replace_f):
     finders = list(sys.meta_path)
     write("one", "raise SystemExit(3)\n")
     patches.when_imported("one", replace_f)
@@ -291,13 +291,13 @@ def test_after_an_error_restore_leaves_no_trace(write, patches, replace_f):
     assert sys.meta_path == finders
 
 
-def test_a_module_that_is_not_there_is_not_found(write, patches, replace_f):
+def test_a_missing_module_is_not_found(write, patches, replace_f):
     patches.when_imported("no_such_module", replace_f)
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"):
         importlib.import_module("no_such_module")
 
 
-def test_restore_waits_for_nothing_any_more(write, patches, replace_f, replacement):
+def test_after_restore_no_import_is_waited_for(write, patches, replace_f, replacement):
     write("one", "def f(): ...\n")
     finders = list(sys.meta_path)
     patches.when_imported("one", replace_f)
@@ -314,8 +314,8 @@ def test_patches_can_be_used_again_after_restore(write, patches, replace_f, repl
     assert importlib.import_module("one").f is replacement
 
 
-def test_restore_between_finding_and_executing(write, patches):
-    """In the import of one module another unregisters the hooks."""
+def test_restore_while_a_module_executes_skips_its_actions(write, patches):
+    """The import of a module unregisters the hooks."""
     write("one", "import sys\nsys.modules['the_patches'].restore()\ndef f(): ...\n")
     done = []
     sys.modules["the_patches"] = patches
@@ -324,7 +324,7 @@ def test_restore_between_finding_and_executing(write, patches):
     assert done == []
 
 
-def test_reload_of_a_patched_module_brings_its_own_again(write, patches, replace_f, replacement):
+def test_reload_of_a_patched_module_brings_back_its_own_function(write, patches, replace_f, replacement):
     write("one", "def f(): ...\n")
     patches.when_imported("one", replace_f)
     one = importlib.import_module("one")
@@ -344,7 +344,7 @@ def test_reload_after_restore(write, patches, replace_f, replacement):
     assert importlib.reload(one).f is not replacement
 
 
-def test_a_module_in_the_middle_of_its_import_is_done_at_the_next_import(write, patches, replace_f, replacement):
+def test_a_module_that_is_being_imported_is_handled_at_the_next_import(write, patches, replace_f, replacement):
     write("three", "")
     write("one", "import two\ndef f(): ...\n")
     write("two", "import sys\nsys.modules['the_patches'].when_imported('one', sys.modules['the_action'])\n")
@@ -354,7 +354,7 @@ def test_a_module_in_the_middle_of_its_import_is_done_at_the_next_import(write, 
     assert one.f is replacement
 
 
-def test_a_module_in_the_middle_of_its_import_is_not_touched(write, patches):
+def test_a_module_that_is_being_imported_is_not_touched(write, patches):
     write("one", "import two\ndef f(): ...\n")
     write("two", "import sys\nsys.modules['the_patches'].when_imported('one', sys.modules['the_action'])\n")
     begun = []
@@ -364,7 +364,7 @@ def test_a_module_in_the_middle_of_its_import_is_not_touched(write, patches):
     assert False not in begun
 
 
-def test_a_circular_import_of_a_module_that_is_waited_for(write, patches, replace_f, replacement):
+def test_a_circular_import_is_handled(write, patches, replace_f, replacement):
     write("one", "import two\ndef f(): ...\n")
     write("two", "import one\npartial = hasattr(one, 'f')\ndef call(): return one.f()\n")
     patches.when_imported("one", replace_f)
@@ -374,7 +374,7 @@ def test_a_circular_import_of_a_module_that_is_waited_for(write, patches, replac
     assert one.two.call() == "replacement"
 
 
-def test_a_loader_of_somebody_elses_kind(write, patches, replace_f, replacement):
+def test_a_loader_that_is_not_from_importlib_works(write, patches, replace_f, replacement):
     class Loader:  # not of importlib.abc.Loader
         def create_module(self, spec):
             return None
@@ -396,11 +396,11 @@ def test_a_loader_of_somebody_elses_kind(write, patches, replace_f, replacement)
         sys.meta_path.remove(finder)
 
 
-# --- threads --------------------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------
 
 
 def together(*calls):
-    """Run calls in threads that start at once; what they raise is raised here."""
+    """Run calls in threads that start at once, and raise their first error."""
     errors, start = [], threading.Barrier(len(calls))
 
     def run(call):
@@ -420,7 +420,7 @@ def together(*calls):
         raise errors[0]
 
 
-def test_one_module_imported_by_many_threads_is_done_once_and_never_seen_undone(write, patches, replacement):
+def test_a_module_imported_by_many_threads_is_handled_once_and_before_any_thread_sees_it(write, patches, replacement):
     write("one", "import time\ntime.sleep(0.05)\ndef f(): ...\ntime.sleep(0.05)\n")
     done, seen = [], []
 
@@ -434,7 +434,7 @@ def test_one_module_imported_by_many_threads_is_done_once_and_never_seen_undone(
     assert seen == [replacement] * 8
 
 
-def test_many_modules_imported_by_many_threads(write, patches, replace_f, replacement):
+def test_many_modules_imported_by_many_threads_are_all_handled(write, patches, replace_f, replacement):
     finders = list(sys.meta_path)
     names = [f"module_{index}" for index in range(32)]
     for name in names:
@@ -462,7 +462,7 @@ def test_no_lock_is_held_while_an_action_runs(write, patches):
     assert waits == [False]
 
 
-def test_modules_that_import_each_other_in_two_threads(write, patches, replace_f, replacement):
+def test_modules_that_import_each_other_in_two_threads_do_not_deadlock(write, patches, replace_f, replacement):
     for name, other in (("left", "right"), ("right", "left")):
         write(name, f"import time\ntime.sleep(0.02)\nimport {other}\ndef f(): ...\n")
         patches.when_imported(name, replace_f)
@@ -470,7 +470,7 @@ def test_modules_that_import_each_other_in_two_threads(write, patches, replace_f
     assert sys.modules["left"].f is sys.modules["right"].f is replacement
 
 
-def test_restore_in_the_middle_of_an_import_that_was_under_way(write, patches):
+def test_restore_while_a_waited_for_module_is_being_imported(write, patches):
     write("one", "import two\nthe_patches = __import__('the_patches')\nthe_patches.restore()\n")
     write("two", "import sys\nsys.modules['the_patches'].when_imported('one', sys.modules['the_action'])\n")
     done = []
@@ -479,7 +479,7 @@ def test_restore_in_the_middle_of_an_import_that_was_under_way(write, patches):
     assert done == []
 
 
-def test_an_import_under_way_that_fails_is_waited_for_again(write, patches, replace_f, replacement):
+def test_a_module_whose_import_failed_is_waited_for_again(write, patches, replace_f, replacement):
     file = write("one", "import two\nraise ValueError('first')\n")
     write("two", "import sys\nsys.modules['the_patches'].when_imported('one', sys.modules['the_action'])\n")
     sys.modules["the_patches"], sys.modules["the_action"] = patches, replace_f

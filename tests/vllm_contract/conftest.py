@@ -1,28 +1,45 @@
-"""Each test starts with a vLLM that nothing is registered with, and leaves one behind."""
+"""Tests of one release of vLLM on CPU tensors: skipped where it is not installed, each starts with the plugin unregistered.
+
+With ``SAFEALLOC_REQUIRE_VLLM=1`` they fail instead of being skipped.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from support import vllm_installed
 
-from safealloc import ScalePool, use_pool
+from safealloc import ScalePool, settings, use_pool
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import patches
-from safealloc.pool.guard import POISON, REPAIR, VERIFY
 
-VARIABLES = (
-    *("SAFEALLOC", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "SAFEALLOC_STRICT", "VLLM_PLUGINS"),
-    *(VERIFY, REPAIR, POISON),
-)
+_missing = vllm_installed.missing()
+if _missing is None:
+    from support.vllm_cpu_ops import mm_calls  # before a test module imports vLLM
+
+
+class _Unavailable(pytest.Module):
+    """A test module that cannot be imported here."""
+
+    def collect(self) -> list[pytest.Item]:
+        if os.environ.get("SAFEALLOC_REQUIRE_VLLM", "0") == "1":
+            raise self.CollectError(f"SAFEALLOC_REQUIRE_VLLM=1, and {_missing}")
+        pytest.skip(str(_missing), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if _missing is None else _Unavailable.from_parent(parent, path=module_path)
 
 
 class _Modules(dict[str, ModuleType]):
-    """``sys.modules`` whose values are vLLM's modules and ours alone."""
+    """``sys.modules`` whose values are only vLLM's modules and ours."""
 
     def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
         return sys.modules.get(name, default)
@@ -33,17 +50,16 @@ class _Modules(dict[str, ModuleType]):
 
 @pytest.fixture
 def modules_to_look_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer and its compilers bring thousands, and to look through them at each registration takes a second."""
+    """FlashInfer and its compilers import thousands; searching them takes a second per registration."""
     monkeypatch.setattr(patches, "sys", SimpleNamespace(modules=_Modules(), meta_path=sys.meta_path))
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, modules_to_look_through: None) -> Iterator[None]:
-    for name in VARIABLES:
+    for name in (*settings.MEANINGS, "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     integration.unregister()
-    if "stand_ins" in sys.modules:
-        sys.modules["stand_ins"].mm_calls.clear()
+    mm_calls.clear()
     yield
     integration.unregister()
     torch.use_deterministic_algorithms(False)
@@ -66,7 +82,7 @@ def plugin(pool: ScalePool) -> Iterator[None]:
 
 @pytest.fixture
 def stale() -> Iterator[None]:
-    """``torch.empty`` returns scale bytes that are all NaN, as memory that other work wrote before may be."""
+    """``torch.empty`` returns scale bytes that are all NaN, like memory that was used before may be."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -74,7 +90,7 @@ def stale() -> Iterator[None]:
 
 @pytest.fixture
 def log() -> Iterator[list[logging.LogRecord]]:
-    """What the plugin says; vLLM's logger does not propagate to where pytest listens."""
+    """What the plugin logs; vLLM's logger does not propagate to pytest's."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]

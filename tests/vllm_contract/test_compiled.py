@@ -9,18 +9,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-import stand_ins
 import torch
 import torch._dynamo as dynamo
 import vllm._custom_ops as ops
-from stand_ins import (
+from support.vllm_cpu_ops import (
     ALPHA,
     CPU,
     GLOBAL_SCALE,
     KERNELS,
-    L8,
-    L128,
     activation,
+    engine_config,
     fused_act_quant,
     kernel_and_layer,
     mm_calls,
@@ -34,10 +32,10 @@ from torch._inductor.utils import run_and_get_code
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from safealloc import LayoutMismatchError, SafeAllocError, ScalePool, ScaleSpec
+from safealloc import LayoutMismatchError, SafeAllocError, ScalePool, ScaleSpec, SfLayout
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import ops as our_ops
-from safealloc.integrations.vllm.allocator import allocator
+from safealloc.integrations.vllm.serve import allocator
 
 N, K = 24, 80
 ROWS = (5, 32, 33, 140)
@@ -68,7 +66,7 @@ def compiled_code(function: Callable[..., Any], *arguments: Any, **options: Any)
 
 
 def buffers_of(code: str, op: str) -> list[str]:
-    """Names that the outputs of an op have in generated code: themselves, and views of them."""
+    """Names of the outputs of an op in generated code, and of views of them."""
     names = re.findall(rf"(\w+) = torch\.ops\.safealloc\.{op}\.default\(", code)
     for target, value in re.findall(r"^\s+(\w+) = (.+)$", code, flags=re.MULTILINE):
         views = (rf"{name}(\[\d\])?|(torch\.ops\.aten\.view\.dtype|reinterpret_tensor)\({name}, .*" for name in names)
@@ -77,8 +75,8 @@ def buffers_of(code: str, op: str) -> list[str]:
     return names
 
 
-def check_left_alone(code: str, op: str, sites: int) -> None:
-    """As many calls as sites, and no output copied, or given to a temporary."""
+def check_not_reused(code: str, op: str, sites: int) -> None:
+    """There are as many calls as sites, and no output is copied or reused for a temporary."""
     assert code.count(f"torch.ops.safealloc.{op}.default(") == sites
     found = buffers_of(code, op)
     assert len(found) >= sites
@@ -94,12 +92,12 @@ INFERENCE = [(name, torch.inference_mode) for name in KERNELS]
 
 
 @pytest.mark.parametrize(("name", "mode"), [*INFERENCE, ("trtllm", torch.no_grad), ("cutlass", torch.no_grad)])
-def test_linear_kernels_with_dynamic_rows(
+def test_compiled_linear_kernels_give_the_results_of_eager_ones(
     pool: ScalePool, plugin: None, name: str, mode: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Results as in eager code, in buffers of the pool; the batch size is decided on at the call.
+    """With a dynamic number of rows, in buffers of the pool.
 
-    Trtllm compiles twice, since vLLM's rule for 8x4 looks at the rows.
+    For trtllm it compiles twice, since vLLM's rule for 8x4 depends on the rows.
     """
     kernel, layer = kernel_and_layer(name, N, K)
 
@@ -116,15 +114,21 @@ def test_linear_kernels_with_dynamic_rows(
             assert torch.equal(compiled(x), expected)
         is_8x4 = name == "trtllm" and rows <= 32
         wider = 96 if name in ("cutlass", "cudnn", "vllm-cutlass") else None
-        assert mm_calls[-1].spec == mm_calls[-2].spec == ScaleSpec(rows, K, L8 if is_8x4 else L128, wider)
+        assert (
+            mm_calls[-1].spec
+            == mm_calls[-2].spec
+            == ScaleSpec(rows, K, SfLayout.layout_8x4 if is_8x4 else SfLayout.layout_128x4, wider)
+        )
     assert counter.frame_count == (2 if name == "trtllm" else 1)
     assert pool.verify() == pool.stats().buffers
     assert pool.stats().live == 0
 
 
 @modes
-def test_compiled_code_is_bitwise_vllms(pool: ScalePool, mode: Callable[[], AbstractContextManager[None]]) -> None:
-    """Compiled with the plugin, where nobody writes padding, against plain vLLM, whose quantizer does."""
+def test_compiled_linear_kernels_give_the_bits_of_vllms(
+    pool: ScalePool, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """With the plugin nobody writes padding; without it vLLM's quantizer does."""
     kernel, layer = kernel_and_layer("cutlass", N, K)
 
     def model(x: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def test_compiled_code_is_bitwise_vllms(pool: ScalePool, mode: Callable[[], Abst
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_stale_memory_is_not_seen(pool: ScalePool, plugin: None, stale: None, dynamic: bool) -> None:
+def test_compiled_code_reads_no_stale_memory(pool: ScalePool, plugin: None, stale: None, dynamic: bool) -> None:
     kernel, layer = kernel_and_layer("cutlass", N, K)
     compiled = torch.compile(lambda x: kernel.apply_weights(layer, x), fullgraph=True, dynamic=dynamic)
     with torch.inference_mode():
@@ -164,14 +168,14 @@ WEIGHT, WEIGHT_SCALE = _square.weight.data, _square.weight_scale.data
 
 
 def six_layers(x: Tensor) -> Tensor:
-    """Sites with equal arguments, one after the other."""
+    """Sites with equal arguments, in sequence."""
     for _ in range(6):
         x = quantize_and_multiply(x) * 0.125
     return x
 
 
 def twice_the_same(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal calls whose results live at once."""
+    """Equal calls whose results are alive at the same time."""
     first, second = ops.scaled_fp4_quant(x, GLOBAL_SCALE), ops.scaled_fp4_quant(x * 2, GLOBAL_SCALE)
     return tuple(
         vllm_flashinfer.flashinfer_scaled_fp4_mm(a, WEIGHT, scales, WEIGHT_SCALE, ALPHA, torch.bfloat16, "cutlass")
@@ -181,7 +185,7 @@ def twice_the_same(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("dynamic", "mode"), [(True, torch.inference_mode), (False, torch.no_grad)])
 @pytest.mark.parametrize(("model", "sites"), [(quantize_and_multiply, 1), (six_layers, 6), (twice_the_same, 2)])
-def test_the_buffer_is_left_alone(
+def test_inductor_neither_clones_merges_nor_reuses_buffers(
     pool: ScalePool,
     plugin: None,
     model: Callable[[Tensor], Any],
@@ -189,24 +193,23 @@ def test_the_buffer_is_left_alone(
     dynamic: bool,
     mode: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Neither cloned, nor merged with an equal one, nor given to a temporary."""
     x = activation(5, K)
     with mode():
         expected = model(x)
         mm_calls.clear()
         result, code = compiled_code(model, x, dynamic=dynamic)
-    check_left_alone(code, "vllm_scales", sites)
+    check_not_reused(code, "vllm_scales", sites)
     for got, wanted in zip(
         torch.utils._pytree.tree_leaves(result), torch.utils._pytree.tree_leaves(expected), strict=True
     ):
         assert torch.equal(got, wanted)
-    assert [call.spec for call in mm_calls] == [ScaleSpec(5, K, L128)] * sites
+    assert [call.spec for call in mm_calls] == [ScaleSpec(5, K, SfLayout.layout_128x4)] * sites
     assert pool.stats().buffers <= 2
     assert pool.stats().live == 0
 
 
-def test_temporaries_of_its_size_do_not_get_it(pool: ScalePool, plugin: None) -> None:
-    """A CPU shows Inductor's reuse where no tensor comes into the graph: inputs count as unaligned there."""
+def test_a_temporary_of_the_same_size_does_not_reuse_a_buffer(pool: ScalePool, plugin: None) -> None:
+    """The graph has no inputs, which Inductor takes for unaligned on a CPU, and then reuses nothing."""
 
     def model() -> Tensor:
         x = torch.full((5, 64), 1.5, dtype=torch.bfloat16)
@@ -217,14 +220,14 @@ def test_temporaries_of_its_size_do_not_get_it(pool: ScalePool, plugin: None) ->
 
     with torch.inference_mode():
         _, code = compiled_code(model)
-        check_left_alone(code, "vllm_scales", 1)
+        check_not_reused(code, "vllm_scales", 1)
         compiled = torch.compile(model, fullgraph=True)
         assert torch.equal(compiled(), compiled())
     assert pool.verify() == 1
 
 
 library = torch.library.Library("safealloc_vllm_tests", "FRAGMENT")
-library.define("total(Tensor t) -> Tensor")  # opaque: its argument has to be in memory
+library.define("total(Tensor t) -> Tensor")  # opaque, so that its argument is in memory
 library.impl("total", lambda t: t.view(torch.uint8).float().sum().reshape(1), "CPU")
 torch.library.register_fake(
     "safealloc_vllm_tests::total", lambda t: t.new_empty((1,), dtype=torch.float32), lib=library
@@ -232,10 +235,10 @@ torch.library.register_fake(
 total = torch.ops.safealloc_vllm_tests.total
 
 
-def test_layers_take_two_buffers_in_turn(pool: ScalePool, plugin: None) -> None:
+def test_layers_alternate_between_two_buffers(pool: ScalePool, plugin: None) -> None:
     """A buffer is free after its last use in the compiled code, not when the code returns.
 
-    Two and not one, since Inductor puts the next site's allocation, which depends on no tensor, before this site's GEMM.
+    There are two, since Inductor moves the next allocation, which depends on no tensor, before the GEMM of this layer.
     """
     with torch.inference_mode():
         torch.compile(six_layers, fullgraph=True)(activation(5, K))
@@ -244,8 +247,8 @@ def test_layers_take_two_buffers_in_turn(pool: ScalePool, plugin: None) -> None:
     assert stats.hits == 6 - stats.misses
 
 
-def test_8x4_in_compiled_code(pool: ScalePool, plugin: None) -> None:
-    """The quantization is one op there: the buffer is its second output."""
+def test_8x4_quantization_is_one_op_in_compiled_code(pool: ScalePool, plugin: None) -> None:
+    """The buffer is its second output."""
     kernel, layer = kernel_and_layer("trtllm", K, K)
 
     def model(x: Tensor) -> Tensor:
@@ -258,8 +261,8 @@ def test_8x4_in_compiled_code(pool: ScalePool, plugin: None) -> None:
         expected = model(x)
         result, code = compiled_code(model, x)
     assert torch.equal(result, expected)
-    check_left_alone(code, "vllm_quantize_8x4", 2)
-    assert mm_calls[-1].spec == ScaleSpec(5, K, L8)
+    check_not_reused(code, "vllm_quantize_8x4", 2)
+    assert mm_calls[-1].spec == ScaleSpec(5, K, SfLayout.layout_8x4)
     assert pool.stats().buffers == 1
 
 
@@ -275,18 +278,18 @@ def test_fused_silu_and_mul_in_compiled_code(pool: ScalePool, plugin: None) -> N
         for rows in (5, 40):
             x = activation(rows, 2 * K)
             assert torch.equal(compiled(x), model(x))
-            assert mm_calls[-1].spec == mm_calls[-2].spec == ScaleSpec(rows, K, L128)
+            assert mm_calls[-1].spec == mm_calls[-2].spec == ScaleSpec(rows, K, SfLayout.layout_128x4)
         _, code = compiled_code(model, x)
-    check_left_alone(code, "vllm_scales", 1)
+    check_not_reused(code, "vllm_scales", 1)
     assert pool.verify() == 2
 
 
-# --- what is decided at the call --------------------------------------------------------------------------------------
+# --- decisions at run time --------------------------------------------------------------------------------------------
 
 
 def test_one_compilation_serves_decode_and_prefill(pool: ScalePool, plugin: None) -> None:
-    """Above the largest batch vLLM allocates, in the same compiled code; outside of a step too."""
-    allocator.begin(stand_ins.engine_config((), max_num_seqs=6, mode=0), CPU)
+    """In the same compiled code, vLLM allocates above the largest batch and outside a step."""
+    allocator.begin(engine_config((), max_num_seqs=6, mode=0), CPU)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(quantize_and_multiply, backend=counter, fullgraph=True, dynamic=True)
     with torch.inference_mode(), padding_is_written():
@@ -298,8 +301,8 @@ def test_one_compilation_serves_decode_and_prefill(pool: ScalePool, plugin: None
     assert counter.frame_count == 1
 
 
-def test_a_contradiction_is_refused_at_the_call(pool: ScalePool, plugin: None) -> None:
-    """In compiled code vLLM's rule decides the flag from the rows, and its op compares that with the buffer."""
+def test_compiled_code_refuses_a_wrong_layout_at_run_time(pool: ScalePool, plugin: None) -> None:
+    """In compiled code vLLM's rule sets the flag by the rows, and the hooked op compares it with the buffer."""
 
     def model(x: Tensor) -> Tensor:
         x_fp4, scales = ops.scaled_fp4_quant(x, GLOBAL_SCALE)  # 128x4
@@ -316,8 +319,8 @@ def test_a_contradiction_is_refused_at_the_call(pool: ScalePool, plugin: None) -
     assert mm_calls == []
 
 
-def test_compiled_before_it_was_unregistered(pool: ScalePool, stale: None) -> None:
-    """Code without guards, as vLLM compiles it, stays right: its op then answers with zeros, and nobody writes padding."""
+def test_compiled_code_without_guards_is_right_after_unregistering(pool: ScalePool, stale: None) -> None:
+    """VLLM compiles without guards. The op then returns zeros, and nobody writes padding."""
     integration.register()
     counter = CompileCounterWithBackend("inductor")
     no_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -330,8 +333,8 @@ def test_compiled_before_it_was_unregistered(pool: ScalePool, stale: None) -> No
     assert mm_calls[-1].spec is None
 
 
-def test_guards_notice_that_it_was_unregistered(pool: ScalePool, stale: None) -> None:
-    """Code with guards is compiled anew, with vLLM's own memory, whose padding vLLM's own kernel writes."""
+def test_compiled_code_with_guards_is_compiled_again_after_unregistering(pool: ScalePool, stale: None) -> None:
+    """With vLLM's own memory, whose padding vLLM's own kernel writes."""
     integration.register()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(quantize_and_multiply, backend=counter, fullgraph=True, dynamic=True)
@@ -344,16 +347,16 @@ def test_guards_notice_that_it_was_unregistered(pool: ScalePool, stale: None) ->
     assert mm_calls[-1].spec is None
 
 
-def test_an_inductor_that_cannot_be_told_gets_vllms_own_memory(
+def test_compiled_code_gets_vllms_memory_where_inductor_may_reuse_ours(
     pool: ScalePool, plugin: None, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A PyTorch without the private parts: vLLM starts all the same, and eager code has the pool."""
+    """In a PyTorch without the private parts we need: vLLM starts nevertheless, and eager code uses the pool."""
 
     def refuse(op: object) -> None:
         raise SafeAllocError("it has changed")
 
     monkeypatch.setattr(our_ops, "forbid_reuse", refuse)
-    our_ops._distrust.cache_clear()
+    our_ops.bypassed_in_compiled_code.cache_clear()
     try:
         kernel, layer = kernel_and_layer("cutlass", N, K)
         with padding_is_written(), torch.inference_mode():
@@ -365,12 +368,12 @@ def test_an_inductor_that_cannot_be_told_gets_vllms_own_memory(
         assert pool.stats().misses == asked == 1
         assert pool.stats().hits == 0
         (error,) = [record for record in log if record.levelno >= logging.WARNING]
-        assert "vLLM allocates by itself in compiled code: it has changed" in error.getMessage()
+        assert "in compiled code vLLM allocates its own scales: it has changed" in error.getMessage()
     finally:
-        our_ops._distrust.cache_clear()
+        our_ops.bypassed_in_compiled_code.cache_clear()
 
 
-def test_without_the_plugin_nothing_of_ours_is_traced(pool: ScalePool) -> None:
+def test_without_the_plugin_no_op_of_ours_is_traced(pool: ScalePool) -> None:
     with torch.inference_mode(), padding_is_written():
         result, code = compiled_code(quantize_and_multiply, activation(5, K))
         assert torch.equal(result, quantize_and_multiply(activation(5, K)))

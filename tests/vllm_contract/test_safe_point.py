@@ -1,4 +1,4 @@
-"""The guard's safe point around vLLM's own ``Worker.execute_model``: there with ``SAFEALLOC_VERIFY``, and gone without."""
+"""The guard's safe point before vLLM's own ``Worker.execute_model``, which is hooked with ``SAFEALLOC_VERIFY`` only."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import stand_ins
 import torch
 import vllm.envs
 import vllm.v1.worker.gpu_worker
-from test_register import LOADED, run
+from support.internals import check_all
+from support.vllm_cpu_ops import activation, vllm_quantize
+from support.vllm_registration import LOADED, run
 from vllm.v1.worker.gpu_worker import Worker
 
-from safealloc import PaddingCorruptionError, ScalePool, use_pool
+from safealloc import PaddingCorruptionError, ScalePool, SfLayout, use_pool
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import plugin, targets
-from safealloc.integrations.vllm.allocator import allocator
-from safealloc.pool.guard import REPAIR, VERIFY
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.settings import VERIFY
 
 K = 80
 ORIGINAL = vars(Worker)["execute_model"]
@@ -29,21 +30,21 @@ ORIGINAL = vars(Worker)["execute_model"]
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ScalePool]]:
-    """Registers under ``SAFEALLOC_VERIFY=1``, with a default pool that was made so."""
+    """Registers under ``SAFEALLOC_VERIFY=1``, with a default pool that checks every handout and replay."""
     with contextlib.ExitStack() as stack:
 
         def make(*, repair: bool = False) -> ScalePool:
             monkeypatch.setenv(VERIFY, "1")
-            monkeypatch.setenv(REPAIR, str(int(repair)))
-            pool = stack.enter_context(use_pool(stack.enter_context(ScalePool("cpu"))))
+            pool = stack.enter_context(ScalePool("cpu", verify_every=1, verify_repair=repair))
+            stack.enter_context(use_pool(pool))
             integration.register()
             return pool
 
         yield make
 
 
-class Steps:
-    """What vLLM's own ``execute_model`` needs of a worker for a step without tokens of its first rank."""
+class FakeWorker:
+    """The worker that vLLM's own ``execute_model`` needs for a step without tokens."""
 
     use_v2_model_runner = False
 
@@ -66,27 +67,20 @@ class Steps:
 NOTHING = SimpleNamespace(total_num_scheduled_tokens=0)
 
 
-def replays(pool: ScalePool) -> None:
-    """What a graph's node does: look at all that graphs hold."""
-    assert pool._guard is not None
-    for buffer, watched in pool._guard._watched.items():
-        pool._guard._check(buffer, watched.slot)
-
-
-def dirtied(pool: ScalePool) -> None:
-    """A quantization of vLLM's, after which somebody writes the last padding byte."""
-    _, scales = stand_ins.vllm_quantize(stand_ins.activation(5, K))
+def quantize_and_dirty(pool: ScalePool) -> None:
+    """A quantization by vLLM, after which the last padding byte is written."""
+    _, scales = vllm_quantize(activation(5, K))
     assert pool.spec(scales) is not None
-    scales.view(torch.uint8).view(-1)[stand_ins.L128.offsets(128, 128)[127, 7]] = 0x38
+    scales.view(torch.uint8).view(-1)[SfLayout.layout_128x4.offsets(128, 128)[127, 7]] = 0x38
     del scales
-    replays(pool)
+    check_all(pool)
 
 
 @pytest.mark.parametrize(("setting", "hooked"), [(None, False), ("", False), ("0", False), ("1", True), ("50", True)])
-def test_steps_are_hooked_with_the_guard_only(
+def test_steps_are_hooked_with_safealloc_verify_only(
     pool: ScalePool, monkeypatch: pytest.MonkeyPatch, setting: str | None, hooked: bool
 ) -> None:
-    """Which changes no compiled code, and so not where vLLM caches it."""
+    """That changes no compiled code, so vLLM's cache key stays the same."""
     integration.register()
     without = vllm.envs.compile_factors()
     integration.unregister()
@@ -102,17 +96,17 @@ def test_steps_are_hooked_with_the_guard_only(
     assert vars(Worker)["execute_model"] is ORIGINAL
 
 
-def test_it_is_called_as_it_was(guarded: Callable[..., ScalePool]) -> None:
+def test_the_hooked_step_has_the_parameters_of_the_original(guarded: Callable[..., ScalePool]) -> None:
     before = list(inspect.signature(ORIGINAL).parameters)
     guarded()
     assert list(inspect.signature(Worker.execute_model).parameters) == before
 
 
 @pytest.mark.parametrize("old_body", ["def execute_model(", "self, scheduler_output: "])
-def test_a_step_that_vllm_has_changed_is_left_alone(
+def test_a_step_that_vllm_has_changed_is_not_hooked(
     pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], old_body: str
 ) -> None:
-    """It is said where it matters only."""
+    """That is logged with ``SAFEALLOC_VERIFY`` only."""
     found = targets.installed()
     assert found is not None
     version, source = found
@@ -137,29 +131,29 @@ def test_a_step_that_vllm_has_changed_is_left_alone(
     integration.register()
     assert vars(Worker)["execute_model"] is ORIGINAL
     (warning,) = [record for record in log if record.levelno >= logging.WARNING]
-    assert f"is left as it is at: {targets.STEP.name} (" in warning.getMessage()
+    assert f": {targets.STEP.name} (" in warning.getMessage()
 
 
-def test_one_safe_point_a_step(guarded: Callable[..., ScalePool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_safe_point_per_step(guarded: Callable[..., ScalePool], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = guarded()
-    worker = Steps()
+    worker = FakeWorker()
     calls: list[int] = []
     monkeypatch.setattr(pool, "safe_point", lambda: calls.append(len(worker.ran)))
     Worker.execute_model(worker, NOTHING)
-    assert calls == []  # nobody has asked for a buffer yet
-    stand_ins.vllm_quantize(stand_ins.activation(5, K))
-    calls.clear()  # of that acquire
+    assert calls == []  # no buffer was handed out yet
+    vllm_quantize(activation(5, K))
+    calls.clear()  # the one of that acquire
     assert Worker.execute_model(worker, NOTHING) is None
     assert Worker.execute_model(worker, scheduler_output=NOTHING) is None
     assert worker.ran == [NOTHING] * 3
     assert calls == [1, 2]
 
 
-def test_a_dirty_byte_is_raised_at_the_next_step(
+def test_dirty_padding_is_raised_at_the_next_step(
     guarded: Callable[..., ScalePool], log: list[logging.LogRecord]
 ) -> None:
     pool = guarded()
-    worker = Steps(lambda: dirtied(pool))
+    worker = FakeWorker(lambda: quantize_and_dirty(pool))
     log.clear()
     Worker.execute_model(worker, NOTHING)
     with pytest.raises(PaddingCorruptionError, match="scale row 127, column 7; last handed to "):
@@ -169,49 +163,54 @@ def test_a_dirty_byte_is_raised_at_the_next_step(
     pool.verify(repair=True)
 
 
-def test_it_is_healed_at_the_next_step(
+def test_dirty_padding_is_repaired_at_the_next_step(
     guarded: Callable[..., ScalePool], caplog: pytest.LogCaptureFixture, log: list[logging.LogRecord]
 ) -> None:
     pool = guarded(repair=True)
-    expected = stand_ins.vllm_quantize(stand_ins.activation(5, K))[1].clone()
+    expected = vllm_quantize(activation(5, K))[1].clone()
     log.clear()
-    Worker.execute_model(Steps(lambda: dirtied(pool)), NOTHING)
-    worker = Steps()
+    Worker.execute_model(FakeWorker(lambda: quantize_and_dirty(pool)), NOTHING)
+    worker = FakeWorker()
     Worker.execute_model(worker, NOTHING)
     assert len(worker.ran) == 1
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "zeroed padding that somebody wrote" in record.getMessage()
     assert "scale row 127, column 7" in record.getMessage()
     assert pool.verify() == pool.stats().buffers
-    again = stand_ins.vllm_quantize(stand_ins.activation(5, K))[1]
+    again = vllm_quantize(activation(5, K))[1]
     assert torch.equal(again.view(torch.uint8), expected.view(torch.uint8))
     assert log == []
 
 
-def test_a_call_raises_it_too(guarded: Callable[..., ScalePool], log: list[logging.LogRecord]) -> None:
-    """Without ``SAFEALLOC_STRICT``: vLLM does not go on with memory of its own."""
+def test_dirty_padding_is_raised_at_the_next_call(
+    guarded: Callable[..., ScalePool], log: list[logging.LogRecord]
+) -> None:
+    """Also without ``SAFEALLOC_STRICT``: vLLM does not continue with its own memory."""
     pool = guarded()
     log.clear()
-    dirtied(pool)
+    quantize_and_dirty(pool)
     with pytest.raises(PaddingCorruptionError):
-        stand_ins.vllm_quantize(stand_ins.activation(5, K))
+        vllm_quantize(activation(5, K))
     assert log == []
     assert allocator.pool is pool
     pool.verify(repair=True)
 
 
-def test_a_spawned_process_has_the_guard_too(tmp_path: Any) -> None:
-    """As workers of vLLM's: they inherit the environment, load the plugin, and make their pools themselves."""
+def test_a_spawned_process_has_the_guard(tmp_path: Any) -> None:
+    """Like vLLM's workers: they inherit the environment, load the plugin, and make their own pools."""
     (tmp_path / "spawned_program.py").write_text(
         LOADED
         + """
+from support.internals import guard_of, watch_of
+
 def guarded():
     import vllm.plugins
     vllm.plugins.load_general_plugins()
     allocate()
     from vllm.v1.worker.gpu_worker import Worker
     pool = default_pool("cpu")
-    return "safe point at each step" in plugin.registered(), Worker.execute_model.__module__, pool._guard.every, pool._repair
+    hooked = "safe point at each step" in plugin.registered()
+    return hooked, Worker.execute_model.__module__, guard_of(pool).every, watch_of(pool)._repair
 
 if __name__ == "__main__":
     import vllm.v1.worker.gpu_worker as imported

@@ -2,8 +2,8 @@
 
 python tests/vllm_releases/check_releases.py [RELEASE ...] [--wheels DIR] [--json FILE] [--markdown]
 
-pip tells where a wheel is. Of the hundreds of megabytes in it only the few source files that are looked at are read, by
-HTTP range requests; of the wheels in ``--wheels DIR`` too nothing is unpacked.
+pip finds the wheels. Only the few source files that are needed are read, by HTTP range requests; wheels in ``--wheels DIR``
+are not unpacked either.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _CHUNK = 1 << 20
 
 
 class UnavailableError(Exception):
-    """A release that cannot be looked at, and why."""
+    """A release cannot be read, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """What was found out about one release.
+    """The result for one release.
 
     Attributes:
         version: of vLLM.
@@ -57,8 +57,8 @@ class Release:
         torch: the version that it requires.
         allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
         kernel_zeroes_padding: whether that function says that the quantization kernel zeroes padding.
-        findings: one a target.
-        unavailable: why nothing was found out, or "".
+        findings: one per target.
+        unavailable: why the release could not be read, or "".
     """
 
     version: str
@@ -83,12 +83,12 @@ class Release:
 
     @property
     def unfit(self) -> bool:
-        """Whether a hook does not fit that should, or nobody knows."""
+        """Whether a hook that should fit does not, or that is unknown."""
         return bool(self.unavailable) or any(found.status in ("changed", "missing") for found in self.findings)
 
 
 class _Remote(io.RawIOBase):
-    """A file behind HTTP, read piece by piece."""
+    """A file on an HTTP server, read in pieces."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Remote(io.RawIOBase):
 
 
 def _opened(request: urllib.request.Request) -> Any:
-    """The answer; after an error that may pass, another try."""
+    """The response; temporary errors are retried."""
     for wait in range(_TRIES):
         try:
             return urllib.request.urlopen(request, timeout=60, context=_tls())
@@ -140,7 +140,7 @@ def _opened(request: urllib.request.Request) -> Any:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """With the certificates that pip is set up for."""
+    """With the certificates that pip is configured to use."""
     known = ssl.create_default_context()
     certificates = _pip("config", "get", "global.cert").stdout.strip()
     if certificates and Path(certificates).is_file():
@@ -154,7 +154,7 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def published() -> list[str]:
-    """The releases from the oldest supported one on, oldest first, prereleases not among them."""
+    """The releases from the oldest supported one on, oldest first, without prereleases."""
     done = _pip("index", "versions", "vllm", "--python-version", _PYTHONS[0], "--only-binary=:all:", *_platforms())
     listed = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
     if listed is None:
@@ -185,7 +185,7 @@ def _located(version: str) -> str:
 
 
 def from_index(version: str) -> Release:
-    """Look at a release where pip finds it."""
+    """Read a release where pip finds it."""
     try:
         address = urllib.parse.urlsplit(url := _located(version))
         name = urllib.parse.unquote(address.path.rpartition("/")[2])
@@ -197,7 +197,7 @@ def from_index(version: str) -> Release:
 
 
 def from_file(path: Path) -> Release:
-    """Look at a wheel on this machine."""
+    """Read a wheel on this machine."""
     try:
         return looked_at(path.name, path.open("rb"))
     except (OSError, zipfile.BadZipFile) as error:
@@ -235,7 +235,7 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
 
 
 def scan(what: Sequence[Any], look: Callable[[Any], Release]) -> list[Release]:
-    """Look at several releases at once, with a progress bar on standard error where that is a terminal."""
+    """Read several releases at once, with a progress bar if standard error is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     out = Console(stderr=True)
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
@@ -261,7 +261,7 @@ def as_json(found: Sequence[Release]) -> dict[str, Any]:
 
 
 def _as_dict(target: targets.Target) -> dict[str, Any]:
-    """What decides whether it fits, so that a change of the table shows that the result is of another one."""
+    """What decides whether a target fits, so that the result shows which table it was made with."""
     return {
         "module": target.module,
         "attributes": list(target.attributes),
@@ -272,7 +272,7 @@ def _as_dict(target: targets.Target) -> dict[str, Any]:
 
 
 def markdown(found: Sequence[Release]) -> str:
-    """A table for the README; releases in a row that do not differ share a line."""
+    """A table for the README; consecutive releases with the same result share a line."""
     lines = ["| vLLM | torch | its own scale allocation | hooks that fit | left to vLLM |", "|---|---|---|---|---|"]
     for cells, same in groupby(found, _cells):
         versions = [release.version for release in same]
@@ -301,12 +301,12 @@ def _cells(release: Release) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Scan, write, print; 1 if a hook does not fit or a release cannot be looked at."""
+    """Scan, write, print; returns 1 if a hook does not fit or a release cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "releases", nargs="*", metavar="RELEASE", help="(all that pip lists from the oldest supported one)"
     )
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="look at the wheels of vLLM there instead")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="read the wheels of vLLM in this folder instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write the result there; committed is {RESULT.name}")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     given = parser.parse_args(arguments)
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         wheels = [wheel for wheel in sorted(given.wheels.glob("vllm-*.whl")) if _asked_for(wheel, given.releases)]
         if not wheels:
-            parser.error(f"--wheels {given.wheels}: there is no such wheel of vLLM")
+            parser.error(f"--wheels {given.wheels}: no matching wheel of vLLM")
         found = scan(wheels, from_file)
     if given.json is not None:
         given.json.write_text(json.dumps(as_json(found), indent=1) + "\n")

@@ -19,7 +19,7 @@ from safealloc.commands.repro.operands import Section, ours
 from safealloc.commands.repro.published import published
 from safealloc.commands.repro.through_pool import through_pool
 from safealloc.formats.layout import SfLayout
-from safealloc.ops.backends import GEMMS, choose
+from safealloc.ops.backends import GEMMS, Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def checked_options(device: str | None, backend: str, seed: int, replays: int) -
         raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     try:
         where = checked_device(device)
-        choose(GEMMS, backend, where, SfLayout.layout_128x4, torch.bfloat16)
+        GEMMS.choose(backend, Call(where, SfLayout.layout_128x4, torch.bfloat16))
     except ValueError as error:
         raise report.UsageError(str(error)) from error
     return Options(where, backend, seed, replays)
@@ -98,7 +98,7 @@ def run(options: Options, say: report.Say) -> Result:
     """Run all sections that can run on the device."""
     device, seed = options.device, options.seed
     own = ours(device, options.backend)
-    vendor = options.backend in GEMMS and GEMMS[options.backend].flashinfer
+    vendor = options.backend in GEMMS and GEMMS[options.backend].package is not None
     sections, not_run = [], {}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         say("published")

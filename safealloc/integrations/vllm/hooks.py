@@ -1,4 +1,4 @@
-"""What takes the place of vLLM's functions. Each hook is a function of the module that defines what it replaces."""
+"""What replaces vLLM's functions: one hook per target of :mod:`safealloc.integrations.vllm.targets`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm import kernel, targets
-from safealloc.integrations.vllm.allocator import allocator, is_raised, logger
-from safealloc.integrations.vllm.ops import expert_scales, quantized_8x4, scales
+from safealloc.integrations.vllm.ops import grouped_scales, quantized_8x4, scales
 from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations.vllm.serve import allocator, is_raised
+from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.gemm import check_agrees
 from safealloc.pool.contents import spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
-"""Replaces the attribute of a module, so that ``Patches.restore`` undoes it."""
+"""Replaces an attribute of a module by its name; ``Patches.restore`` undoes it."""
 
 
 def _scale_tensor(patches: Patches, module: ModuleType, name: str) -> None:
@@ -34,7 +35,7 @@ def _scale_tensor(patches: Patches, module: ModuleType, name: str) -> None:
         linear: Tensor = original(m, n, device, is_sf_swizzled_layout)
         return linear
 
-    _tell(patches, "scale_tensor", original)
+    _keep_original(patches, "vllm_scale_tensor", original)
     patches.rebind(original, create_fp4_scale_tensor, name)
 
 
@@ -61,7 +62,7 @@ def _quantize_8x4(patches: Patches, module: ModuleType, name: str) -> None:
     def flashinfer_quant_nvfp4_8x4_sf_layout(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
         return quantized_8x4(a, a_global_sf)
 
-    _tell(patches, "quantize_8x4", original)
+    _keep_original(patches, "vllm_quantize_8x4", original)
     patches.rebind(original, flashinfer_quant_nvfp4_8x4_sf_layout, name)
 
 
@@ -81,8 +82,8 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
     ) -> Tensor:
         mxfp4 = () if block_size == BLOCK_SIZE and use_nvfp4 else (block_size, use_nvfp4)
         spec = None if mxfp4 or torch.compiler.is_compiling() else spec_of(block_scale_a)
-        told_8x4 = backend == "trtllm" and a.shape[0] <= MAX_ROWS_8X4  # vLLM's rule, which looks at the rows alone
-        if spec is None or told_8x4 == (spec.layout is SfLayout.layout_8x4):
+        vllm_says_8x4 = backend == "trtllm" and a.shape[0] <= MAX_ROWS_8X4  # by the rows alone
+        if spec is None or vllm_says_8x4 == (spec.layout is SfLayout.layout_8x4):
             result: Tensor = original(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend, *mxfp4)
             return result
         is_8x4 = spec.layout is SfLayout.layout_8x4
@@ -116,20 +117,20 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
-    """Refuse a GEMM that reads a pool buffer otherwise than it was written.
+    """Refuse a GEMM that would read a pool buffer differently from how it was written.
 
     Args:
         spec: of the buffer.
-        a: uint8 ``[m, k // 2]``; k may have been padded as far as the buffer's columns go.
-        use_8x4_sf_layout: what the GEMM is told.
+        a: uint8 ``[m, k // 2]``; k may be padded up to the columns of the buffer.
+        use_8x4_sf_layout: the flag of the GEMM.
         backend: FlashInfer's.
 
     Raises:
-        LayoutMismatchError: it would.
+        LayoutMismatchError: rows, columns or layout differ from the buffer's, or the backend cannot read the layout.
     """
-    told = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    check_agrees(spec, a.shape[0], 2 * a.shape[1], told)
-    if told is SfLayout.layout_8x4 and backend != "trtllm":
+    layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+    check_agrees(spec, a.shape[0], 2 * a.shape[1], layout)
+    if layout is SfLayout.layout_8x4 and backend != "trtllm":
         raise LayoutMismatchError(f"the scales are in layout_8x4, which backend {backend!r} does not read ({spec})")
 
 
@@ -161,9 +162,9 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
-    """Both expert quantizers: the one takes ``[rows, k]``, the other ``[rows, 2 * k]``, gate and up.
+    """Both expert quantizers: one takes ``[rows, k]``, the other gate and up, ``[rows, 2 * k]``.
 
-    vLLM's limit of rows guards what it allocates for the worst case, and is not needed where that is not done.
+    vLLM's limit of rows protects its worst-case allocation, which is not made here.
     """
     original = getattr(module, name)
     halves = 2 if name in targets.SILU_EXPERTS.attributes else 1
@@ -174,7 +175,7 @@ def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
         block_scale = None
         if input_tensor.ndim == 2 and input_tensor.shape[1] % (halves * BLOCK_SIZE) == 0:  # else vLLM refuses it
             rows, k = input_tensor.shape[0], input_tensor.shape[1] // halves
-            block_scale = expert_scales(rows, k, topk, expert_offsets, blockscale_offsets)
+            block_scale = grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets)
         if block_scale is None:
             result: tuple[Tensor, Tensor] = original(
                 input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk
@@ -202,10 +203,10 @@ def _attention_fusion(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def zero_for_attention(graph: fx.Graph) -> int:
-    """Give attention that writes NVFP4 itself scales that are zeroed at each step; returns how many.
+    """Give attention that writes NVFP4 itself scales that are zeroed per step; returns how many.
 
-    It writes the rows of real tokens only. In a captured batch the rest are dead rows, which in a pool buffer would keep the
-    scales of an earlier step.
+    It writes only rows that hold a token. A captured batch has other rows too, which in a pool buffer would keep the scales
+    of an earlier step.
     """
     changed = 0
     for node in graph.nodes:
@@ -224,7 +225,7 @@ def _profile(patches: Patches, module: ModuleType, name: str) -> None:
 
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> Any:
-        _guarded(allocator.begin, self.vllm_config, self.device)
+        log_errors(allocator.begin, self.vllm_config, self.device)
         return original(self)
 
     patches.set(worker, method, determine_available_memory)
@@ -237,14 +238,14 @@ def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
     @functools.wraps(original)
     def compile_or_warm_up_model(self: Any) -> Any:
         result = original(self)
-        _guarded(_say_ready, self)
+        log_errors(_log_sites, self)
         return result
 
     patches.set(worker, method, compile_or_warm_up_model)
 
 
 def _step(patches: Patches, module: ModuleType, name: str) -> None:
-    """A safe point before each step, not after it, when its replay may still run."""
+    """A safe point before each step; after a step its replay may still be running."""
     worker, method = _method(module, name)
     original = getattr(worker, method)
 
@@ -256,12 +257,12 @@ def _step(patches: Patches, module: ModuleType, name: str) -> None:
     patches.set(worker, method, execute_model)
 
 
-def _say_ready(worker: Any) -> None:
+def _log_sites(worker: Any) -> None:
     sites = allocator.ready()
     bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
     stats = None if allocator.pool is None else allocator.pool.stats()
     logger.info(
-        "safealloc: rank %s: serves %d of %d NVFP4 scale sites a step, in %d captures; %s; bypassed: %s",
+        "safealloc: rank %s: serves %d of %d NVFP4 scale sites per step, in %d captures; %s; bypassed: %s",
         getattr(worker, "rank", 0),
         sites.served,
         sites.served + sum(sites.bypassed.values()),
@@ -296,15 +297,15 @@ def _method(module: ModuleType, name: str) -> tuple[Any, str]:
     return getattr(module, class_name), method
 
 
-def _tell(patches: Patches, attribute: str, original: Any) -> None:
-    """Let the allocator know vLLM's own function, until it is restored."""
+def _keep_original(patches: Patches, attribute: str, original: Any) -> None:
+    """Give vLLM's own function to the allocator, until it is restored."""
     before = getattr(allocator, attribute)
     setattr(allocator, attribute, original)
     patches.undo_by(lambda: setattr(allocator, attribute, before))
 
 
-def _guarded(function: Callable[..., None], *given: Any) -> None:
-    """A worker starts whatever happens to us."""
+def log_errors(function: Callable[..., None], *given: Any) -> None:
+    """Call a function; its errors are logged, so that a worker starts, unless :func:`is_raised` says otherwise."""
     try:
         function(*given)
     except Exception as error:
@@ -330,4 +331,4 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.LOAD: _load,
     targets.LINEAR: _linear,
 }
-"""By target; the compile-cache key is the plugin's."""
+"""By target; the plugin adds the compile-cache key itself."""

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safealloc import _optional
+from safealloc import _optional, settings
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm.allocator import allocator, logger
 from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.worker import logger
+from safealloc.kernels import vendors
 from safealloc.ops.backends import GEMMS, Call
 from safealloc.ops.linear import nvfp4_linear
-
-_TRTLLM_TILE = 128  # rows of the weight that trtllm's kernels want shuffled together
-
-
-def wanted() -> bool:
-    """Whether ``SAFEALLOC_LINEAR=1`` asks for the kernel before all others."""
-    return os.environ.get("SAFEALLOC_LINEAR", "0") == "1"
 
 
 def refusal(capability: int | None) -> str | None:
@@ -39,11 +33,11 @@ def refusal(capability: int | None) -> str | None:
     return None
 
 
-def trtllm_refusal(device: torch.device, rows: int = _TRTLLM_TILE) -> str | None:
-    """Why a weight of so many rows runs on the Triton GEMM on a device, or ``None`` where it runs on trtllm."""
+def trtllm_refusal(device: torch.device, rows: int = vendors.TRTLLM_TILE_ROWS) -> str | None:
+    """Why a weight of so many rows runs on the Triton GEMM on a device; ``None`` where it runs on trtllm."""
     reason = GEMMS["trtllm"].refusal(Call(device, SfLayout.layout_8x4, torch.bfloat16))
-    if reason is None and rows % _TRTLLM_TILE:
-        return f"it takes weights of a multiple of {_TRTLLM_TILE} rows, one has {rows}"
+    if reason is None and rows % vendors.TRTLLM_TILE_ROWS:
+        return f"it takes weights of a multiple of {vendors.TRTLLM_TILE_ROWS} rows, one has {rows}"
     return reason
 
 
@@ -51,10 +45,10 @@ def make(base: type) -> type:
     """The kernel's class, a subclass of vLLM's ``NvFp4LinearKernel``."""
 
     class SafeallocNvFp4LinearKernel(base):  # type: ignore[misc]
-        """Quantize and multiply as one op, whose scales lie in pool buffers.
+        """Quantize and multiply as one op, whose scales are in pool buffers.
 
-        With FlashInfer, where its trtllm GEMM runs (compute capability 10.x) and takes the weight: that, 8x4 up to 32 rows.
-        Elsewhere, from 8.9 on, our Triton GEMM, which is there to validate NVFP4 on GPUs that have no FP4 arithmetic:
+        It runs FlashInfer's trtllm GEMM where that runs (compute capability 10.x) and takes the weight, with 8x4 scales up to
+        32 rows. Elsewhere, from 8.9 on, it runs our Triton GEMM, which validates NVFP4 on GPUs without FP4 arithmetic: it is
         correct, not fast.
         """
 
@@ -68,14 +62,11 @@ def make(base: type) -> type:
             return True, None
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            self.backend = _backend(layer.weight.device, layer.weight.shape[0])
+            self.backend = backend_for(layer.weight.device, layer.weight.shape[0])
             scales = SfLayout.layout_128x4.swizzle(layer.weight_scale.data.view(torch.uint8))
             weight = layer.weight.data.contiguous()
             if self.backend == "trtllm":
-                flashinfer = _optional.require("flashinfer")
-                weight = flashinfer.shuffle_matrix_a(weight, _TRTLLM_TILE)
-                rows = layer.weight_scale.data.view(torch.uint8)
-                scales = flashinfer.shuffle_matrix_sf_a(rows, _TRTLLM_TILE).reshape(scales.shape)
+                weight, scales = vendors.shuffle_for_trtllm(weight, scales)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.weight_scale = nn.Parameter(scales, requires_grad=False)
             allocator.linear_ks[layer] = 2 * weight.shape[1]
@@ -95,28 +86,28 @@ def make(base: type) -> type:
     return SafeallocNvFp4LinearKernel
 
 
-def _backend(device: torch.device, rows: int) -> str:
-    """What a layer whose weight has so many rows runs on; says so where that is not what one would serve with."""
+def backend_for(device: torch.device, rows: int) -> str:
+    """The backend of a layer whose weight has so many rows; logged where it is not one to serve with."""
     if device.type != "cuda":
         return "reference"
     reason = trtllm_refusal(device, rows)
     if reason is None:
         return "trtllm"
-    _say_triton(reason)
+    log_triton(reason)
     return "triton"
 
 
 @functools.cache
-def _say_triton(reason: str) -> None:
-    """Once a reason."""
-    logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation: trtllm cannot run, %s", reason)
+def log_triton(reason: str) -> None:
+    """Once per reason."""
+    logger.info("safealloc: NVFP4 linear layers run on the Triton GEMM, for validation; trtllm cannot run: %s", reason)
 
 
 def add(patches: Patches, module: ModuleType) -> None:
-    """Put the kernel in vLLM's registry: first if it is asked for, else last, where "auto" does not come to it."""
+    """Put the kernel in vLLM's registry: first with ``SAFEALLOC_LINEAR=1``, else last, where "auto" does not reach it."""
     from vllm.platforms.interface import PlatformEnum
 
     kernels: list[type] = module._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CUDA, [])
     kernel = make(module.NvFp4LinearKernel)
-    kernels.insert(0 if wanted() else len(kernels), kernel)
+    kernels.insert(0 if settings.linear() else len(kernels), kernel)
     patches.undo_by(lambda: kernels.remove(kernel))

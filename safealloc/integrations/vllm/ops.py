@@ -1,7 +1,7 @@
-"""How vLLM's code asks the allocator: at once in eager code, through an opaque op in traced code.
+"""How vLLM's code calls the allocator: directly in eager code, through an opaque op in traced code.
 
-The ops allocate, so they are not to be folded or merged; they have vLLM's shapes and dtypes, so that its fusion passes match
-them as what they replace.
+The ops allocate, so they must not be folded or merged. They have the shapes and dtypes of what they replace, so that vLLM's
+fusion passes match.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
+from safealloc import settings
 from safealloc.errors import SafeAllocError
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm.allocator import INDUCTOR, allocator, logger, strict
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.startup import INDUCTOR
+from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, library
 
@@ -42,24 +45,24 @@ def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
     return allocator.quantized_8x4(a, a_global_sf)
 
 
-def expert_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> Tensor | None:
-    """What :meth:`Allocator.expert_scales` returns; in traced code ``None``.
+def grouped_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> Tensor | None:
+    """What :meth:`Allocator.grouped_scales` returns; in traced code ``None``.
 
-    vLLM's MoE layers are opaque to ``torch.compile``, so that they are never traced.
+    vLLM's MoE layers are opaque to ``torch.compile``, so they are never traced.
     """
-    return None if _traced() else allocator.expert_scales(rows, k, topk, expert_offsets, blockscale_offsets)
+    return None if _traced() else allocator.grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets)
 
 
 @functools.cache
-def _distrust() -> str | None:
-    """Why compiled code gets vLLM's own memory, with which Inductor may do as it likes, or ``None``."""
+def bypassed_in_compiled_code() -> str | None:
+    """Why compiled code gets vLLM's own memory, which Inductor may reuse, or ``None`` where it gets pool buffers."""
     try:
         forbid_reuse(torch.ops.safealloc.vllm_scales.default)
         forbid_reuse(torch.ops.safealloc.vllm_quantize_8x4.default)
     except SafeAllocError as error:
-        if strict():
+        if settings.strict():
             raise
-        logger.error("safealloc: vLLM allocates by itself in compiled code: %s", error)
+        logger.error("safealloc: in compiled code vLLM allocates its own scales: %s", error)
         return INDUCTOR
     return None
 
@@ -71,7 +74,7 @@ library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tens
 
 
 def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return allocator.scales(m, n, device, padded_n, _distrust())
+    return allocator.scales(m, n, device, padded_n, bypassed_in_compiled_code())
 
 
 def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
@@ -79,16 +82,16 @@ def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None =
 
 
 def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    return allocator.quantized_8x4(a, a_global_sf, _distrust())
+    return allocator.quantized_8x4(a, a_global_sf, bypassed_in_compiled_code())
 
 
 def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    _distrust()
+    bypassed_in_compiled_code()
     return empty_scales(m, n, SfLayout.layout_128x4, device, padded_n).view(torch.int32)
 
 
 def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    _distrust()
+    bypassed_in_compiled_code()
     m, n = a.shape
     return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, SfLayout.layout_8x4, a.device)
 

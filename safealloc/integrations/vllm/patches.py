@@ -1,4 +1,4 @@
-"""Replacing names in modules of somebody else, now or when they are imported, and putting every original back."""
+"""Replaces names in other packages' modules, now or when they are imported, and restores the originals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Action = Callable[[ModuleType], None]
 
 
 class Patches:
-    """What was replaced, and how to undo it. One at a time may wait for imports."""
+    """What was replaced, and how to undo it. Only one instance at a time may wait for imports."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -25,7 +25,7 @@ class Patches:
     def when_imported(self, module: str, action: Action) -> None:
         """Call ``action`` with a module: now if it is imported, else right after it is."""
         imported = sys.modules.get(module)
-        if imported is not None and not _under_way(imported):
+        if imported is not None and not _being_imported(imported):
             action(imported)  # without the lock: it may import what another thread is importing
         else:
             with self._lock:
@@ -51,16 +51,16 @@ class Patches:
             self._undo.append(undo)
 
     def restore(self) -> None:
-        """Put back every original, last replaced first, and wait for no import any more."""
+        """Restore every original, last replaced first, and stop waiting for imports."""
         with self._lock:
             self._waiting.stop()
-            with contextlib.ExitStack() as all_of_them:  # in reverse; one that fails keeps none from being called
+            with contextlib.ExitStack() as undo:  # in reverse order; all are called, even if one fails
                 while self._undo:
-                    all_of_them.callback(self._undo.pop(0))
+                    undo.callback(self._undo.pop(0))
 
 
-def _under_way(module: ModuleType) -> bool:
-    """Whether a module is being imported right now, and may lack what an action looks for."""
+def _being_imported(module: ModuleType) -> bool:
+    """Whether the import of a module has begun and not ended, so that names may be missing."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
@@ -75,7 +75,7 @@ def _rebind(original: object, replacement: object) -> None:
 
 
 class _WaitingForImports(importlib.abc.MetaPathFinder):
-    """First on ``sys.meta_path`` while there is something to wait for; finds nothing itself."""
+    """First on ``sys.meta_path`` while an import is waited for; it finds nothing itself."""
 
     def __init__(self) -> None:
         self._actions: dict[str, list[Action]] = {}
@@ -93,7 +93,7 @@ class _WaitingForImports(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        self._catch_up()
+        self._act_on_finished_imports()
         if name not in self._actions:
             return None
         finders = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
@@ -102,11 +102,11 @@ class _WaitingForImports(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, lambda module: self._imported(name, module))
         return spec
 
-    def _catch_up(self) -> None:
-        """A module whose import was under way when somebody began to wait for it is seen at the next import."""
+    def _act_on_finished_imports(self) -> None:
+        """Of modules that were being imported when :meth:`add` was called; noticed at the next import of any module."""
         for name in list(self._actions):
             module = sys.modules.get(name)
-            if module is not None and not _under_way(module):
+            if module is not None and not _being_imported(module):
                 self._imported(name, module)
 
     def _imported(self, name: str, module: ModuleType) -> None:
@@ -117,7 +117,7 @@ class _WaitingForImports(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, and a call when it is done; afterwards the module has only known the other one."""
+    """Wraps another loader and calls back when it has executed; the module itself only sees the other loader."""
 
     def __init__(self, loader: importlib.abc.Loader, done: Action) -> None:
         self._loader = loader

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import os
 import threading
 from dataclasses import dataclass, field
 from types import ModuleType
 
+from safealloc import settings
 from safealloc._version import __version__
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.allocator import allocator, logger, watched
 from safealloc.integrations.vllm.hooks import HOOKS
-from safealloc.integrations.vllm.kernel import wanted
 from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.worker import logger
 
 HOOKS_VERSION = 1
-"""Part of vLLM's compile-cache key: raise it when traced code comes out different."""
+"""Part of vLLM's compile-cache key: raise it when the traced code changes."""
 
 CACHE_KEY = "SAFEALLOC_VLLM_HOOKS"
 _LOGGER = "vllm.logger"
@@ -34,13 +35,8 @@ _registration: _Registration | None = None
 
 def load() -> None:
     """The entry point, which vLLM calls in each of its processes: :func:`register`, unless ``SAFEALLOC=0``."""
-    if enabled():
+    if settings.enabled():
         register()
-
-
-def enabled() -> bool:
-    """Whether ``SAFEALLOC`` leaves the plugin on."""
-    return os.environ.get("SAFEALLOC", "1") != "0"
 
 
 def registered() -> tuple[str, ...] | None:
@@ -51,8 +47,8 @@ def registered() -> tuple[str, ...] | None:
 def register() -> None:
     """Make the pool vLLM's scale allocator in this process; a second call changes nothing.
 
-    Functions that modules have bound already are replaced there too, modules that are not imported yet when they are. Never
-    raises, starts no CUDA, and makes no pool.
+    A function is replaced in every module that has already imported it; a module that is imported later is hooked then. Never
+    raises, does not initialize CUDA, and makes no pool.
     """
     global _registration
     with _lock:
@@ -87,43 +83,38 @@ def _register(patches: Patches) -> tuple[str, ...]:
     if found is None:
         raise ImportError("vLLM is not installed")
     version, source = found
-    importlib.import_module(_LOGGER)  # sets up the handlers that the lines below are printed by
-    findings = [one for one in targets.check(version, source) if one.target is not targets.STEP or watched()]
+    importlib.import_module(_LOGGER)  # sets up the handlers for the messages below
+    findings = [one for one in targets.check(version, source) if one.target is not targets.STEP or settings.watching()]
     hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
     _add_cache_key(patches, hooked)
     for finding in findings:
         hook = HOOKS.get(finding.target)
         if finding.status == "hooked" and hook is not None:
-            patches.when_imported(finding.target.module, _Application(patches, finding))
+            patches.when_imported(finding.target.module, functools.partial(_apply, patches, finding))
     allocator.enabled = True
     logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(hooked))
-    left = [finding for finding in findings if finding.status in ("changed", "missing")]
-    if left:
-        reasons = "; ".join(f"{finding.target.name} ({finding.detail})" for finding in left)
-        logger.warning("safealloc: vLLM %s is left as it is at: %s", version, reasons)
+    not_hooked = [finding for finding in findings if finding.status in ("changed", "missing")]
+    if not_hooked:
+        reasons = "; ".join(f"{finding.target.name} ({finding.detail})" for finding in not_hooked)
+        logger.warning("safealloc: not hooked in vLLM %s: %s", version, reasons)
     return hooked
 
 
-class _Application:
-    """Replaces one target in its module; what goes wrong is said, and leaves that target to vLLM."""
-
-    def __init__(self, patches: Patches, finding: targets.Finding) -> None:
-        self.patches, self.finding = patches, finding
-
-    def __call__(self, module: ModuleType) -> None:
-        target, name = self.finding.target, self.finding.attribute
-        if not hasattr(module, name.partition(".")[0]):
-            return  # defined only where FlashInfer is installed
-        try:
-            HOOKS[target](self.patches, module, name)
-        except Exception as error:
-            logger.warning("safealloc: %s is left as it is: %s: %s", target.name, type(error).__name__, error)
+def _apply(patches: Patches, finding: targets.Finding, module: ModuleType) -> None:
+    """Replace one target in its module; an error is logged, and leaves that target to vLLM."""
+    target, name = finding.target, finding.attribute
+    if not hasattr(module, name.partition(".")[0]):
+        return  # defined only where FlashInfer is installed
+    try:
+        HOOKS[target](patches, module, name)
+    except Exception as error:
+        logger.warning("safealloc: %s is not hooked: %s: %s", target.name, type(error).__name__, error)
 
 
 def _add_cache_key(patches: Patches, hooked: tuple[str, ...]) -> None:
-    """Compiled code of a hooked vLLM and of a plain one must not be loaded by the other."""
-    traced = [name for name in hooked if name != targets.STEP.name]  # which is around a step, and in no compiled code
-    state = f"{','.join([str(HOOKS_VERSION), *traced])}{',first' if wanted() else ''}"
+    """Keep compiled code of a hooked vLLM and of a plain one apart in vLLM's cache."""
+    traced = [name for name in hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
+    state = f"{','.join([str(HOOKS_VERSION), *traced])}{',first' if settings.linear() else ''}"
     variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
     variables[CACHE_KEY] = lambda: state
     patches.undo_by(lambda: variables.pop(CACHE_KEY, None))

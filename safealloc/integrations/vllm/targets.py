@@ -1,7 +1,7 @@
-"""What of vLLM is hooked, and whether a given vLLM has it: by reading its sources, without importing them.
+"""What is hooked in vLLM, and whether a given vLLM has it: its sources are read, not imported.
 
-One table serves the plugin, ``safealloc doctor`` and the check of every supported release. A function that is called with
-another signature than the table knows, or whose body is written anew here and has changed, is left alone.
+The plugin, ``safealloc doctor`` and the check of every supported release use this table. A function is not hooked if its
+signature is not in the table, or if the hook replaces its body and that has changed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Target:
     Attributes:
         name: what the log and ``doctor`` call it.
         module: where it is defined, by dotted name.
-        attributes: its name in the module, ``Class.method`` for a method; the first that is there is taken.
-        parameters: the lists of parameter names that the hook can stand in for; empty for a class.
-        since: the first release that has it: missing before is as it should be.
-        bodies: digests of the bodies that the hook writes anew; empty where it calls the original.
+        attributes: its name in the module, ``Class.method`` for a method; of several the first that exists counts.
+        parameters: the lists of parameter names that the hook accepts; empty for a class.
+        since: the first release that has it.
+        bodies: digests of the bodies that the hook replaces; empty where it calls the original.
     """
 
     name: str
@@ -133,12 +133,12 @@ Status = Literal["hooked", "changed", "missing", "not yet there"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a vLLM has of a target.
+    """Whether a vLLM has a target.
 
     Attributes:
         target: the target.
-        status: "hooked" if the hook fits; "changed" or "missing" if vLLM's own path is left as it is; "not yet there" in
-            a release from before the target.
+        status: "hooked" if the hook fits; "changed" or "missing" if vLLM's own code is left alone; "not yet there" in a
+            release older than the target.
         attribute: the name that was found, or "".
         detail: why it is not hooked.
     """
@@ -171,7 +171,7 @@ def installed() -> tuple[str, Source] | None:
 
 
 def check(version: str, source: Source) -> list[Finding]:
-    """What a vLLM has of each target."""
+    """One finding per target."""
     trees = {module: _parsed(source, module) for module in {target.module for target in TARGETS}}
     return [_check(target, version, trees[target.module]) for target in TARGETS]
 
@@ -186,7 +186,7 @@ def own_allocation(source: Source) -> str | None:
 
 
 def kernel_zeroes_padding(source: Source) -> bool | None:
-    """Whether vLLM says, in ``create_fp4_scale_tensor``, that its quantization kernel zeroes padding (vLLM's PR 53568).
+    """Whether a comment in ``create_fp4_scale_tensor`` states that the quantization kernel zeroes padding (vLLM's PR 53568).
 
     The kernel itself is compiled. ``None`` if the function is not found.
     """
@@ -223,7 +223,7 @@ def _check(target: Target, version: str, tree: ast.Module | str | None) -> Findi
     attribute, node = found[0]
     if target.parameters:
         if not isinstance(node, ast.FunctionDef):
-            return Finding(target, "changed", attribute, "it is no function")
+            return Finding(target, "changed", attribute, "it is not a function")
         given = _parameters(node.args)
         if given not in target.parameters:
             return Finding(target, "changed", attribute, f"its parameters are ({', '.join(given)})")
@@ -233,7 +233,7 @@ def _check(target: Target, version: str, tree: ast.Module | str | None) -> Findi
 
 
 def _parameters(given: ast.arguments) -> tuple[str, ...]:
-    """Names, with a ``*`` before those that are taken by keyword only."""
+    """Names, with a ``*`` before keyword-only ones."""
     names = [argument.arg for argument in (*given.posonlyargs, *given.args)]
     if given.vararg or given.kwonlyargs:
         names.append(f"*{given.vararg.arg if given.vararg else ''}")
@@ -242,7 +242,7 @@ def _parameters(given: ast.arguments) -> tuple[str, ...]:
 
 
 def digest(node: ast.AST) -> str:
-    """Of a function's body, without its docstring and comments; the same under every Python."""
+    """Digest of a function's body without its docstring and comments; the same in every version of Python."""
     body = list(getattr(node, "body", []))
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]
@@ -251,10 +251,10 @@ def digest(node: ast.AST) -> str:
 
 
 def _structure(value: object) -> str:
-    """A syntax tree as text. What ``ast.unparse`` and ``ast.dump`` write depends on Python's version.
+    """A syntax tree as text; the output of ``ast.unparse`` and ``ast.dump`` depends on Python's version.
 
-    Fields that are empty are left out, since a newer Python may have added them, and so is what says nothing about meaning.
-    Python 3.12 splits the text of an f-string otherwise than 3.11.
+    Empty fields are left out, since a newer Python may have added them, and so are fields without meaning for the code.
+    Python 3.12 splits the text of an f-string differently from 3.11.
     """
     if isinstance(value, list):
         return f"[{', '.join(map(_structure, value))}]"
@@ -282,7 +282,7 @@ def _joined(parts: list[ast.expr]) -> list[str | ast.expr]:
 
 
 def _find(tree: ast.Module | str | None, name: str) -> ast.stmt | None:
-    """The definition of ``name`` or ``Class.method``, also below an ``if``, but none inside another function or class."""
+    """The definition of ``name`` or ``Class.method``, also below an ``if``, but not inside another function or class."""
     if not isinstance(tree, ast.Module):
         return None
     first, _, rest = name.partition(".")
@@ -296,7 +296,7 @@ def _find(tree: ast.Module | str | None, name: str) -> ast.stmt | None:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Of a module or class, with what stands below ``if``, ``try`` and ``with``."""
+    """The statements of a module or class, including those below ``if``, ``try`` and ``with``."""
     for node in body:
         yield node
         if isinstance(node, (ast.If, ast.Try, ast.With)):

@@ -1,11 +1,10 @@
 """vLLM's CUDA ops on CPU tensors, so that vLLM's own Python runs where there is no GPU.
 
-The ops have vLLM's names and schemas, and ``safealloc.kernels.reference`` behind them. The quantizers write real scale bytes
-only, as fused producers do; :func:`padding_is_written` switches on what vLLM's own do since 0.30, which is to zero the
-padding too. The GEMM reads every scale byte of the column tiles, where the flag says.
+The ops have vLLM's names and schemas, and call ``safealloc.kernels.reference``. The quantizers write valid scales only, as
+fused producers do; inside :func:`padding_is_written` they also zero the padding, as vLLM's own do since 0.30. The GEMM reads
+every scale byte of the column tiles, in the layout that the flag says.
 
-Importing this module imports vLLM. Where that cannot be done, the test module that imports it is skipped with the reason,
-or fails with ``SAFEALLOC_REQUIRE_VLLM=1``.
+Importing this module imports vLLM. Import it before vLLM, which looks for the ops when it is imported.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,39 +25,13 @@ from torch import Tensor, nn
 
 from safealloc import ScaleSpec, SfLayout
 from safealloc.kernels import reference
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
-TESTED = "0.32.0"
 CPU = torch.device("cpu")
-L128, L8 = SfLayout.layout_128x4, SfLayout.layout_8x4
 FP8 = torch.float8_e4m3fn
 
 
-def _missing() -> str | None:
-    """Why the tests here cannot run, or ``None``."""
-    if torch.version.cuda is not None:
-        return (
-            f"vLLM's own kernels would be loaded by this CUDA build of torch {torch.__version__}: a CPU build is needed"
-        )
-    for package, distribution in (("vllm", "vllm"), ("flashinfer", "flashinfer-python")):
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{distribution} is not installed"
-        if importlib.util.find_spec(package) is None:
-            return f"{distribution} {version} has no package {package}"
-        if package == "vllm" and version != TESTED:
-            return f"these are tests of vLLM {TESTED}, and {version} is installed"
-    return None
-
-
-if _reason := _missing():
-    if os.environ.get("SAFEALLOC_REQUIRE_VLLM", "0") == "1":
-        raise RuntimeError(f"SAFEALLOC_REQUIRE_VLLM=1, and {_reason}")
-    pytest.skip(_reason, allow_module_level=True)
-
-
-# --- ops of vLLM's extension, defined before vLLM looks for them --------------------------------------------------------
+# --- ops of vLLM's extension, defined before vLLM looks for them ------------------------------------------------------
 
 _library = torch.library.Library("_C", "FRAGMENT")
 _writes_padding = False
@@ -77,13 +48,22 @@ def padding_is_written() -> Iterator[None]:
         _writes_padding = False
 
 
+def writes_padding() -> bool:
+    """Whether :func:`padding_is_written` is in effect."""
+    return _writes_padding
+
+
 def quantize_rows(
-    x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Tensor, layout: SfLayout = L128
+    x: Tensor,
+    global_scale: Tensor,
+    output: Tensor,
+    output_scale: Tensor,
+    layout: SfLayout = SfLayout.layout_128x4,
 ) -> None:
-    """Quantize ``x`` into real scale bytes; ``output`` may be wider than ``x``, and is zero beyond it."""
+    """Quantize ``x``, writing valid scales only; ``output`` may be wider than ``x``, and is zeroed beyond it."""
     k = x.shape[-1]
     scales = output_scale.view(torch.uint8)
-    if _writes_padding:
+    if writes_padding():
         scales.zero_()
     reference.quantize(x, global_scale.reshape(1), output[:, : k // 2], scales, layout)
     output[:, k // 2 :].zero_()
@@ -98,7 +78,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def _scaled_fp4_quant(
     input: Tensor, input_scale: Tensor, is_sf_swizzled_layout: bool, *, output: Tensor, output_scale: Tensor
 ) -> None:
-    layout = L128 if is_sf_swizzled_layout else SfLayout.layout_linear
+    layout = SfLayout.layout_128x4 if is_sf_swizzled_layout else SfLayout.layout_linear
     quantize_rows(input, input_scale, output, output_scale, layout)
 
 
@@ -112,7 +92,9 @@ def _cutlass_scaled_fp4_mm(
     out: Tensor, a: Tensor, b: Tensor, block_scale_a: Tensor, block_scale_b: Tensor, alpha: Tensor
 ) -> None:
     mm_calls.append(MmCall("vllm-cutlass", False, spec_of(block_scale_a)))
-    reference.mm(a, b, block_scale_a.view(torch.uint8), block_scale_b.view(torch.uint8), alpha, out, L128)
+    reference.mm(
+        a, b, block_scale_a.view(torch.uint8), block_scale_b.view(torch.uint8), alpha, out, SfLayout.layout_128x4
+    )
 
 
 _QUANT = "Tensor input, Tensor input_scale, bool is_sf_swizzled_layout"
@@ -136,7 +118,7 @@ for _schema, _kernel in (
     _library.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"_C::{_name}", lambda *given, **named: None, lib=_library)
 
-# Named by vLLM's fusion modules and passes, and called by no test.
+# Named by vLLM's fusion modules and passes; no test calls them.
 for _name in (
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
@@ -156,11 +138,11 @@ for _name in (
     _library.define(f"{_name}(Tensor(a!) result) -> ()")
 
 
-# --- vLLM ---------------------------------------------------------------------------------------------------------------
+# --- vLLM -------------------------------------------------------------------------------------------------------------
 
 
 def _import_vllm() -> None:
-    # vLLM defines its FlashInfer ops where it finds FlashInfer's precompiled kernels, or a compiler. It calls none here.
+    # vLLM defines its FlashInfer ops only where it finds FlashInfer's precompiled kernels or a compiler. None is called here.
     before = os.environ.get("VLLM_HAS_FLASHINFER_CUBIN")
     os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"
     try:
@@ -186,7 +168,7 @@ FUSION_MODULES = (
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Inside, vLLM takes its platform for CUDA, with tensors on the CPU: what is chosen by the platform is CUDA's."""
+    """Inside, vLLM believes that its platform is CUDA, while tensors are on the CPU."""
     platform = importlib.import_module("vllm.platforms").current_platform
     cuda = importlib.import_module("vllm.platforms.interface").PlatformEnum.CUDA
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +182,7 @@ with warnings.catch_warnings():
     _import_vllm()
     import vllm._custom_ops as ops
     import vllm.utils.flashinfer as vllm_flashinfer
+    from vllm.forward_context import override_forward_context
     from vllm.model_executor.kernels.linear.nvfp4.cutlass import CutlassNvFp4LinearKernel
     from vllm.model_executor.kernels.linear.nvfp4.flashinfer import (
         FlashInferB12xNvFp4LinearKernel,
@@ -210,7 +193,7 @@ with warnings.catch_warnings():
     )
     from vllm.model_executor.layers.quantization.utils.nvfp4_utils import swizzle_blockscale
 
-    with as_on_cuda():  # what these modules offer on CUDA is decided when they are imported
+    with as_on_cuda():  # these modules look at the platform when they are imported
         fused_act_quant = importlib.import_module("vllm.model_executor.layers.fusion.fused_act_quant")
         fusions: dict[str, ModuleType] = {name: importlib.import_module(f"{FUSIONS}.{name}") for name in FUSION_MODULES}
 
@@ -231,8 +214,8 @@ class MmCall:
 
     Attributes:
         backend: FlashInfer's, or "vllm-cutlass".
-        use_8x4_sf_layout: as it was told.
-        spec: of the activation's scales, if they lie in a pool buffer.
+        use_8x4_sf_layout: the flag.
+        spec: of the activation's scales, if they are in a pool buffer.
         block_size: 32 for MXFP4.
     """
 
@@ -261,9 +244,11 @@ def _mm(
     mm_calls.append(MmCall(backend, use_8x4_sf_layout, spec_of(A_scale), block_size))
     out = torch.empty((A.shape[0], B.shape[1]), dtype=dtype)
     if block_size != 16 or not use_nvfp4:
-        return out.zero_()  # MXFP4: only the call is looked at
+        return out.zero_()  # MXFP4: tests look at the call only
     a_scale, b_scale = A_scale.view(torch.uint8), B_scale.T.view(torch.uint8)
-    reference.mm(A, B.T, a_scale, b_scale, g_scale, out, L8 if use_8x4_sf_layout else L128)
+    reference.mm(
+        A, B.T, a_scale, b_scale, g_scale, out, SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+    )
     return out
 
 
@@ -272,9 +257,9 @@ def _quantize_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
     rows, k = a.shape
     data, scales = (
         torch.empty(rows, k // 2, dtype=torch.uint8),
-        torch.zeros(L8.padded_shape(rows, k), dtype=torch.uint8),
+        torch.zeros(SfLayout.layout_8x4.padded_shape(rows, k), dtype=torch.uint8),
     )
-    reference.quantize(a, a_global_sf.reshape(1), data, scales, L8)
+    reference.quantize(a, a_global_sf.reshape(1), data, scales, SfLayout.layout_8x4)
     return data, scales
 
 
@@ -282,7 +267,7 @@ vllm_flashinfer.flashinfer_mm_fp4.register_kernel("cpu")(_mm)
 vllm_flashinfer.flashinfer_nvfp4_quantize.register_kernel("cpu")(_quantize_8x4)
 
 
-# --- what the tests call vLLM with --------------------------------------------------------------------------------------
+# --- what the tests call vLLM with ------------------------------------------------------------------------------------
 
 GLOBAL_SCALE = torch.tensor([20.0])
 ALPHA = torch.tensor([0.05])
@@ -294,12 +279,12 @@ def activation(rows: int, k: int, seed: int = 0) -> Tensor:
 
 
 def vllm_quantize(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """As vLLM quantizes, by the name that its modules have."""
+    """Quantize as vLLM's modules do."""
     return ops.scaled_fp4_quant(x, GLOBAL_SCALE, **options)
 
 
 def linear_layer(n: int, k: int) -> nn.Module:
-    """An NVFP4 layer as it is loaded: weight uint8 ``[n, k // 2]``, its scales ``[n, k // 16]`` not swizzled."""
+    """An NVFP4 layer as loaded: weight uint8 ``[n, k // 2]``, its scales ``[n, k // 16]`` not swizzled."""
     weight = torch.empty(n, k // 2, dtype=torch.uint8)
     scales = torch.empty(n, k // 16, dtype=torch.uint8)
     reference.quantize(activation(n, k, 7), torch.ones(1), weight, scales, SfLayout.layout_linear)
@@ -320,7 +305,7 @@ def kernel_and_layer(name: str, n: int, k: int) -> tuple[Any, nn.Module]:
     layer = linear_layer(n, k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "cuda", lambda tensor: tensor)
-        if name == "trtllm":  # FlashInfer shuffles its weights on a GPU, and the GEMM here reads them as they are
+        if name == "trtllm":  # FlashInfer shuffles weights on a GPU; the GEMM here reads them unshuffled
             layer.weight_scale = nn.Parameter(swizzle_blockscale(layer.weight_scale.data), requires_grad=False)
         else:
             kernel.process_weights_after_loading(layer)
@@ -330,7 +315,7 @@ def kernel_and_layer(name: str, n: int, k: int) -> tuple[Any, nn.Module]:
 def engine_config(
     sizes: tuple[int, ...] = (1, 2, 4, 8), max_num_seqs: int = 8, mode: int = 1, **parallel: Any
 ) -> SimpleNamespace:
-    """What the plugin reads of a ``VllmConfig``."""
+    """The fields of a ``VllmConfig`` that the plugin reads."""
     return SimpleNamespace(
         compilation_config=SimpleNamespace(
             cudagraph_mode=SimpleNamespace(value=mode), cudagraph_capture_sizes=list(sizes)
@@ -339,3 +324,13 @@ def engine_config(
         model_config=SimpleNamespace(enforce_eager=False),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
+
+
+def in_forward_context() -> Any:
+    """The forward context, which vLLM sets while a model runs."""
+    return override_forward_context(SimpleNamespace())
+
+
+def metadata(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor looks like to its users, apart from its values."""
+    return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset(), tensor.device

@@ -1,9 +1,9 @@
-"""vLLM's CUDA ops of its NVFP4 mixture of experts on CPU tensors, beside those of :mod:`stand_ins`.
+"""vLLM's CUDA ops of its NVFP4 mixture of experts on CPU tensors, beside those of :mod:`support.vllm_cpu_ops`.
 
-They have vLLM's names and schemas. Where a scale byte lies is spelled out here once more, so that nothing of
-``safealloc.formats.layout`` has to be right for it. As vLLM's kernels, the quantizers write real scale bytes only, into any number of
-rows; inside :func:`stand_ins.padding_is_written` they zero all others first. The GEMM reads whole tiles, and tells what it
-met there that is no scale and not zero.
+They have vLLM's names and schemas. The position of a scale byte is computed here independently of
+``safealloc.formats.layout``. Like vLLM's kernels, the quantizers write valid scales only, into any number of rows; inside
+:func:`support.vllm_cpu_ops.padding_is_written` they zero all other bytes first. The GEMM reads whole tiles, and counts the
+bytes that are neither scales nor zero.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import stand_ins
 import torch
-import vllm.model_executor.layers.fused_moe.experts.cutlass_moe as cutlass_moe
+from support import vllm_cpu_ops
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe.experts import cutlass_moe
 
 from safealloc import ScaleSpec
 from safealloc.kernels import reference
-from safealloc.pool.buffer import spec_of
+from safealloc.pool.contents import spec_of
 
 TILE = 128
 
 quantized: list[ScaleSpec | None] = []
-"""What pool buffers the quantizers wrote to; ``None`` for other memory. Whoever looks clears it first."""
+"""The pool buffers that the quantizers wrote to; ``None`` for other memory. Tests clear it first."""
 
 stale: list[int] = []
-"""Bytes that are no scale and not zero, as each GEMM met them."""
+"""For each GEMM, how many bytes it read that are neither scales nor zero."""
 
 _fails = False
 
 
 @contextlib.contextmanager
 def quantizers_fail() -> Iterator[None]:
-    """Inside, they raise when they have written all they write."""
+    """Inside, they raise after they have written everything."""
     global _fails
     _fails = True
     try:
@@ -43,14 +43,14 @@ def quantizers_fail() -> Iterator[None]:
 
 
 def scale_bytes(scale_rows: Tensor, k: int) -> Tensor:
-    """Where the scales of some scale rows lie in 128x4, int64 ``[rows, k // 16]``."""
+    """Offsets of the scales of some scale rows in 128x4, int64 ``[rows, k // 16]``."""
     r, c = scale_rows.long()[:, None], torch.arange(k // 16)
     col_tiles = -(-k // 64)
     return (r // TILE * col_tiles + c // 4) * 512 + r % 32 * 16 + r % TILE // 32 * 4 + c % 4
 
 
-def routed(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Expert and scale row of each row; expert 0 and its first scale row for one that no expert has, as vLLM's kernel."""
+def grouped(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Expert and scale row of each row; as in vLLM's kernel, expert 0 and its first scale row for rows of no expert."""
     expert, scale_row = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
     for e, (first, end) in enumerate(zip(expert_offsets.tolist(), expert_offsets.tolist()[1:], strict=False)):
         expert[first:end] = e
@@ -70,12 +70,12 @@ def _quantize(
     assert global_scales.shape == (len(expert_offsets) - 1,)
     quantized.append(spec_of(output_scale))
     flat = output_scale.view(torch.uint8).view(-1)
-    if stand_ins._writes_padding:
+    if vllm_cpu_ops.writes_padding():
         flat.zero_()
-    expert, scale_row = routed(rows, expert_offsets, offsets)
+    expert, scale_row = grouped(rows, expert_offsets, offsets)
     data, linear = reference.encode(x, global_scales[expert][:, None])
     output.copy_(data)
-    for some in (slice(int(expert_offsets[-1]), rows), slice(0, int(expert_offsets[-1]))):  # those of no expert first
+    for some in (slice(int(expert_offsets[-1]), rows), slice(0, int(expert_offsets[-1]))):  # rows of no expert first
         flat[scale_bytes(scale_row[some], k)] = linear[some]
     if _fails:
         raise RuntimeError("the producer failed")
@@ -84,7 +84,7 @@ def _quantize(
 def _quantize_silu(
     output: Tensor, output_scale: Tensor, x: Tensor, global_scales: Tensor, expert_offsets: Tensor, offsets: Tensor
 ) -> None:
-    _quantize(output, output_scale, stand_ins.silu_and_mul(x), global_scales, expert_offsets, offsets)
+    _quantize(output, output_scale, vllm_cpu_ops.silu_and_mul(x), global_scales, expert_offsets, offsets)
 
 
 def _moe_data(
@@ -114,7 +114,7 @@ def _moe_data(
 
 
 def offsets_of(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Expert and block scale offsets for so many rows an expert, int32 ``[experts + 1]``."""
+    """Expert and block scale offsets for so many rows per expert, int32 ``[experts + 1]``."""
     rows = torch.tensor([0, *counts])
     return rows.cumsum(0).int(), ((rows + TILE - 1) // TILE * TILE).cumsum(0).int()
 
@@ -131,14 +131,14 @@ def _group_mm(
     sf_offsets: Tensor,
 ) -> None:
     assert expert_offsets.shape == sf_offsets.shape == alphas.shape
-    flat, met = a_blockscale.view(torch.uint8).view(-1), 0
+    flat, nonzero = a_blockscale.view(torch.uint8).view(-1), 0
     for e, (m, n, k) in enumerate(problem_sizes.tolist()):
         if m == 0:
             continue
         rows, cols, k_tiles = -(-m // TILE) * TILE, k // 16, -(-k // 64)
         start, first = int(sf_offsets[e]), int(expert_offsets[e])
         scales = flat[scale_bytes(torch.arange(start, start + rows), 64 * k_tiles)]
-        met += int(scales[m:].count_nonzero() + scales[:m, cols:].count_nonzero())
+        nonzero += int(scales[m:].count_nonzero() + scales[:m, cols:].count_nonzero())
         x = torch.zeros(rows, 64 * k_tiles)
         x[:m, :k] = reference.decode_e2m1(a[first : first + m])
         x *= scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)  # 0 * NaN = NaN
@@ -147,7 +147,7 @@ def _group_mm(
         weight[:, :k] = reference.decode_e2m1(b[e])
         weight[:, :k] *= weight_scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
         output[first : first + m] = (alphas[e] * (x @ weight.T))[:m].to(output.dtype)
-    stale.append(met)
+    stale.append(nonzero)
 
 
 def _shuffle_rows(input_tensor: Tensor, dst2src_map: Tensor, output_tensor: Tensor) -> None:
@@ -204,7 +204,7 @@ class Layer:
         data = torch.zeros(self.experts, rows, k // 2, dtype=torch.uint8)
         scales = torch.zeros(self.experts, -(-rows // TILE) * TILE, -(-k // 64) * 4, dtype=torch.uint8)
         for e in range(self.experts):
-            data[e], linear = reference.encode(stand_ins.activation(rows, k, e), torch.ones(()))
+            data[e], linear = reference.encode(vllm_cpu_ops.activation(rows, k, e), torch.ones(()))
             scales[e].view(-1)[scale_bytes(torch.arange(rows), k)] = linear
         return data, scales.view(torch.float8_e4m3fn)
 

@@ -1,7 +1,7 @@
 """vLLM's NVFP4 ops on a GPU that has none: our Triton kernels behind vLLM's own op names.
 
 vLLM's Python runs as it is: ``scaled_fp4_quant`` allocates, the fusion passes match, ``CutlassNvFp4LinearKernel``
-multiplies. Like a fused producer, the quantizer here writes real bytes only, and the GEMM reads padding columns, so that
+multiplies. Like a fused producer, the quantizer here writes valid scales only, and the GEMM reads padding columns, so that
 the tokens depend on the padding.
 """
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 _libraries: list[torch.library.Library] = []
-BLOCK = 16
 
 
 def install(*, simple: bool = False) -> None:
-    """Replace the CUDA kernels of vLLM's ops; ``simple`` ones import nothing of safealloc, and compute nothing of use."""
+    """Replace the CUDA kernels of vLLM's ops; ``simple`` ones do not import safealloc, and their results are meaningless."""
     import vllm._custom_ops  # noqa: F401  defines the ops
 
     library = torch.library.Library("_C", "IMPL")
@@ -82,7 +81,7 @@ def _simple_multiply(
 
 
 def fill_weights(layer: torch.nn.Module) -> None:
-    """Random weights that leave activations about as large as they were: vLLM's dummy weights leave uint8 as it was."""
+    """Fill in random weights that keep the size of activations; vLLM's dummy weights leave uint8 uninitialized."""
     n, half_k = layer.weight.shape
     generator = torch.Generator(device=layer.weight.device).manual_seed(n * 7919 + half_k)
     codes = torch.randint(0, 256, (n, half_k), dtype=torch.uint8, device=layer.weight.device, generator=generator)

@@ -1,33 +1,38 @@
-"""vLLM's two expert quantizers and its NVFP4 mixture of experts on CPU tensors: the same bits, and nothing that is stale."""
+"""vLLM's two expert quantizers and its NVFP4 mixture of experts on CPU tensors: the same bits, and no stale bytes."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import stand_ins_experts
 import torch
 import vllm._custom_ops as ops
-from stand_ins import CPU, FP8, L128, activation, engine_config, padding_is_written
-from stand_ins_experts import Layer, offsets_of, quantized, quantizers_fail, routed, scale_bytes
-from test_register import with_source
+from support import vllm_cpu_moe_ops
+from support.vllm_cpu_moe_ops import Layer, grouped, offsets_of, quantized, quantizers_fail, scale_bytes
+from support.vllm_cpu_ops import (
+    CPU,
+    FP8,
+    activation,
+    engine_config,
+    in_forward_context,
+    metadata,
+    padding_is_written,
+)
+from support.vllm_registration import with_source
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.forward_context import override_forward_context
 
-from safealloc import PoolClosedError, ScalePool, ScaleSpec
+from safealloc import PoolClosedError, ScalePool, ScaleSpec, SfLayout
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import allocator as allocator_module
-from safealloc.integrations.vllm import plugin, targets
-from safealloc.integrations.vllm.allocator import allocator
+from safealloc.integrations.vllm import plugin, serve, targets
+from safealloc.integrations.vllm.serve import allocator
 
 EXPERTS, TOPK, K = 6, 2, 80  # 80 columns are 5 of scales, so that 3 of padding follow
 PLAIN, SILU = "scaled_fp4_experts_quant", "silu_and_mul_scaled_fp4_experts_quant"
 
-ROUTINGS = (
+GROUPINGS = (
     (4, 3, 2, 1, 0, 0),
     (0, 0, 0, 0, 0, 2),  # one token
     (0, 10, 0, 0, 0, 0),
@@ -43,39 +48,34 @@ both = pytest.mark.parametrize("name", [PLAIN, SILU])
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen() -> None:
+def nothing_recorded() -> None:
     quantized.clear()
-    stand_ins_experts.stale.clear()
+    vllm_cpu_moe_ops.stale.clear()
 
 
 def inputs(name: str, counts: tuple[int, ...], k: int = K, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
-    """What one of vLLM's quantizers is called with, for so many rows an expert."""
+    """Arguments of one of vLLM's quantizers, for so many rows per expert."""
     x = activation(sum(counts), 2 * k if name == SILU else k, sum(counts[::2])).to(dtype)
     return x, torch.linspace(10, 30, len(counts)), *offsets_of(counts), TOPK
 
 
 def quantize(name: str, *given: Any) -> tuple[Tensor, Tensor]:
-    """By the name that vLLM's layers have."""
+    """Called as vLLM's layers call it."""
     result: tuple[Tensor, Tensor] = getattr(ops, name)(*given)
     return result
 
 
-def real(counts: tuple[int, ...], k: int = K) -> Tensor:
-    """Where the scales of a routing lie, flat."""
+def valid(counts: tuple[int, ...], k: int = K) -> Tensor:
+    """Offsets of the valid scales of a grouping, flat."""
     expert_offsets, blockscale_offsets = offsets_of(counts)
-    return scale_bytes(routed(sum(counts), expert_offsets, blockscale_offsets)[1], k).flatten()
+    return scale_bytes(grouped(sum(counts), expert_offsets, blockscale_offsets)[1], k).flatten()
 
 
 def others(scales: Tensor, counts: tuple[int, ...], k: int = K) -> Tensor:
-    """All bytes of a tensor that are no scales of a routing."""
+    """All bytes of a tensor that are not scales of a grouping."""
     kept = torch.ones(scales.numel(), dtype=torch.bool)
-    kept[real(counts, k)] = False
+    kept[valid(counts, k)] = False
     return scales.view(torch.uint8).flatten()[kept]
-
-
-def context() -> Any:
-    """A forward context, which vLLM sets while a model runs."""
-    return override_forward_context(SimpleNamespace())
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -84,20 +84,20 @@ def context() -> Any:
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [64, K, 208])
-def test_the_same_bits_for_every_routing(pool: ScalePool, name: str, dtype: torch.dtype, k: int) -> None:
-    """In one buffer, from which each call clears what the last one left."""
-    calls = [(counts, inputs(name, counts, k, dtype)) for counts in (*ROUTINGS, *ROUTINGS[::-1], *ROUTINGS[::2])]
+def test_the_bits_of_vllms_for_every_grouping(pool: ScalePool, name: str, dtype: torch.dtype, k: int) -> None:
+    """In one buffer, in which each call zeroes the scales of the last one."""
+    calls = [(counts, inputs(name, counts, k, dtype)) for counts in (*GROUPINGS, *GROUPINGS[::-1], *GROUPINGS[::2])]
     plain = [quantize(name, *given) for _, given in calls]
     assert set(quantized) == {None}
     quantized.clear()
     integration.register()
-    pool.reserve(max(map(sum, ROUTINGS)), k, experts=EXPERTS)
+    pool.reserve(max(map(sum, GROUPINGS)), k, experts=EXPERTS)
     for (counts, given), (data, scales) in zip(calls, plain, strict=True):
         our_data, our_scales = quantize(name, *given)
         assert torch.equal(our_data, data)
         assert (our_scales.dtype, our_scales.stride()) == (scales.dtype, scales.stride())
-        assert our_scales.shape == (L128.grouped_rows(sum(counts), EXPERTS), scales.shape[1])
-        where = real(counts, k)
+        assert our_scales.shape == (SfLayout.layout_128x4.grouped_rows(sum(counts), EXPERTS), scales.shape[1])
+        where = valid(counts, k)
         assert torch.equal(our_scales.view(torch.uint8).flatten()[where], scales.view(torch.uint8).flatten()[where])
         assert not others(our_scales, counts, k).any()
         assert pool.verify() == 1
@@ -107,15 +107,15 @@ def test_the_same_bits_for_every_routing(pool: ScalePool, name: str, dtype: torc
 
 
 @both
-def test_vllms_own_result_has_stale_bytes_and_ours_has_none(pool: ScalePool, name: str, stale: None) -> None:
-    for counts in ROUTINGS:
+def test_stale_bytes_are_in_vllms_result_and_not_in_ours(pool: ScalePool, name: str, stale: None) -> None:
+    for counts in GROUPINGS:
         _, scales = quantize(name, *inputs(name, counts))
-        assert (others(scales, counts) & 0x7F == 0x7F).all()  # NaN, from memory that nobody zeroed
+        assert (others(scales, counts) & 0x7F == 0x7F).all()  # NaN, since nobody zeroed the memory
     integration.register()
-    for counts in ROUTINGS * 2:
+    for counts in GROUPINGS * 2:
         _, scales = quantize(name, *inputs(name, counts))
         assert not others(scales, counts).any()
-        assert scales.view(torch.uint8).flatten()[real(counts)].all()
+        assert scales.view(torch.uint8).flatten()[valid(counts)].all()
     assert pool.verify() == pool.stats().buffers
 
 
@@ -126,7 +126,7 @@ LAYERS = pytest.mark.parametrize(
 
 
 def steps() -> list[tuple[Tensor, Tensor]]:
-    """Seeds and experts of tokens, from step to step: even, one token, all to two experts, few, many to one, few."""
+    """Seeds and experts of tokens for several steps: even, one token, all to two experts, few, many to one, few."""
     generator = torch.Generator().manual_seed(5)
 
     def drawn(tokens: int, weights: list[float]) -> Tensor:
@@ -138,20 +138,22 @@ def steps() -> list[tuple[Tensor, Tensor]]:
 
 
 @LAYERS
-def test_a_whole_layer_gives_the_same_bits(pool: ScalePool, n: int, k: int, activation_name: str, stale: None) -> None:
-    """Where vLLM's producers leave padding as it was, and stale memory gives NaN or is read at least."""
+def test_a_moe_layer_gives_the_bits_of_vllms(
+    pool: ScalePool, n: int, k: int, activation_name: str, stale: None
+) -> None:
+    """Also where producers do not write padding; without the plugin the GEMM then reads stale bytes."""
     layer = Layer(EXPERTS, n, k, activation_name)
     calls = [(activation(len(topk_ids), k, int(seed)), topk_ids) for seed, topk_ids in steps()]
     with padding_is_written():
         expected = [layer.run(x, topk_ids) for x, topk_ids in calls]
-    assert set(stand_ins_experts.stale) == {0}
+    assert set(vllm_cpu_moe_ops.stale) == {0}
     assert all(y.isfinite().all() for y in expected)
-    stand_ins_experts.stale.clear()
+    vllm_cpu_moe_ops.stale.clear()
     for x, topk_ids in calls:
         y = layer.run(x, topk_ids)
-        assert y.isnan().all() == ((n, k) != (64, 64))  # else there are padding rows only
-    assert min(stand_ins_experts.stale) > 0
-    stand_ins_experts.stale.clear()
+        assert y.isnan().all() == ((n, k) != (64, 64))  # which has padding rows only
+    assert min(vllm_cpu_moe_ops.stale) > 0
+    vllm_cpu_moe_ops.stale.clear()
     quantized.clear()
     integration.register()
     for _ in range(2):
@@ -159,14 +161,14 @@ def test_a_whole_layer_gives_the_same_bits(pool: ScalePool, n: int, k: int, acti
             assert torch.equal(layer.run(x, topk_ids), y)
             assert pool.stats().live == 0
             pool.verify()
-    assert set(stand_ins_experts.stale) == {0}
+    assert set(vllm_cpu_moe_ops.stale) == {0}
     assert {(spec.k, spec.experts) for spec in quantized if spec} == {(k, EXPERTS), (n, EXPERTS)}
     assert None not in quantized
 
 
 @both
-def test_rows_of_other_ranks(pool: ScalePool, name: str, stale: None) -> None:
-    """With expert parallelism some rows belong to no expert here: vLLM's kernel takes them for the first scale row."""
+def test_rows_of_experts_on_other_ranks(pool: ScalePool, name: str, stale: None) -> None:
+    """With expert parallelism some rows belong to no expert here; vLLM's kernel writes them to the first scale row."""
     local = (0, 3, 0, 2, 0, 0)
     x, global_scales, expert_offsets, blockscale_offsets, topk = inputs(name, (3, 3, 3, 3, 3, 3))
     nobody, *_ = offsets_of((0,) * EXPERTS)
@@ -176,7 +178,7 @@ def test_rows_of_other_ranks(pool: ScalePool, name: str, stale: None) -> None:
     for _ in range(2):
         our_data, our_scales = quantize(name, *given)
         assert torch.equal(our_data, data)
-        where = real(local)
+        where = valid(local)
         assert torch.equal(our_scales.view(torch.uint8).flatten()[where], scales.view(torch.uint8).flatten()[where])
         assert not others(our_scales, local).any()
         del our_scales
@@ -187,8 +189,8 @@ def test_rows_of_other_ranks(pool: ScalePool, name: str, stale: None) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_scales_of_a_large_layer_are_sized_right(pool: ScalePool) -> None:
-    """DeepSeek-R1's first quantizer, a batch of 64."""
+def test_the_scales_of_a_large_layer_are_smaller_than_vllms(pool: ScalePool) -> None:
+    """DeepSeek-R1's first quantizer with a batch of 64."""
     experts, topk, k, tokens = 256, 8, 7168, 64
     counts = (tokens * topk // experts,) * experts
     given = *inputs(PLAIN, counts, k)[:-1], topk
@@ -197,7 +199,7 @@ def test_the_scales_of_a_large_layer_are_sized_right(pool: ScalePool) -> None:
     assert scales.nbytes == 587_202_560
     integration.register()
     _, ours = quantize(PLAIN, *given)
-    assert ours.shape == (L128.grouped_rows(tokens * topk, experts), k // 16)
+    assert ours.shape == (SfLayout.layout_128x4.grouped_rows(tokens * topk, experts), k // 16)
     assert ours.nbytes <= (tokens * topk + 127 * experts) * k // 16
     assert scales.nbytes >= 10 * pool.stats().bytes
     assert pool.stats().bytes >= ours.nbytes
@@ -207,11 +209,11 @@ def test_the_scales_of_a_large_layer_are_sized_right(pool: ScalePool) -> None:
 def test_one_buffer_serves_all_batch_sizes(
     pool: ScalePool, monkeypatch: pytest.MonkeyPatch, plugin: None, name: str
 ) -> None:
-    """A worker's start: the profile run comes to the layer with more rows than the pool serves, and reserves for it."""
-    monkeypatch.setattr(allocator_module, "default_pool", lambda device: pool)
+    """It is reserved in the profile run, which calls the layer with more rows than the pool serves."""
+    monkeypatch.setattr(serve, "default_pool", lambda device: pool)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     allocator.begin(engine_config((1, 2, 4, 8), max_num_seqs=8), torch.device("cuda"))
-    with context():
+    with in_forward_context():
         quantize(name, *inputs(name, (50, 50, 0, 0, 0, 0)))
         assert quantized.pop() is None
         for counts in ((8, 8, 0, 0, 0, 0), (0, 0, 1, 1, 0, 0), (1, 0, 0, 0, 3, 0), (2, 2, 2, 2, 4, 4)):
@@ -219,53 +221,53 @@ def test_one_buffer_serves_all_batch_sizes(
                 _, scales = quantize(name, *inputs(name, counts))
                 assert not others(scales, counts).any()
                 del scales
-    assert set(quantized) == {ScaleSpec.grouped(16, K, L128, EXPERTS)}
+    assert set(quantized) == {ScaleSpec.grouped(16, K, SfLayout.layout_128x4, EXPERTS)}
     allocator.ready()
     assert (pool.misses, pool.stats().buffers) == (0, 1)
     assert pool.verify() == 1
 
 
-# --- who is served ----------------------------------------------------------------------------------------------------
+# --- which calls are served -------------------------------------------------------------------------------------------
 
 
 @both
-def test_more_rows_than_the_largest_batch(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
-    """Zeroed at the call, and as large as it has to be; rows are counted as tokens."""
+def test_rows_above_the_largest_batch_get_zeroed_scales(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
+    """As large as needed; rows are counted as tokens."""
     allocator.begin(engine_config((1, 2, 4, 8)), CPU)
-    with context():
-        for counts, served in (((8, 8, 0, 0, 0, 0), True), ((8, 8, 1, 0, 0, 0), False), (ROUTINGS[3], False)):
+    with in_forward_context():
+        for counts, served in (((8, 8, 0, 0, 0, 0), True), ((8, 8, 1, 0, 0, 0), False), (GROUPINGS[3], False)):
             _, scales = quantize(name, *inputs(name, counts))
             assert (quantized.pop() is not None) is served
-            assert scales.shape == (L128.grouped_rows(sum(counts), EXPERTS), 8)
+            assert scales.shape == (SfLayout.layout_128x4.grouped_rows(sum(counts), EXPERTS), 8)
             assert not others(scales, counts).any()
-            assert scales.view(torch.uint8).flatten()[real(counts)].all()
+            assert scales.view(torch.uint8).flatten()[valid(counts)].all()
     assert pool.stats().buffers == 1
 
 
 @both
-def test_outside_of_a_step(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
+def test_calls_outside_a_step_get_zeroed_scales(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
     allocator.begin(engine_config(), CPU)
-    _, scales = quantize(name, *inputs(name, ROUTINGS[0]))
+    _, scales = quantize(name, *inputs(name, GROUPINGS[0]))
     assert quantized == [None]
-    assert scales.shape == (L128.grouped_rows(10, EXPERTS), 8)
-    assert not others(scales, ROUTINGS[0]).any()
+    assert scales.shape == (SfLayout.layout_128x4.grouped_rows(10, EXPERTS), 8)
+    assert not others(scales, GROUPINGS[0]).any()
     assert pool.stats().buffers == 0
 
 
 @both
-def test_no_rows_are_vllms(pool: ScalePool, plugin: None, name: str) -> None:
+def test_calls_without_rows_are_vllms(pool: ScalePool, plugin: None, name: str) -> None:
     data, scales = quantize(name, *inputs(name, (0,) * EXPERTS))
     assert (data.shape, scales.shape) == ((0, K // 2), (163840 * TOPK, 8))
     assert pool.stats().buffers == 0
 
 
 @both
-@pytest.mark.parametrize(("shape", "says"), [((2, 3, 96), "ndim needs to be"), ((4, 98), "multiple of 16")])
-def test_what_vllm_refuses_it_still_refuses(
-    pool: ScalePool, plugin: None, log: list[logging.LogRecord], name: str, shape: tuple[int, ...], says: str
+@pytest.mark.parametrize(("shape", "message"), [((2, 3, 96), "ndim needs to be"), ((4, 98), "multiple of 16")])
+def test_vllm_still_refuses_wrong_shapes_itself(
+    pool: ScalePool, plugin: None, log: list[logging.LogRecord], name: str, shape: tuple[int, ...], message: str
 ) -> None:
-    """By itself: no pool is asked, and no error of ours stands in front."""
-    with pytest.raises((AssertionError, RuntimeError), match=says):
+    """The pool is not used, and no error of ours comes first."""
+    with pytest.raises((AssertionError, RuntimeError), match=message):
         quantize(name, torch.ones(shape).bfloat16(), torch.ones(EXPERTS), *offsets_of((1, 1, 1, 1, 0, 0)), TOPK)
     assert pool.stats().misses == 0
     assert log == []
@@ -275,13 +277,13 @@ def test_what_vllm_refuses_it_still_refuses(
 
 
 @both
-def test_a_pool_error_is_said_once_and_the_scales_are_zeroed(
+def test_a_pool_error_is_logged_once_and_the_scales_are_zeroed(
     pool: ScalePool, plugin: None, name: str, log: list[logging.LogRecord], stale: None
 ) -> None:
     pool.close()
-    for counts in ROUTINGS[:3]:
+    for counts in GROUPINGS[:3]:
         _, scales = quantize(name, *inputs(name, counts))
-        assert scales.shape == (L128.grouped_rows(sum(counts), EXPERTS), 8)
+        assert scales.shape == (SfLayout.layout_128x4.grouped_rows(sum(counts), EXPERTS), 8)
         assert not others(scales, counts).any()
     assert set(quantized) == {None}
     (record,) = log
@@ -294,36 +296,32 @@ def test_strict_raises_pool_errors(pool: ScalePool, plugin: None, name: str, mon
     monkeypatch.setenv("SAFEALLOC_STRICT", "1")
     pool.close()
     with pytest.raises(PoolClosedError):
-        quantize(name, *inputs(name, ROUTINGS[0]))
+        quantize(name, *inputs(name, GROUPINGS[0]))
     assert quantized == []
 
 
 @both
-def test_a_producer_that_fails_leaves_nothing_behind(pool: ScalePool, plugin: None, name: str) -> None:
-    """What it had written until then is cleared by the next call, whose rows lie elsewhere."""
+def test_bytes_of_a_producer_that_failed_are_zeroed_by_the_next_call(pool: ScalePool, plugin: None, name: str) -> None:
+    """The next call has its rows elsewhere."""
     pool.reserve(200, K, experts=EXPERTS)
-    quantize(name, *inputs(name, ROUTINGS[0]))
+    quantize(name, *inputs(name, GROUPINGS[0]))
     with quantizers_fail(), pytest.raises(RuntimeError, match="the producer failed"):
-        quantize(name, *inputs(name, ROUTINGS[3]))
+        quantize(name, *inputs(name, GROUPINGS[3]))
     assert pool.stats().live == 0
     assert pool.verify() == 1
-    _, scales = quantize(name, *inputs(name, ROUTINGS[6]))
-    assert not others(scales, ROUTINGS[6]).any()
+    _, scales = quantize(name, *inputs(name, GROUPINGS[6]))
+    assert not others(scales, GROUPINGS[6]).any()
     assert pool.verify() == pool.stats().buffers == 1
 
 
 # --- traced code ------------------------------------------------------------------------------------------------------
 
 
-def metadata(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset(), tensor.device
-
-
 @both
-def test_fake_tensors_are_vllms_own(pool: ScalePool, name: str) -> None:
+def test_results_on_fake_tensors_are_vllms(pool: ScalePool, name: str) -> None:
     def fake() -> list[tuple[Any, ...]]:
         with FakeTensorMode() as mode:
-            *given, topk = inputs(name, ROUTINGS[0])
+            *given, topk = inputs(name, GROUPINGS[0])
             return list(map(metadata, quantize(name, *map(mode.from_tensor, given), topk)))
 
     plain = fake()
@@ -334,16 +332,16 @@ def test_fake_tensors_are_vllms_own(pool: ScalePool, name: str) -> None:
 
 
 @both
-def test_compiled_code_is_vllms_own(pool: ScalePool, name: str) -> None:
-    """Where layers are opaque; whoever compiles a quantizer gets what vLLM does."""
-    given = inputs(name, ROUTINGS[0])
+def test_a_compiled_quantizer_is_vllms(pool: ScalePool, name: str) -> None:
+    """MoE layers of vLLM are opaque to the compiler, so only a direct call is compiled."""
+    given = inputs(name, GROUPINGS[0])
     data, scales = quantize(name, *given)
     integration.register()
     torch._dynamo.reset()
     compiled = torch.compile(lambda *given: getattr(ops, name)(*given), backend="eager", fullgraph=True)
     our_data, our_scales = compiled(*given)
     assert torch.equal(our_data, data)
-    where = real(ROUTINGS[0])
+    where = valid(GROUPINGS[0])
     assert torch.equal(our_scales.view(torch.uint8).flatten()[where], scales.view(torch.uint8).flatten()[where])
     assert our_scales.shape == scales.shape
     assert pool.stats().misses == 0
@@ -353,7 +351,7 @@ def test_compiled_code_is_vllms_own(pool: ScalePool, name: str) -> None:
 
 
 @both
-def test_unregistering_puts_vllms_own_back(pool: ScalePool, name: str) -> None:
+def test_unregistering_restores_the_quantizers(pool: ScalePool, name: str) -> None:
     before = getattr(ops, name)
     signature = inspect.signature(before)
     integration.register()
@@ -366,7 +364,7 @@ def test_unregistering_puts_vllms_own_back(pool: ScalePool, name: str) -> None:
     ]
     integration.unregister()
     assert getattr(ops, name) is before
-    _, scales = hooked(*inputs(name, ROUTINGS[0]))  # somebody may still hold it
+    _, scales = hooked(*inputs(name, GROUPINGS[0]))  # somebody may still hold it
     assert scales.shape == (163840 * TOPK, 8)
     assert pool.stats().buffers == 0
 
@@ -382,7 +380,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_a_quantizer_that_vllm_has_changed_is_left_alone(
+def test_a_quantizer_that_vllm_has_changed_is_not_hooked(
     pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], change: str
 ) -> None:
     before = {name: getattr(ops, name) for name in (PLAIN, SILU)}
@@ -395,12 +393,12 @@ def test_a_quantizer_that_vllm_has_changed_is_left_alone(
         assert (getattr(ops, name) is original) == (name in changed) == (name not in hooked)
     (warning,) = [record for record in log if record.levelno >= logging.WARNING]
     assert f"{PLAIN} (its " in warning.getMessage()
-    quantize(PLAIN, *inputs(PLAIN, ROUTINGS[0]))
+    quantize(PLAIN, *inputs(PLAIN, GROUPINGS[0]))
     assert quantized == [None]
 
 
 def test_mxfp4_experts_are_vllms(pool: ScalePool) -> None:
-    """Their scales have 32 columns a byte."""
+    """Each of their scales covers 32 columns."""
     names = ("mxfp4_experts_quant", "silu_and_mul_mxfp4_experts_quant")
     before = [getattr(ops, name) for name in names]
     integration.register()

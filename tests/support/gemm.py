@@ -1,0 +1,69 @@
+"""What the tests of ``mm_fp4`` multiply, and how they check what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safealloc import LayoutMismatchError, ScalePool, SfLayout, mm_fp4, nvfp4_quantize
+from safealloc.kernels import reference
+
+M, N, K = 9, 24, 80
+ONE = torch.ones(1)
+FLASHINFER_NAMES = ["cudnn", "trtllm", "cutlass", "cute-dsl", "cutedsl_low_latency", "b12x", "cake"]
+
+
+class Operands:
+    """An activation and a weight, quantized; the pool holds both buffers."""
+
+    def __init__(
+        self, pool: ScalePool, layout: SfLayout = SfLayout.layout_128x4, m: int = M, n: int = N, k: int = K
+    ) -> None:
+        generator = torch.Generator().manual_seed(m * 1000 + k)
+        x = torch.randn(m, k, generator=generator).bfloat16()
+        w = torch.randn(n, k, generator=generator).bfloat16()
+        self.layout = layout
+        self.a, self.a_descale = nvfp4_quantize(x, ONE, layout=layout, pool=pool, backend="reference")
+        self.w, self.w_scales = nvfp4_quantize(w, ONE, pool=pool, backend="reference")
+        self.values = reference.dequantize(self.a, self.a_descale, layout)
+        self.w_values = reference.dequantize(self.w, self.w_scales, SfLayout.layout_128x4)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.a, self.w.T, self.a_descale, self.w_scales.T
+
+    def exact(self) -> Tensor:
+        return self.values.double() @ self.w_values.double().T
+
+    def foreign_scales(self, padding: int) -> Tensor:
+        """The activation's scales in memory of no pool, with this byte in the padding."""
+        scales = self.a_descale.clone()
+        rows, k = self.a.shape[0], 2 * self.a.shape[1]
+        scales.view(-1)[self.layout.padding_mask(rows, k)] = padding
+        return scales
+
+
+def close(result: Tensor, exact: Tensor) -> None:
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-20}[result.dtype]
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=1e-3)
+
+
+def check_refused(pool: ScalePool, error: type[Exception], message: str, *arguments: Any, **keywords: Any) -> None:
+    """``mm_fp4`` raises, and leaves the pool, the scales and ``out`` as they were."""
+    scales = [argument for argument in arguments[2:4] if isinstance(argument, Tensor) and argument.device.type == "cpu"]
+    copies, stats = [tensor.clone() for tensor in scales], pool.stats()
+    out = keywords.get("out")
+    if isinstance(out, Tensor) and out.device.type == "cpu":
+        out.fill_(42)
+    with pytest.raises(error, match=message) as caught:
+        mm_fp4(*arguments, **keywords)
+    assert isinstance(caught.value, LayoutMismatchError) == (error is LayoutMismatchError)
+    assert pool.stats() == stats
+    for tensor, copy in zip(scales, copies, strict=True):
+        as_bytes = torch.uint8 if tensor.element_size() == 1 else tensor.dtype  # float8 cannot be compared
+        assert torch.equal(tensor.view(as_bytes), copy.view(as_bytes))
+    if isinstance(out, Tensor) and out.device.type == "cpu":
+        assert bool((out == 42).all())
