@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -269,3 +271,17 @@ class TestDecode:
             assert ours.count_nonzero() > ours.numel() / 2
             assert torch.equal(ours, again)
             assert torch.equal(ours, fixed)
+
+
+def test_the_benchmarks_use_no_private_names_of_the_package():
+    private = []
+    for file in sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("safealloc"):
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                names = [node.attr]
+            else:
+                continue
+            private += [(file.name, name) for name in names if name.startswith("_") and not name.startswith("__")]
+    assert private == []
