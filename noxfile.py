@@ -1,7 +1,8 @@
-"""``nox``: the checks that a developer runs by hand, each in an environment of its own; ``nox -l`` lists them.
+"""``nox``: the checks that a developer runs by hand; ``nox -l`` lists them.
 
-``nox -s tests`` runs the unit tests over every supported Python and torch, and writes what came out to
-``benchmarks/results/matrix-cpu.json``. One cell of it: ``nox -s "tests-3.13(torch='2.11')"``.
+``nox -s tests`` runs the unit tests over every supported Python and torch, each in an environment of its own, and writes what
+came out to ``benchmarks/results/matrix-cpu.json``. One cell of it: ``nox -s "tests-3.13(torch='2.11')"``. The other sessions
+but ``build`` run in the environment that nox is started from, which has ``pip install -e ".[test,docs]"``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TORCHES = ("2.9", "2.11", "2.13", "newest")
 MATRIX = "benchmarks/results/matrix-cpu.json"
 
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "docs"]
+nox.options.sessions = ["lint", "docs", "build"]
 
 
 @nox.session(python=PYTHONS)
@@ -28,19 +29,30 @@ def tests(session: nox.Session, torch: str) -> None:
     session.run("python", "benchmarks/matrix.py", junit, MATRIX, "--", *arguments)
 
 
-@nox.session
+@nox.session(python=False)
 def lint(session: nox.Session) -> None:
     """Style and types."""
-    session.install("-e", ".[test]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
 
 
-@nox.session
+@nox.session(python=False)
 def docs(session: nox.Session) -> None:
     """The API page is up to date, no reference is broken, no word is misspelled; the site goes to ``build/site``."""
-    session.install("-e", ".[docs]")
     session.run("python", "docs/generate_api.py", "--check")
     session.run("mkdocs", "build", "--strict")
     session.run("codespell")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """A wheel and a source distribution in dist/, their metadata checked, and the wheel run where it is installed alone."""
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", "dist")
+    version = session.run("python", "-c", "from safealloc._version import __version__ as v; print(v)", silent=True)
+    files = [f"dist/safealloc-{str(version).strip()}{end}" for end in ("-py3-none-any.whl", ".tar.gz")]
+    session.run("twine", "check", "--strict", *files)
+    session.install(files[0])
+    with session.chdir(session.create_tmp()):
+        session.run("safealloc", "doctor")

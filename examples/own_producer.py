@@ -1,6 +1,6 @@
 """A producer of your own writes its scales into a pool buffer, and never touches padding.
 
-The producer here is plain PyTorch and stands for a kernel of yours. It writes one scale for every 16 columns, where the layout
+The producer here is plain PyTorch and stands for a kernel of yours. It writes one scale for each 16 columns, where the layout
 puts it. The padding was zeroed when the pool made the buffer, so nothing has to zero it again. Runs on any device.
 """
 
