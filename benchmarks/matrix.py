@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -27,6 +28,12 @@ def version(package: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
+
+
 def cell(junit: Path, arguments: list[str]) -> dict[str, object]:
     """What one run says: this interpreter, the packages beside it, and the outcomes in its JUnit file."""
     cases = list(ElementTree.parse(junit).iter("testcase"))
@@ -41,6 +48,7 @@ def cell(junit: Path, arguments: list[str]) -> dict[str, object]:
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["pytest", *arguments]),
         "outcomes": dict(outcomes),
