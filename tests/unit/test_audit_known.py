@@ -126,11 +126,14 @@ class TestVendors:
         )
 
     def mm_fp4(self, a, b, a_descale, b_descale, alpha, out_dtype, out, *, use_8x4_sf_layout, backend, **rest):
-        assert (out_dtype, out, rest) == (torch.bfloat16, None, {"enable_pdl": True, "skip_check": False})
+        assert (out_dtype, out.dtype, rest) == (
+            torch.bfloat16,
+            torch.bfloat16,
+            {"enable_pdl": True, "skip_check": False},
+        )
         self.called.append(backend)
-        return product(
-            a, b, a_descale, b_descale, alpha, SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-        ).to(out_dtype)
+        layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+        return out.copy_(product(a, b, a_descale, b_descale, alpha, layout))
 
     def cutlass_scaled_fp4_mm(self, out, a, b, a_descale, b_descale, alpha):
         assert (a_descale.dtype, b_descale.dtype) == (torch.float8_e4m3fn, torch.float8_e4m3fn)

@@ -73,7 +73,7 @@ def out_of_memory(soak: Soak) -> None:
         free, _ = torch.cuda.mem_get_info(soak.device)
         rows, copies = 128 * (free // (128 * 1024) // 3), 6
     else:
-        rows, copies = 1 << 43, 2
+        rows, copies = 1 << 29, 2
     with soak.unchanged(pool, cache=False):
         try:
             pool.reserve((1, rows), 1 << 14, copies=copies)
