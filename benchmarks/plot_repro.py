@@ -1,6 +1,6 @@
 """Draw docs/repro.png from what ``safealloc repro --json`` wrote.
 
-python benchmarks/plot_repro.py [benchmarks/results/repro-cpu.json] [docs/repro.png]
+python -m benchmarks.plot_repro [benchmarks/results/repro-cpu.json] [docs/repro.png]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """The figure: rows with NaN on the left, wrong numbers that zeroing leaves on the right."""
+    """The figure: on the left rows with NaN, on the right wrong numbers where the padding is finite."""
     style()
     published = [row for row in result["published"] if row["backend"] == "trtllm"]
     ours = [row for row in result["safealloc"] if row["section"] == "published" and row["backend"] == "trtllm"]

@@ -1,6 +1,6 @@
 """Draw docs/vllm-decode.png from what benchmarks/vllm_decode.py wrote.
 
-python benchmarks/plot_vllm_decode.py [benchmarks/results/vllm-decode-h200.json] [docs/vllm-decode.png]
+python -m benchmarks.plot_vllm_decode [benchmarks/results/vllm-decode-h200.json] [docs/vllm-decode.png]
 """
 
 from __future__ import annotations
