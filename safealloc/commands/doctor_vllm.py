@@ -181,7 +181,7 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
         reason = f"VLLM_PLUGINS={state.vllm_plugins} leaves it out"
     if not reason and not state.enabled:
         reason = f"{settings.ENABLED}=0 keeps it off"
-    yield ("registers in vLLM", "no" if reason else "yes", reason), not reason
+    yield ("loaded by vLLM", "no" if reason else "yes", reason), not reason
     here = ("no", "vLLM's processes register the hooks when they start")
     yield ("registered here", *(here if state.registered is None else (f"{len(state.registered)} hooks", ""))), True
     for linear in found.linear:
