@@ -38,60 +38,37 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class BackendFinding:
-    """One backend on one device.
+    """One backend on one device."""
 
-    Attributes:
-        name: as ``backend=`` takes it.
-        usable: layouts it writes (a quantizer) or reads (a GEMM) here.
-        auto: layouts for which "auto" chooses it.
-        refused: layout to why it cannot, in a sentence.
-    """
-
-    name: str
-    usable: tuple[str, ...]
-    auto: tuple[str, ...]
-    refused: Mapping[str, str]
+    name: str  # as ``backend=`` takes it
+    usable: tuple[str, ...]  # layouts it writes (a quantizer) or reads (a GEMM) here
+    auto: tuple[str, ...]  # layouts for which "auto" chooses it
+    refused: Mapping[str, str]  # layout to why it cannot, in a sentence
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFinding:
-    """One device.
+    """One device."""
 
-    Attributes:
-        device: as PyTorch names it.
-        name: its model.
-        capability: compute capability, or ``None`` for a CPU.
-        quantizers, gemms: the backends; GEMMs for a bfloat16 result and one alpha.
-        graph_lifetimes: why a pool cannot see there when a CUDA graph is gone, or ``None``.
-    """
-
-    device: str
-    name: str
-    capability: str | None
+    device: str  # as PyTorch names it
+    name: str  # its model
+    capability: str | None  # compute capability, or ``None`` for a CPU
     quantizers: Sequence[BackendFinding]
-    gemms: Sequence[BackendFinding]
-    graph_lifetimes: str | None
+    gemms: Sequence[BackendFinding]  # for a bfloat16 result and one alpha
+    graph_lifetimes: str | None  # why a pool cannot detect there that a CUDA graph is destroyed, or ``None``
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        versions: of the packages and the driver.
-        settings: every ``SAFEALLOC_*`` variable: its name, its value (``None``: not set) and its meaning.
-        bad_settings: name to the problem with its value.
-        devices: the CPU and every CUDA device.
-        inductor: why Inductor cannot be told to leave pool buffers alone, or ``None``.
-        vllm: which hooks would be registered with it, and the state of the plugin.
-    """
-
-    versions: Sequence[Finding]
+    versions: Sequence[Finding]  # of the packages and the driver
+    # every ``SAFEALLOC_*`` variable: its name, its value (``None``: not set) and its meaning
     settings: Sequence[tuple[str, str | None, str]]
-    bad_settings: Mapping[str, str]
-    devices: Sequence[DeviceFinding]
-    inductor: str | None
-    vllm: doctor_vllm.VllmFinding
+    bad_settings: Mapping[str, str]  # name to the problem with its value
+    devices: Sequence[DeviceFinding]  # the CPU and every CUDA device
+    inductor: str | None  # why Inductor cannot be told to leave pool buffers alone, or ``None``
+    vllm: doctor_vllm.VllmFinding  # which hooks would be registered with it, and the state of the plugin
 
     def as_dict(self) -> dict[str, Any]:
         return {

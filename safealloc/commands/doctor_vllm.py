@@ -22,88 +22,54 @@ _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.in
 
 @dataclass(frozen=True, slots=True)
 class HookFinding:
-    """One hook.
+    """One hook."""
 
-    Attributes:
-        name: as in the log.
-        status: "hooked" where it fits; "changed" or "missing" where vLLM's own code is left alone; "not yet there" where
-            vLLM is older than what it hooks.
-        reason: why it would not be registered although it fits, or has nothing to replace, or ``None``.
-    """
-
-    name: str
+    name: str  # as in the log
+    # "hooked" where it fits; "changed" or "missing" where vLLM's own code is left alone; "not yet there"
+    # where vLLM is older than what it hooks
     status: str
-    reason: str | None
+    reason: str | None  # why it would not be registered although it fits, or has nothing to replace, or ``None``
 
 
 @dataclass(frozen=True, slots=True)
 class PaddingFinding:
-    """Who zeroes padding in a vLLM without the plugin.
+    """Who zeroes padding in a vLLM without the plugin."""
 
-    Attributes:
-        allocation: what vLLM allocates scales with, "zeros" or "empty"; ``None`` if its function is not found.
-        kernel_zeroes: whether its sources say that its quantization kernel zeroes padding.
-    """
-
-    allocation: str | None
-    kernel_zeroes: bool | None
+    allocation: str | None  # what vLLM allocates scales with, "zeros" or "empty"; ``None`` if its function is not found
+    kernel_zeroes: bool | None  # whether its sources say that its quantization kernel zeroes padding
 
 
 @dataclass(frozen=True, slots=True)
 class PluginFinding:
-    """What decides whether vLLM's processes register the hooks.
+    """What decides whether vLLM's processes register the hooks."""
 
-    Attributes:
-        entry_point: why vLLM does not find the plugin, or ``None``.
-        vllm_plugins: vLLM's variable ``VLLM_PLUGINS``, or ``None`` where it is not set.
-        allowed: whether that lets vLLM load the plugin.
-        enabled: whether ``SAFEALLOC`` leaves it on.
-        registered: the hooks that are registered in this process, or ``None``.
-    """
-
-    entry_point: str | None
-    vllm_plugins: str | None
-    allowed: bool
-    enabled: bool
-    registered: Sequence[str] | None
+    entry_point: str | None  # why vLLM does not find the plugin, or ``None``
+    vllm_plugins: str | None  # vLLM's variable ``VLLM_PLUGINS``, or ``None`` where it is not set
+    allowed: bool  # whether that lets vLLM load the plugin
+    enabled: bool  # whether ``SAFEALLOC`` leaves it on
+    registered: Sequence[str] | None  # the hooks that are registered in this process, or ``None``
 
 
 @dataclass(frozen=True, slots=True)
 class LinearFinding:
-    """The linear kernel on one CUDA device.
+    """The linear kernel on one CUDA device."""
 
-    Attributes:
-        device: as PyTorch names it; "cuda" where there is none.
-        path: the GEMM it would run, "trtllm" or "triton", or ``None``.
-        reason: why it cannot run, or why not on trtllm, or ``None``.
-    """
-
-    device: str
-    path: str | None
-    reason: str | None
+    device: str  # as PyTorch names it; "cuda" where there is none
+    path: str | None  # the GEMM it would run, "trtllm" or "triton", or ``None``
+    reason: str | None  # why it cannot run, or why not on trtllm, or ``None``
 
 
 @dataclass(frozen=True, slots=True)
 class VllmFinding:
-    """The installed vLLM.
+    """The installed vLLM."""
 
-    Attributes:
-        version: of it, or ``None``.
-        reason: why it cannot be hooked, or ``None``.
-        note: that its version is not one that was checked, or ``None``.
-        hooks: what would be registered; empty without vLLM's sources.
-        padding: who zeroes it in vLLM.
-        plugin: the state of the plugin.
-        linear: one per CUDA device.
-    """
-
-    version: str | None
-    reason: str | None
-    note: str | None
-    hooks: Sequence[HookFinding]
-    padding: PaddingFinding
-    plugin: PluginFinding
-    linear: Sequence[LinearFinding]
+    version: str | None  # of it, or ``None``
+    reason: str | None  # why it cannot be hooked, or ``None``
+    note: str | None  # that its version is not one that was checked, or ``None``
+    hooks: Sequence[HookFinding]  # what would be registered; empty without vLLM's sources
+    padding: PaddingFinding  # who zeroes it in vLLM
+    plugin: PluginFinding  # the state of the plugin
+    linear: Sequence[LinearFinding]  # one per CUDA device
 
 
 def look(broken: str | None) -> VllmFinding:
@@ -215,7 +181,7 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
         reason = f"VLLM_PLUGINS={state.vllm_plugins} leaves it out"
     if not reason and not state.enabled:
         reason = f"{settings.ENABLED}=0 keeps it off"
-    yield ("registers in vLLM", "no" if reason else "yes", reason), not reason
+    yield ("loaded by vLLM", "no" if reason else "yes", reason), not reason
     here = ("no", "vLLM's processes register the hooks when they start")
     yield ("registered here", *(here if state.registered is None else (f"{len(state.registered)} hooks", ""))), True
     for linear in found.linear:

@@ -16,19 +16,12 @@ _TOPK = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Linear layers of one name and shape, each of which quantizes its input.
+    """Linear layers of one name and shape, each of which quantizes its input."""
 
-    Attributes:
-        name: as vLLM has it.
-        k: columns of the input on one tensor-parallel rank.
-        n: columns of the output there.
-        layers: numbers of the model's layers that have one.
-    """
-
-    name: str
-    k: int
-    n: int
-    layers: tuple[int, ...]
+    name: str  # as vLLM has it
+    k: int  # columns of the input on one tensor-parallel rank
+    n: int  # columns of the output there
+    layers: tuple[int, ...]  # numbers of the model's layers that have one
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""
@@ -37,21 +30,13 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSite:
-    """MoE layers of one name and shape, each of which quantizes the rows routed to its experts.
+    """MoE layers of one name and shape, each of which quantizes the rows routed to its experts."""
 
-    Attributes:
-        name: as vLLM has it.
-        k: columns of the input on one rank.
-        experts: on that rank.
-        topk: experts per token.
-        layers: numbers of the model's layers that have one.
-    """
-
-    name: str
-    k: int
-    experts: int
-    topk: int
-    layers: tuple[int, ...]
+    name: str  # as vLLM has it
+    k: int  # columns of the input on one rank
+    experts: int  # on that rank
+    topk: int  # experts per token
+    layers: tuple[int, ...]  # numbers of the model's layers that have one
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""

@@ -27,16 +27,11 @@ class Experts:
 
     A pool keeps one buffer per k, which serves all captured batch sizes in turn. vLLM allocates at each of the two calls of a
     layer and frees the first before the second, so graphs that share a memory pool hold the larger of the two.
-
-    Attributes:
-        expert_parallel: whether each rank has whole experts.
-        sites: where the rows of experts are quantized.
-        buffers: one per k, for the rows of the largest batch: tokens times experts per token.
     """
 
-    expert_parallel: bool
-    sites: Sequence[models.ExpertSite]
-    buffers: Sequence[ScaleSpec]
+    expert_parallel: bool  # whether each rank has whole experts
+    sites: Sequence[models.ExpertSite]  # where the rows of experts are quantized
+    buffers: Sequence[ScaleSpec]  # one per k, for the rows of the largest batch: tokens times experts per token
 
     @property
     def nbytes(self) -> int:
@@ -103,24 +98,15 @@ def right_sized_nbytes(spec: ScaleSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a pool will hold on one rank.
+    """What a pool will hold on one rank."""
 
-    Attributes:
-        model: the configuration's architecture.
-        tensor_parallel: ranks.
-        sizes: captured batch sizes.
-        layout_rule: "128x4", or "trtllm" for 8x4 up to 32 rows.
-        sites: where activations are quantized, outside of the routed experts.
-        buffers: of those sites, one per captured size and k.
-        experts: what it also holds for routed experts, which no other number includes; ``None`` where there are none.
-    """
-
-    model: str
-    tensor_parallel: int
-    sizes: tuple[int, ...]
-    layout_rule: str
-    sites: Sequence[models.Site]
-    buffers: Sequence[ScaleSpec]
+    model: str  # the configuration's architecture
+    tensor_parallel: int  # ranks
+    sizes: tuple[int, ...]  # captured batch sizes
+    layout_rule: str  # "128x4", or "trtllm" for 8x4 up to 32 rows
+    sites: Sequence[models.Site]  # where activations are quantized, outside of the routed experts
+    buffers: Sequence[ScaleSpec]  # of those sites, one per captured size and k
+    # what it also holds for routed experts, which no other number includes; ``None`` where there are none
     experts: Experts | None
 
     @property

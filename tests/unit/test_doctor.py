@@ -323,15 +323,15 @@ def test_what_keeps_the_plugin_off(install, monkeypatch):
     monkeypatch.setattr(doctor_vllm, "_entry_point", lambda: None)
     found = doctor_vllm.look(None)
     assert (found.plugin.enabled, found.plugin.allowed, found.plugin.vllm_plugins) == (True, True, None)
-    assert "\nregisters in vLLM yes\n" in shown(found)
+    assert "\nloaded by vLLM yes\n" in shown(found)
     monkeypatch.setenv("SAFEALLOC", "0")
     found = doctor_vllm.look(None)
     assert not found.plugin.enabled
-    assert "\nregisters in vLLM no SAFEALLOC=0 keeps it off\n" in shown(found)
+    assert "\nloaded by vLLM no SAFEALLOC=0 keeps it off\n" in shown(found)
     monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
     found = doctor_vllm.look(None)
     assert (found.plugin.allowed, found.plugin.vllm_plugins) == (False, "lora,other")
-    assert "\nregisters in vLLM no VLLM_PLUGINS=lora,other leaves it out\n" in shown(found)
+    assert "\nloaded by vLLM no VLLM_PLUGINS=lora,other leaves it out\n" in shown(found)
     monkeypatch.setenv("VLLM_PLUGINS", "other,safealloc")
     assert doctor_vllm.look(None).plugin.allowed
 
@@ -351,10 +351,10 @@ def test_the_entry_point(install, monkeypatch, values, reason):
     found = doctor_vllm.look(None)
     if reason is None:
         assert found.plugin.entry_point is None
-        assert "\nregisters in vLLM yes\n" in shown(found)
+        assert "\nloaded by vLLM yes\n" in shown(found)
     else:
         assert reason in found.plugin.entry_point
-        assert f"\nregisters in vLLM no {found.plugin.entry_point}\n" in shown(found)
+        assert f"\nloaded by vLLM no {found.plugin.entry_point}\n" in shown(found)
 
 
 def test_entry_points_that_cannot_be_read_have_a_reason(install, monkeypatch):

@@ -28,26 +28,16 @@ LAYOUTS = (SfLayout.layout_128x4, SfLayout.layout_8x4)
 
 @dataclass(frozen=True, slots=True)
 class ColumnsRow:
-    """One shape.
+    """One shape."""
 
-    Attributes:
-        rows, k: of the activation.
-        layout: of its scales, written and read.
-        padding_columns: scale columns beyond k / 16.
-        nan_rows_stale: rows with NaN, with 0x7F in the padding columns only.
-        nan_rows_stale_expected: all of them, since the tile multiplies them by zero data and NaN * 0 is NaN.
-        nan_rows_zeroed: the same call with the padding zeroed.
-        nan_rows_zeroed_expected: none.
-    """
-
-    rows: int
-    k: int
-    layout: str
-    padding_columns: int
-    nan_rows_stale: int
-    nan_rows_stale_expected: int
-    nan_rows_zeroed: int
-    nan_rows_zeroed_expected: int
+    rows: int  # of the activation
+    k: int  # columns of the activation
+    layout: str  # of its scales, written and read
+    padding_columns: int  # scale columns beyond k / 16
+    nan_rows_stale: int  # rows with NaN, with 0x7F in the padding columns only
+    nan_rows_stale_expected: int  # all of them, since the tile multiplies them by zero data and NaN * 0 is NaN
+    nan_rows_zeroed: int  # the same call with the padding zeroed
+    nan_rows_zeroed_expected: int  # none
 
     @property
     def as_stated(self) -> bool:

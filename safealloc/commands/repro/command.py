@@ -27,22 +27,14 @@ SUMMARY = "the published NaN tables again, what causes them, and the same calls 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        device, device_name: where it was run.
-        versions: of the packages.
-        seed: of operands and orders.
-        sections: those that ran.
-        not_run: sections that cannot run here, and why.
-    """
-
-    device: torch.device
-    device_name: str
-    versions: dict[str, str | None]
-    seed: int
-    sections: Sequence[Section]
-    not_run: dict[str, str]
+    device: torch.device  # where it was run
+    device_name: str  # its model
+    versions: dict[str, str | None]  # of the packages
+    seed: int  # of operands and orders
+    sections: Sequence[Section]  # those that ran
+    not_run: dict[str, str]  # sections that cannot run here, and why
 
     @property
     def as_stated(self) -> bool:

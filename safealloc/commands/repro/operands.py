@@ -33,23 +33,14 @@ class Row(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section of ``repro``.
+    """One section of ``repro``."""
 
-    Attributes:
-        name: its key in the JSON.
-        title: its headline.
-        backend: of the products.
-        text: one or two sentences: what the rows show.
-        rows: what was measured.
-        failure: what went wrong apart from any row, or ``None``.
-    """
-
-    name: str
-    title: str
-    backend: str
-    text: str
-    rows: Sequence[Row]
-    failure: str | None = None
+    name: str  # its key in the JSON
+    title: str  # its headline
+    backend: str  # of the products
+    text: str  # one or two sentences: what the rows show
+    rows: Sequence[Row]  # what was measured
+    failure: str | None = None  # what went wrong apart from any row, or ``None``
 
     @property
     def as_stated(self) -> bool:
@@ -62,17 +53,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """An NVFP4 weight: random values, scales of 1.0.
+    """An NVFP4 weight: random values, scales of 1.0."""
 
-    Attributes:
-        fp4: uint8 ``[n, k // 2]``.
-        scales: uint8, layout_128x4 for ``[n, k]``.
-        alpha: float32, one element.
-    """
-
-    fp4: Tensor
-    scales: Tensor
-    alpha: Tensor
+    fp4: Tensor  # uint8 ``[n, k // 2]``
+    scales: Tensor  # uint8, layout_128x4 for ``[n, k]``
+    alpha: Tensor  # float32, one element
 
     @classmethod
     def random(cls, n: int, k: int, device: torch.device, generator: torch.Generator) -> Weight:

@@ -45,32 +45,21 @@ def layout_read(backend: str, rows: int) -> SfLayout:
 
 @dataclass(frozen=True, slots=True)
 class PublishedRow:
-    """One row of the published table.
+    """One row of the published table."""
 
-    Attributes:
-        m: rows that are not padding.
-        backend: of the published run; it decides only the layout that is read.
-        layout_written, layout_read: of the scales.
-        padding_bytes: scale bytes that the comparison found to be padding.
-        padding_bytes_expected: those of the 128 - m padding rows.
-        nan_rows: of the m rows, with 0x7F in the padding.
-        published_nan_rows: the same, as published.
-        max_diff_finite: largest change of an output of the m rows, with 1.0 in the padding instead of the original 0.
-        max_diff_zeroed: largest error of an output of the m rows, with zero in the padding, against the exact product.
-        largest_correct: largest magnitude of the exact product, to compare the errors with.
-    """
-
-    m: int
-    backend: str
-    layout_written: str
-    layout_read: str
-    padding_bytes: int
-    padding_bytes_expected: int
-    nan_rows: int
-    published_nan_rows: int
+    m: int  # rows that are not padding
+    backend: str  # of the published run; it decides only the layout that is read
+    layout_written: str  # of the scales
+    layout_read: str  # of the scales
+    padding_bytes: int  # scale bytes that the comparison found to be padding
+    padding_bytes_expected: int  # those of the 128 - m padding rows
+    nan_rows: int  # of the m rows, with 0x7F in the padding
+    published_nan_rows: int  # the same, as published
+    # largest change of an output of the m rows, with 1.0 in the padding instead of the original 0
     max_diff_finite: float
+    # largest error of an output of the m rows, with zero in the padding, against the exact product
     max_diff_zeroed: float
-    largest_correct: float
+    largest_correct: float  # largest magnitude of the exact product, to compare the errors with
 
     @property
     def as_stated(self) -> bool:

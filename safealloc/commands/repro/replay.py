@@ -41,32 +41,22 @@ _REFRESH = 256  # strikes until the list of free blocks is read again
 
 @dataclass(frozen=True, slots=True)
 class ReplayRow:
-    """One shape.
+    """One shape."""
 
-    Attributes:
-        m, k: of the activation.
-        layout: of its scales.
-        padding_columns: scale columns beyond k / 16.
-        replays: of each of the two graphs.
-        nan_rows_empty: rows with NaN over all replays of the graph with ``torch.empty``; some where there are padding
-            columns. (Our GEMM never reads padding rows, so none are stated elsewhere.)
-        nan_rows_pool: the same with the pool: none.
-        wrong_rows_pool: rows over all replays that differ by any bit from the product over a fresh zeroed buffer: none.
-        adversary_reached: whether the adversary's graph filled the memory of the ``torch.empty`` buffer.
-        nodes_empty, nodes_pool: of each graph, or ``None`` without ``cuda.bindings``.
-    """
-
-    m: int
-    k: int
-    layout: str
-    padding_columns: int
-    replays: int
+    m: int  # rows of the activation
+    k: int  # columns of the activation
+    layout: str  # of its scales
+    padding_columns: int  # scale columns beyond k / 16
+    replays: int  # of each of the two graphs
+    # rows with NaN over all replays of the graph with ``torch.empty``; some where there are padding columns.
+    # (Our GEMM never reads padding rows, so none are stated elsewhere.)
     nan_rows_empty: int
-    nan_rows_pool: int
+    nan_rows_pool: int  # the same with the pool: none
+    # rows over all replays that differ by any bit from the product over a fresh zeroed buffer: none
     wrong_rows_pool: int
-    adversary_reached: bool
-    nodes_empty: int | None
-    nodes_pool: int | None
+    adversary_reached: bool  # whether the adversary's graph filled the memory of the ``torch.empty`` buffer
+    nodes_empty: int | None  # of the graph with ``torch.empty``, or ``None`` without ``cuda.bindings``
+    nodes_pool: int | None  # of the graph with the pool
 
     @property
     def as_stated(self) -> bool:

@@ -34,30 +34,19 @@ ROUNDING = 2.0**-8
 
 @dataclass(frozen=True, slots=True)
 class SafeallocRow:
-    """One call.
+    """One call."""
 
-    Attributes:
-        section: whose row this is again.
-        backend: of the published run, or "-".
-        m, k: of the activation.
-        layout: written, and read without a flag.
-        nan_rows: of the m rows. The buffer's valid scales were 0x7F before this call: it served a matrix of NaN.
-        bitwise_equal: to the same GEMM over a fresh zeroed buffer with the same valid scales.
-        max_error: of an output, against the float32 product of the dequantized operands.
-        largest_correct: largest magnitude of that product.
-        refused: the call with the contradicting flag raised LayoutMismatchError, and so did the published call (the scales
-            of the matrix padded to 128 rows, told 8x4).
-    """
-
-    section: str
-    backend: str
-    m: int
-    k: int
-    layout: str
-    nan_rows: int
-    bitwise_equal: bool
-    max_error: float
-    largest_correct: float
+    section: str  # whose row this is again
+    backend: str  # of the published run, or "-"
+    m: int  # rows of the activation
+    k: int  # columns of the activation
+    layout: str  # written, and read without a flag
+    nan_rows: int  # of the m rows. The buffer's valid scales were 0x7F before this call: it served a matrix of NaN
+    bitwise_equal: bool  # to the same GEMM over a fresh zeroed buffer with the same valid scales
+    max_error: float  # of an output, against the float32 product of the dequantized operands
+    largest_correct: float  # largest magnitude of that product
+    # the call with the contradicting flag raised LayoutMismatchError, and so did the published call (the
+    # scales of the matrix padded to 128 rows, told 8x4)
     refused: bool
 
     @property
