@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-
 _LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
 
 
@@ -106,4 +105,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{count:5} {reason}")
     if left_out:
         terminalreporter.line(f"{left_out:5} marked slow: pytest -m slow runs them, pytest --slow runs all tests")
-
