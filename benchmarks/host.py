@@ -19,8 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safealloc.integrations.vllm.serve import Allocator
-from safealloc.integrations.vllm.startup import Steps
 from torch import Tensor
 
 from benchmarks import optional, timing
@@ -29,6 +27,8 @@ from safealloc.commands.report import Progress
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, short
 from safealloc.integrations.vllm import ops as vllm_ops
+from safealloc.integrations.vllm.serve import Allocator
+from safealloc.integrations.vllm.startup import Steps
 from safealloc.ops.backends import Call, triton_refusal
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize

@@ -18,7 +18,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.figure import GREEN, GRAY, INK, ORANGE, PANEL, RED, style
+from benchmarks.figure import GRAY, GREEN, INK, ORANGE, PANEL, RED, style
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 

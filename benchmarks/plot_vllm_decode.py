@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREEN, GRAY, GRID, INK, RED, style, write
+from benchmarks.figure import GRAY, GREEN, GRID, INK, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
