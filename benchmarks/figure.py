@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANEL, INK, GRID = "#f6f7f9", "#20252b", "#d5d9df"
-RED, ORANGE, GREEN, GREY = "#c8372d", "#e08a1e", "#1f8a5b", "#7a828c"
+RED, ORANGE, GREEN, GRAY = "#c8372d", "#e08a1e", "#1f8a5b", "#7a828c"
 
 
 def style() -> None:

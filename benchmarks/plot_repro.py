@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
+from benchmarks.figure import GRAY, GREEN, GRID, INK, ORANGE, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +82,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     machine = (
         f"k = 512, n = 256, trtllm's layouts; {result['device_name']}, torch {versions['torch']}, seed {result['seed']}"
     )
-    figure.text(0.995, 0.008, machine, ha="right", fontsize=7.5, color=GREY)
+    figure.text(0.995, 0.008, machine, ha="right", fontsize=7.5, color=GRAY)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 

@@ -18,7 +18,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.figure import GREEN, GREY, INK, ORANGE, PANEL, RED, style
+from benchmarks.figure import GRAY, GREEN, INK, ORANGE, PANEL, RED, style
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 
@@ -196,7 +196,7 @@ def _strip(axes: plt.Axes) -> None:
         ),
         (
             lefts[2] + BOX_WIDTH / 2,
-            GREY,
+            GRAY,
             "padding rows",
             "GEMMs may read them, and so does\none that reads another layout",
         ),

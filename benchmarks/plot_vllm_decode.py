@@ -10,13 +10,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREEN, GREY, GRID, INK, RED, style, write
+from benchmarks.figure import GRAY, GREEN, GRID, INK, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
 COLORS = {
     "vLLM's own": RED,
-    "torch.empty": GREY,
+    "torch.empty": GRAY,
     "pool": GREEN,
 }
 LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}

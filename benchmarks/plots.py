@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREY, GRID, INK, save, style
+from benchmarks.figure import GRAY, GRID, INK, save, style
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,7 +116,7 @@ def quantize(result: dict[str, Any]) -> plt.Figure | None:
         nodes = [row["floor"][EMPTY_NODE]["us"] for row in of_k if EMPTY_NODE in row.get("floor", {})]
         if nodes:
             label = "node of an empty kernel"
-            handles[label] = axes.axhline(statistics.median(nodes), color=GREY, linestyle="--", linewidth=1.2)
+            handles[label] = axes.axhline(statistics.median(nodes), color=GRAY, linestyle="--", linewidth=1.2)
         _log2(axes, [row["rows"] for row in of_k])
         axes.set_xlabel("rows")
         axes.set_title(f"k = {k}", loc="left")
@@ -178,7 +178,7 @@ def memory(result: dict[str, Any]) -> plt.Figure | None:
     for number, label in enumerate(labels):
         at = [place + (number - (len(labels) - 1) / 2) * width for place in range(len(groups))]
         heights = [group["bars"].get(label, 0) / 2**20 for group in groups]
-        bars = axes.bar(at, heights, width * 0.92, color=colors.get(label, GREY))
+        bars = axes.bar(at, heights, width * 0.92, color=colors.get(label, GRAY))
         axes.bar_label(bars, [f"{height:.1f}" if height >= 1 else f"{height:.2g}" for height in heights], padding=2)
         handles[label] = bars
     axes.set_xticks(
@@ -308,7 +308,7 @@ def _finish(
         versions = result.get("versions", {})
         known = [f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)]
         where = ", ".join([str(result.get("device_name") or result.get("device") or "unknown device"), *known])
-        figure.text(0.995, 0.07 / inches, where, ha="right", fontsize=7.5, color=GREY)
+        figure.text(0.995, 0.07 / inches, where, ha="right", fontsize=7.5, color=GRAY)
     figure.tight_layout(rect=(0, (0.3 + 0.24 * rows) / inches, 1, 1 - 0.33 / inches))
     return figure
 

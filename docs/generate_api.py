@@ -107,18 +107,19 @@ def arguments_of(found: inspect.Signature) -> Iterator[str]:
         yield text
 
 
-def signature(name: str, function: Callable[..., Any]) -> str:
-    """A block of Python: one line, or a line for each argument."""
-    found = inspect.signature(function)
+def signature(name: str, called: Callable[..., Any]) -> str:
+    """A block of code: one line, or a line for each argument."""
+    found = inspect.signature(called)
     arguments = list(arguments_of(found))
-    line = f"{name}({{}})"  # of a class: the call
-    if not isinstance(function, type):
+    if isinstance(called, type):
+        language, line = "text", f"class {name}({{}})"  # the call, which is no class statement
+    else:
         returned = "" if found.return_annotation is found.empty else f" -> {source_of(found.return_annotation)}"
-        line = f"def {line}{returned}: ..."
+        language, line = "python", f"def {name}({{}}){returned}: ..."
     text = line.format(", ".join(arguments))
     if len(text) > WIDTH:
         text = line.format("\n" + "".join(f"    {argument},\n" for argument in arguments))
-    return f"```python\n{text}\n```"
+    return f"```{language}\n{text}\n```"
 
 
 # --- Docstrings as Markdown -----------------------------------------------------------------------------------------------
