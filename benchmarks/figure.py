@@ -1,4 +1,4 @@
-"""What the pictures share: a light panel of their own, readable on white and on dark pages."""
+"""What the pictures share: a light background, readable on white and on dark pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANEL, INK, GRID = "#f6f7f9", "#20252b", "#d5d9df"
-RED, ORANGE, GREEN, GREY = "#c8372d", "#e08a1e", "#1f8a5b", "#7a828c"
+RED, ORANGE, GREEN, GRAY = "#c8372d", "#e08a1e", "#1f8a5b", "#7a828c"
 
 
 def style() -> None:
@@ -35,14 +35,14 @@ def style() -> None:
 
 
 def save(figure: plt.Figure, picture: Path) -> None:
-    """Write a figure as PNG, and forget it."""
+    """Write a figure as PNG, and close it."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150, facecolor=PANEL)
     plt.close(figure)
 
 
 def write(about: str, draw: Callable[[dict[str, Any]], plt.Figure], result: Path, picture: Path) -> None:
-    """Read the JSON, write the picture: the files on the command line, or these."""
+    """A script: read the JSON and write the picture, by default from ``result`` to ``picture``."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("result", nargs="?", type=Path, default=result)
     parser.add_argument("picture", nargs="?", type=Path, default=picture)

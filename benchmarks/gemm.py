@@ -1,7 +1,7 @@
 """Latency of the Triton GEMM as a node of a CUDA graph, against the bytes that it must move, and vLLM's emulation.
 
-Each call of a graph multiplies by another weight, so many that no cache holds them: at decode a layer's weight comes from
-memory at every step.
+Each call in a graph multiplies by another weight, and no cache holds them all: at decode a layer's weight comes from memory
+at every step.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import optional, timing
 from benchmarks.summary import summary
-from safealloc import _optional
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.kernels import triton_gemm
 from safealloc.pool.pool import ScalePool
@@ -30,15 +29,15 @@ Emulation = Callable[..., Tensor]
 
 
 def emulation(device: torch.device, pool: ScalePool) -> Emulation | str:
-    """How vLLM multiplies where nothing else runs, tried once in a capture; or why it cannot be measured."""
-    module = _optional.load(_EMULATION_MODULE)
+    """The GEMM that vLLM falls back to where none of its kernels run, tried once in a capture; or why it cannot be."""
+    module = optional.load(_EMULATION_MODULE)
     if isinstance(module, str):
         return module
     run: Emulation | None = getattr(module, "run_nvfp4_emulations", None)
     if run is None:
         return "this vLLM has no run_nvfp4_emulations"
     x, one = torch.ones(1, 256, dtype=torch.bfloat16, device=device), torch.ones(1, device=device)
-    weight, scales = _weights(128, 256, 1, device)[0]
+    weight, scales = random_weights(128, 256, 1, device)[0]
     try:
         timing.captured(_emulated(run, x, one, [(weight, scales)]), pool)
     except Exception as error:
@@ -47,7 +46,7 @@ def emulation(device: torch.device, pool: ScalePool) -> Emulation | str:
 
 
 def bytes_read(m: int, n: int, k: int) -> int:
-    """The weight and the activation once: 1/2 + 1/16 bytes an element."""
+    """The weight and the activation once: 1/2 + 1/16 bytes per element."""
     return (n + m) * k * 9 // 16
 
 
@@ -66,10 +65,10 @@ def measure(
     rounds: int,
     replays: int,
 ) -> dict[str, Any]:
-    """One shape, in turn with a copy."""
+    """One shape, alternating with a copy."""
     device = pool.device
     layout = SfLayout.layout_8x4 if m <= MAX_ROWS_8X4 else SfLayout.layout_128x4  # as nvfp4_linear chooses
-    weights = _weights(n, k, copies(n, k), device)
+    weights = random_weights(n, k, copies(n, k), device)
     a, a_scales = _random_fp4(m, k, layout, device)
     alpha = torch.ones(1, device=device)
     out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
@@ -98,23 +97,23 @@ def measure(
         "bytes_per_second": round(1e6 * moved / us["us"]),
         "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
         "share_of_copy": round(share, 4),
-        "peers": {},
+        "baselines": {},
     }
     if EMULATION in times:
         emulated = summary([time / len(weights) for time in times[EMULATION]])
-        result["peers"] = {
+        result["baselines"] = {
             EMULATION: emulated | {"ratio_to_ours": round(timing.ratio(times[EMULATION], times["gemm"]), 4)}
         }
     return result
 
 
 def copies(n: int, k: int) -> int:
-    """Weights of ``[n, k]`` in a graph, so that together they exceed 200 MB."""
+    """How many weights of ``[n, k]`` a graph needs so that together they exceed 200 MB."""
     return _WEIGHT_BYTES // bytes_read(0, n, k) + 1
 
 
 def _emulated(run: Emulation, x: Tensor, one: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    """Multiply by each weight; the scales' bytes count as linear, as vLLM keeps them there, since only time matters."""
+    """Multiply by each weight. Scales are read in the linear layout, which vLLM keeps here; only the time matters."""
     rows, k = weights[0][0].shape[0], x.shape[1]
     linear = [(weight, scales.view(torch.float8_e4m3fn).view(rows, k // 16)) for weight, scales in weights]
 
@@ -125,7 +124,8 @@ def _emulated(run: Emulation, x: Tensor, one: Tensor, weights: Sequence[tuple[Te
     return step
 
 
-def _weights(n: int, k: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def random_weights(n: int, k: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Codes, uint8 ``[n, k // 2]``, and scales in 128x4 of as many weights."""
     return [_random_fp4(n, k, SfLayout.layout_128x4, device) for _ in range(count)]
 
 

@@ -1,41 +1,38 @@
-"""``safealloc bench guard``: what ``SAFEALLOC_VERIFY=N`` costs a decode step's graph, and a call on the host.
+"""``python -m benchmarks guard``: what ``verify_every=N`` costs a decode step's graph, and a call on the host.
 
-A captured graph has one more node. It counts at each replay, and at every N-th looks at all padding that any graph was
-given. Both are measured: with an N that is never reached, and with 1. A step of any N costs the first, and an N-th of the
-difference.
+A captured graph has one more node. It counts replays, and at every N-th it checks all padding that any graph was given.
+Both are measured: counting with an N that is never reached, checking with N = 1. For any other N, a step costs the first
+plus an N-th of the difference, on average.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import decode, timing
+from benchmarks.baselines import POOL, baselines
 from benchmarks.host import LAYOUT, ROWS, Candidate, K, alternate
 from benchmarks.models import MODELS, Model
-from benchmarks.peers import POOL, peers
 from benchmarks.summary import summary
+from safealloc.commands.report import Progress
 from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations.vllm.sizes import capture_sizes
 from safealloc.kernels import triton_guard
-from safealloc.pool.guard import REPAIR, VERIFY, Graphs
+from safealloc.pool.guard import ReplayChecks
 from safealloc.pool.pool import ScalePool
 
-OFF, COUNTS, LOOKS = "off", "counts", "looks"
-"""Without the node; with one that only counts; with one that looks at every replay."""
+OFF, COUNTS, CHECKS = "off", "counts", "checks"
+"""Without the node; with a node that only counts; with one that checks at every replay."""
 
 _NEVER = (1 << 31) - 1
-_EVERY = {OFF: 0, COUNTS: _NEVER, LOOKS: 1}
+_VERIFY_EVERY = {OFF: 0, COUNTS: _NEVER, CHECKS: 1}
 _NODES = 20  # in a graph of nothing else, so that launching the graph does not count
-_CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))  # vLLM's default batch sizes
-
-Tell = Callable[[str, float], None]
-"""Told what is measured next, and which share of all is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +42,9 @@ class Extent:
     Attributes:
         models: whose decode step is captured.
         batches: rows of a step.
-        sizes: batch sizes that the buffers are made for which the node looks at.
+        sizes: batch sizes of the buffers that the node alone checks.
         seconds: of replays at each batch size of a model.
-        calls: on the host, a batch.
+        calls: on the host, per batch.
     """
 
     models: tuple[Model, ...]
@@ -57,22 +54,22 @@ class Extent:
     calls: int
 
 
-FULL = Extent((MODELS[0], MODELS[2]), (1, 16, 64), _CAPTURED, 3.0, 2000)
-QUICK = Extent(MODELS[1:2], (1, 16), _CAPTURED[:11], 0.2, 300)
+FULL = Extent((MODELS[0], MODELS[2]), (1, 16, 64), capture_sizes(512), 3.0, 2000)
+QUICK = Extent(MODELS[1:2], (1, 16), capture_sizes(64), 0.2, 300)
 
 
-def run(device: torch.device, quick: bool, progress: Tell) -> dict[str, Any]:
+def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]:
     """Measure everything.
 
     Args:
         device: a CUDA device of compute capability 8.9 or more.
         quick: a small model, fewer buffers and calls.
-        progress: told where it is.
+        progress: called before each model and batch size.
     """
     return measure(device, QUICK if quick else FULL, progress)
 
 
-def measure(device: torch.device, extent: Extent, progress: Tell) -> dict[str, Any]:
+def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[str, Any]:
     """As :func:`run`, of this extent."""
     steps, nodes = [], []
     with torch.cuda.device(device):
@@ -103,30 +100,17 @@ def measure(device: torch.device, extent: Extent, progress: Tell) -> dict[str, A
     }
 
 
-@contextlib.contextmanager
-def verifying(every: int) -> Iterator[None]:
-    """Pools that are made meanwhile look at every so manieth handout and replay; 0: at none."""
-    before = {name: os.environ.get(name) for name in (VERIFY, REPAIR)}
-    os.environ.update({VERIFY: str(every), REPAIR: "0"})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _step(step: decode.Step, device: torch.device, seconds: float, seed: int) -> dict[str, Any]:
     """A decode step captured over three pools."""
     with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(_pool(device, every)) for name, every in _EVERY.items()}
+        pools = {name: stack.enter_context(_pool(device, every)) for name, every in _VERIFY_EVERY.items()}
         graphs = {
-            name: timing.captured(functools.partial(step.run, peers(pool)[POOL]), pool) for name, pool in pools.items()
+            name: timing.captured(functools.partial(step.run, baselines(pool)[POOL]), pool)
+            for name, pool in pools.items()
         }
         rounds, replays = decode.rounds_of(timing.interleaved(graphs, 1, 1), seconds)
         times = timing.interleaved(graphs, rounds, replays, seed=seed)
-        stats = pools[LOOKS].stats()
+        stats = pools[CHECKS].stats()
         for pool in pools.values():
             pool.safe_point()
             pool.verify()
@@ -140,50 +124,46 @@ def _node(model: Model, extent: Extent, device: torch.device) -> dict[str, Any]:
     specs = [ScaleSpec(rows, k, LAYOUT) for rows in extent.sizes for k in sorted({site.k for site in model.sites})]
     flags = torch.zeros(2, dtype=torch.int32, pin_memory=True)
     with _pool(device, 0) as pool:
-        pool.reserve(extent.sizes, sorted({site.k for site in model.sites}), LAYOUT)
-        watched = Graphs.make(device, flags)
-        for buffer in pool._inventory.by_address.values():
-            watched.add(buffer, 1)
+        checks = ReplayChecks.make(device, flags)
+        buffers = [pool.acquire(spec.rows, spec.k, LAYOUT) for spec in specs]  # held, so that they are distinct
+        for spec, buffer in zip(specs, buffers, strict=True):
+            checks.add(spec, buffer, 1)
         graphs = {}
-        for row, (name, every) in enumerate({COUNTS: _NEVER, LOOKS: 1}.items()):
+        for row, name in enumerate((COUNTS, CHECKS)):
 
-            def step(every: int = every, counters: torch.Tensor = watched.counters[row]) -> None:
+            def step(every: int = _VERIFY_EVERY[name], counters: torch.Tensor = checks.counters[row]) -> None:
                 for _ in range(_NODES):
-                    triton_guard.check_table(watched.table, flags, counters, every)
+                    triton_guard.check_table(checks.table, flags, counters, every)
 
             graphs[name] = timing.captured(step, pool)
         times = timing.interleaved(graphs, 15, 20)
         graphs.clear()
         torch.cuda.synchronize()
         if int(flags[0]):
-            raise RuntimeError("the guard reports padding that is zero")
-    found = {name: summary([us / _NODES for us in several]) for name, several in times.items()}
+            raise RuntimeError("the node reports dirty padding where all padding is zero")
+    found = {name: summary([us / _NODES for us in samples]) for name, samples in times.items()}
     return {"sizes": len(extent.sizes), "buffers": len(specs), "bytes": sum(spec.nbytes for spec in specs)} | found
 
 
 def _host(device: torch.device, calls: int) -> dict[str, Any]:
     """Microseconds of ``pool.acquire`` on the host, and of a safe point."""
     with contextlib.ExitStack() as stack:
-        pools = {every: stack.enter_context(_pool(device, every)) for every in (0, 1000, 100, 1)}
-        every = [
-            Candidate(f"pool.acquire, {_named(n)}", functools.partial(pool.acquire, ROWS, K, LAYOUT))
+        pools = {n: stack.enter_context(_pool(device, n)) for n in (0, 1000, 100, 1)}
+        candidates = [
+            Candidate(f"pool.acquire, verify_every={n}", functools.partial(pool.acquire, ROWS, K, LAYOUT))
             for n, pool in pools.items()
         ]
-        every.append(Candidate(f"pool.safe_point, {_named(100)}", pools[100].safe_point))
-        return {name: summary(us) for name, us in alternate(every, 15, calls, device, lambda what, done: None).items()}
+        candidates.append(Candidate("pool.safe_point, verify_every=100", pools[100].safe_point))
+        times = alternate(candidates, 15, calls, device, lambda what, done: None)
+        return {name: summary(us) for name, us in times.items()}
 
 
-def _named(every: int) -> str:
-    return f"{VERIFY}={every}" if every else f"no {VERIFY}"
-
-
-def _pool(device: torch.device, every: int) -> ScalePool:
-    with verifying(every):
-        return ScalePool(device, growth_in_capture="error")
+def _pool(device: torch.device, verify_every: int) -> ScalePool:
+    return ScalePool(device, growth_in_capture="error", verify_every=verify_every)
 
 
 def _against_off(times: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Summaries; differences and ratios are of one round."""
+    """Summaries; differences and ratios are taken within a round."""
     off = times[OFF]
     return {OFF: summary(off)} | {
         name: summary(ours)

@@ -1,7 +1,8 @@
-"""``safealloc bench``: what one call costs the host, without a wait for the device.
+"""``python -m benchmarks host``: what one call costs the host, without waiting for the device.
 
-Batches of calls in turn, so that drift meets all, with the garbage collector off in a batch and the device idle before it.
-Kernels are small enough that the device keeps up with the host, which else would wait for its queue.
+Candidates alternate in batches of calls, so that drift affects all of them alike. The garbage collector is off during a
+batch, and the device is idle before it. Kernels are so small that the device keeps up with the host, which would otherwise
+wait for its queue.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import optional, timing
 from benchmarks.summary import at_most, summary
-from safealloc import _optional
+from safealloc.commands.report import Progress
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, short
-from safealloc.integrations.vllm.ops import scales as vllm_scales
-from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm import ops as vllm_ops
+from safealloc.integrations.vllm.serve import Allocator
 from safealloc.integrations.vllm.startup import Steps
 from safealloc.ops.backends import Call, triton_refusal
 from safealloc.ops.linear import nvfp4_linear
@@ -33,13 +35,10 @@ from safealloc.ops.quantize import nvfp4_quantize
 from safealloc.pool.default import default_pool
 from safealloc.pool.pool import ScalePool
 
-Progress = Callable[[str, float], None]
-"""Told what is measured next, and which share of all is done."""
-
 ROWS, K, LAYOUT = 8, 4096, SfLayout.layout_128x4
-"""Of every scale buffer; only a fill's device time depends on them."""
+"""The shape of every scale buffer; only the device time of a fill depends on it."""
 
-LINEAR_N, LINEAR_K = 128, 512  # so few that the device is done before the host comes again
+LINEAR_N, LINEAR_K = 128, 512  # so small that the device is done before the next call
 
 EMPTY, ZEROS, ACQUIRE, SIDE_STREAM, OP, HOOK = (
     "torch.empty",
@@ -66,7 +65,7 @@ class Candidate:
     Attributes:
         name: in tables, JSON and pictures.
         call: the call.
-        stream: that is current meanwhile; ``None``: the default one.
+        stream: current during the call; ``None`` is the default stream.
     """
 
     name: str
@@ -78,9 +77,9 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
     """Measure everything.
 
     Args:
-        device: a CUDA device; on a CPU what launches kernels is left out.
+        device: a CUDA device; on a CPU, candidates that launch kernels are left out.
         quick: fewer and smaller batches.
-        progress: told before each batch.
+        progress: called before each batch.
 
     Returns:
         What was measured, as the JSON has it: ``calls`` by name, ``not_measured`` and ``targets``.
@@ -91,15 +90,15 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         pool = stack.enter_context(ScalePool(device))
-        every = [*_allocations(device, pool), *_launches(device, pool, not_measured)]
-        stack.enter_context(vllm_step(device))  # not before: what imports vLLM must see all of it
-        times = alternate(every, batches, calls, device, progress)
+        candidates = [*allocations(device, pool), *_launches(device, pool, not_measured)]
+        stack.enter_context(vllm_step(device))  # last: the candidates may import vLLM's own module of that name
+        times = alternate(candidates, batches, calls, device, progress)
     return {
         "rows": ROWS,
         "k": K,
         "layout": short(LAYOUT),
         "batches": batches,
-        "calls_a_batch": calls,
+        "calls_per_batch": calls,
         "calls": {name: summary(samples) for name, samples in times.items()},
         "not_measured": not_measured,
         "targets": targets(times),
@@ -107,29 +106,29 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
 
 
 def alternate(
-    every: Sequence[Candidate], batches: int, calls: int, device: torch.device, progress: Progress
+    candidates: Sequence[Candidate], batches: int, calls: int, device: torch.device, progress: Progress
 ) -> dict[str, list[float]]:
-    """Microseconds a call of each candidate in each batch."""
-    timers = {one.name: timeit.Timer(one.call, timer=time.perf_counter_ns) for one in every}  # switches the gc off
-    times: dict[str, list[float]] = {one.name: [] for one in every}
+    """Microseconds per call of each candidate in each batch."""
+    timers = {one.name: timeit.Timer(one.call, timer=time.perf_counter_ns) for one in candidates}  # without the gc
+    times: dict[str, list[float]] = {one.name: [] for one in candidates}
     for batch in range(-1, batches):  # the first, short, compiles and fills caches
         progress("warm-up" if batch < 0 else f"batch {batch + 1} of {batches}", max(batch, 0) / batches)
-        for one in every:
+        for one in candidates:
             with torch.cuda.stream(one.stream):
                 _synchronize(device)
-                taken = timers[one.name].timeit(20 if batch < 0 else calls)
+                nanoseconds = timers[one.name].timeit(20 if batch < 0 else calls)
                 if batch >= 0:
-                    times[one.name].append(taken / calls / 1e3)
+                    times[one.name].append(nanoseconds / calls / 1e3)
     _synchronize(device)
     progress("done", 1.0)
     return times
 
 
 def targets(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """What the numbers have to reach; ratios are of one batch.
+    """The targets, and what was reached; ratios are taken within a batch.
 
     Args:
-        times: microseconds a call in each batch, by name.
+        times: microseconds per call in each batch, by name.
     """
 
     def ratio(ours: str, theirs: str) -> list[float]:
@@ -145,55 +144,55 @@ def targets(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def vllm_step(device: torch.device) -> Iterator[None]:
-    """The allocator as a worker of vLLM has it while its model runs; afterwards as it was before."""
-    before, context = dict(vars(allocator)), sys.modules.get(_CONTEXT)
+    """Inside, the hooks have an allocator as in a vLLM worker whose model runs."""
+    allocator = Allocator()
     allocator.enabled = True
-    allocator.steps = Steps(rows=(ROWS,), max_rows=ROWS)
-    allocator.pool = default_pool(device)  # known already, so that it is not told that captures share a handle
-    allocator.max_rows, allocator.start_up, allocator.logs_growth, allocator.loading = ROWS, None, False, 0
-    running = ModuleType(_CONTEXT)
-    running._forward_context = object()  # type: ignore[attr-defined]
-    sys.modules[_CONTEXT] = running
+    allocator.steps, allocator.max_rows = Steps(rows=(ROWS,), max_rows=ROWS), ROWS
+    allocator.pool = default_pool(device)  # set here, as the allocator's first use of a pool would share its captures
+    context = sys.modules.get(_CONTEXT)
+    sys.modules[_CONTEXT] = SimpleNamespace(_forward_context=object())  # how vLLM shows that a model runs
     try:
-        yield
+        with mock.patch.object(vllm_ops, "allocator", allocator):
+            yield
     finally:
-        vars(allocator).update(before)
         del sys.modules[_CONTEXT]
         if context is not None:
             sys.modules[_CONTEXT] = context
 
 
-def _allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
+def allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
+    """The candidates that allocate scales, and launch nothing but fills."""
     shape = LAYOUT.padded_shape(ROWS, K)
     acquire = functools.partial(pool.acquire, ROWS, K, LAYOUT)
-    every = [
+    candidates = [
         Candidate(EMPTY, functools.partial(torch.empty, shape, dtype=torch.uint8, device=device)),
         Candidate(ZEROS, functools.partial(torch.zeros, shape, dtype=torch.uint8, device=device)),
         Candidate(ACQUIRE, acquire),
     ]
     if device.type == "cuda":
-        every.append(Candidate(SIDE_STREAM, acquire, torch.cuda.Stream(device)))
-    every.append(Candidate(OP, functools.partial(torch.ops.safealloc.acquire, ROWS, K, int(LAYOUT), device)))
-    every.append(Candidate(HOOK, functools.partial(vllm_scales, ROWS, K, device, None)))
-    return every + [Candidate(name, functools.partial(call, ROWS, K, device, True)) for name, call in _vllms_own()]
+        candidates.append(Candidate(SIDE_STREAM, acquire, torch.cuda.Stream(device)))
+    candidates.append(Candidate(OP, functools.partial(torch.ops.safealloc.acquire, ROWS, K, int(LAYOUT), device)))
+    candidates.append(Candidate(HOOK, functools.partial(vllm_ops.scales, ROWS, K, device, None)))
+    own = [Candidate(name, functools.partial(call, ROWS, K, device, True)) for name, call in _vllm_functions()]
+    return candidates + own
 
 
-def _vllms_own() -> list[tuple[str, Callable[[int, int, torch.device, bool], Tensor]]]:
-    """What vLLM calls by itself: its function where vLLM is installed, else stand-ins for both that its releases have."""
-    custom_ops = _optional.load("vllm._custom_ops")
+def _vllm_functions() -> list[tuple[str, Callable[[int, int, torch.device, bool], Tensor]]]:
+    """The function that vLLM calls, where it is installed; else stand-ins for the two versions in its releases."""
+    custom_ops = optional.load("vllm._custom_ops")
     if not isinstance(custom_ops, str):
-        version = getattr(_optional.load("vllm"), "__version__", "of unknown version")
+        version = getattr(optional.load("vllm"), "__version__", "of unknown version")
         return [(f"vLLM {version}'s own", custom_ops.create_fp4_scale_tensor)]
     return [
-        ("torch.empty as vLLM calls it (stand-in)", functools.partial(_create_fp4_scale_tensor, torch.empty)),
-        ("torch.zeros as vLLM calls it (stand-in)", functools.partial(_create_fp4_scale_tensor, torch.zeros)),
+        ("torch.empty as vLLM calls it (stand-in)", functools.partial(create_fp4_scale_tensor, torch.empty)),
+        ("torch.zeros as vLLM calls it (stand-in)", functools.partial(create_fp4_scale_tensor, torch.zeros)),
     ]
 
 
-def _create_fp4_scale_tensor(
+def create_fp4_scale_tensor(
     allocate: Callable[..., Tensor], m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool
 ) -> Tensor:
-    """The arithmetic of vLLM's (0.32.0)."""
+    """As vLLM's function of this name (0.32.0), which calls ``torch.empty`` or ``torch.zeros`` as ``allocate``."""
     if not is_sf_swizzled_layout:
         return torch.empty((m, n // BLOCK_SIZE), device=device, dtype=torch.uint8)
     rounded_m = (m + 127) // 128 * 128
@@ -202,7 +201,7 @@ def _create_fp4_scale_tensor(
 
 
 def _launches(device: torch.device, pool: ScalePool, not_measured: dict[str, str]) -> list[Candidate]:
-    """What launches a Triton kernel; where none can run, why goes to ``not_measured``."""
+    """The candidates that launch a Triton kernel; where none can run, ``not_measured`` gets the reason."""
     reason = triton_refusal(Call(device, LAYOUT))
     if device.type != "cuda" and reason is None:
         reason = "Triton's interpreter launches nothing"
@@ -213,7 +212,7 @@ def _launches(device: torch.device, pool: ScalePool, not_measured: dict[str, str
 
     x = torch.randn(ROWS, K, dtype=torch.bfloat16, device=device)
     x_fp4 = torch.empty(ROWS, K // 2, dtype=torch.uint8, device=device)
-    scales = torch.zeros(LAYOUT.padded_shape(ROWS, K), dtype=torch.uint8, device=device)  # the pool's stay free
+    scales = torch.zeros(LAYOUT.padded_shape(ROWS, K), dtype=torch.uint8, device=device)  # not a pool buffer
     global_scale = torch.tensor([448 * 6 / 5.0], device=device)
     narrow = x[:, :LINEAR_K].contiguous()
     weight = torch.randn(LINEAR_N, LINEAR_K, dtype=torch.bfloat16, device=device)
@@ -229,32 +228,20 @@ def _launches(device: torch.device, pool: ScalePool, not_measured: dict[str, str
 
 
 def bare_launch(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor) -> Callable[[], object]:
-    """The quantization kernel by Triton's own launcher alone: its arguments are those of one call of ``quantize``."""
+    """The launch that ``triton_quantize.quantize`` makes of these arguments, without the Python before it."""
+    from triton import JITFunction
+
     from safealloc.kernels import triton_quantize
 
-    kernel = triton_quantize._quantize
-    noted = _Noting(kernel)
-    triton_quantize._quantize = noted
-    try:
+    launches: list[Callable[[], object]] = []
+
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        launches.append(lambda: kernel[grid](*arguments, **options))
+
+    with mock.patch.object(JITFunction, "run", record):
         triton_quantize.quantize(x, global_scale, x_fp4, scales, LAYOUT)
-    finally:
-        triton_quantize._quantize = kernel
-    (launch,) = noted.launches
+    (launch,) = launches
     return launch
-
-
-class _Noting:
-    """In place of a Triton kernel: notes its launches instead."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launches: list[Callable[[], object]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def note(*arguments: Any, **options: Any) -> None:
-            self.launches.append(lambda: self.kernel[grid](*arguments, **options))
-
-        return note
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Quantizers that store padding themselves, for comparison: what vLLM 0.30 and later do, and the best that was found.
+"""Quantizers that store padding themselves, for comparison: what vLLM 0.30 and later do, and the fastest that was found.
 
-vLLM's and FlashInfer's own kernels have no code below compute capability 10.0. These two do our quantizer's arithmetic:
+vLLM's and FlashInfer's own kernels have no code below compute capability 10.0. These two have our quantizer's arithmetic:
 
 - *row by row*: every padded row and column goes through the quantizer, as a block of zeros that is not read and whose data
-  are not written (vLLM, ``csrc/.../nvfp4_quant_kernels.cu`` since PR 53568).
-- *wide stores*: programs of their own zero the words of the last row of tiles that hold no real row, 4 bytes a lane.
+  is not written (vLLM, ``csrc/.../nvfp4_quant_kernels.cu`` since PR 53568).
+- *wide stores*: separate programs zero the padding rows of the last row of tiles, one 4-byte word per lane.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_wait, scale_offset
 from safealloc.kernels.triton_quantize import Tiling, converts_e2m1, quantize_blocks, takes_words
 
-_PADDING = 512  # words of padding a program
+_PADDING = 512  # words of padding per program
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def row_by_row(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, l
 
 
 def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
-    """Quantize, and zero padding rows, as fast as was found; k a multiple of 64, so that there are no padding columns."""
+    """Quantize, and zero padding rows; k is a multiple of 64, so that there are no padding columns."""
     rows, k = x.shape
     cols = k // BLOCK_SIZE
     if cols % 4:
@@ -197,7 +197,7 @@ def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, 
 
 
 def _tiling(x: Tensor, blocks: int) -> Tiling:
-    """The best found on an H200 for so many blocks."""
+    """The fastest on an H200 for so many blocks."""
     if blocks <= 4096:
         return Tiling(64, words=False)
     words = takes_words(x)

@@ -1,4 +1,4 @@
-"""The models whose decode steps are measured: what of their published ``config.json`` the sites need."""
+"""The models whose decode steps are measured: the fields of their published ``config.json`` that ``sites`` needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Model:
 
     @property
     def step(self) -> list[tuple[Site, int]]:
-        """The linear layers of a decode step in the order they run; each with how many of its site ran before it."""
+        """The linear layers of a decode step in the order they run, each with its number within its site."""
         runs = sorted(
             (layer, place, number) for place, site in enumerate(self.sites) for number, layer in enumerate(site.layers)
         )
@@ -49,10 +49,10 @@ def weight_nbytes(site: Site) -> int:
 
 
 def model(name: str, fields: Mapping[str, int], tensor_parallel: int) -> Model:
-    """One that ``sites`` of these fields makes up.
+    """The model with these fields of ``config.json``.
 
-    Without ``kv_b_proj``: at decode vLLM multiplies by its two halves in bfloat16 (``mla_attention.py``, vLLM 0.33.0), so
-    only prefill quantizes there.
+    ``kv_b_proj`` is left out: at decode vLLM multiplies by its two halves in bfloat16 (``mla_attention.py``, vLLM 0.33.0),
+    so only prefill quantizes there.
     """
     found = models.sites(fields, tensor_parallel)
     return Model(name, tensor_parallel, tuple(site for site in found if site.name != "kv_b_proj"))
@@ -106,4 +106,4 @@ MODELS = (
     model("Qwen3 32B", QWEN3_32B, 8),
     model("DeepSeek-R1 without routed experts", DEEPSEEK_R1, 8),
 )
-"""As if each linear layer were NVFP4; a published checkpoint may leave some in another type."""
+"""Every linear layer counts as NVFP4; a published checkpoint may keep some in another type."""

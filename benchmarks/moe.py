@@ -1,7 +1,8 @@
-"""``safealloc bench moe``: latency of quantizing rows routed to experts, as a node of a CUDA graph, and bytes held for it.
+"""``python -m benchmarks moe``: latency of grouped quantization as a node of a CUDA graph, and the bytes of its scales.
 
-DeepSeek-R1's expert layers: 256 experts, 8 a token. The calls of a graph take turns between two routings, so that there is
-always something to clear. Before a shape is timed, what the pool's buffer holds is compared with the plain-torch reference.
+The shapes are those of DeepSeek-R1's MoE layers: 256 experts, 8 per token. The calls in a graph alternate between two
+routings, so that there is always something to clear. Before a shape is timed, the contents of the pool's buffer are compared
+with the plain-torch reference.
 """
 
 from __future__ import annotations
@@ -17,22 +18,19 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.summary import at_least, at_most, summary
+from safealloc.commands.report import Progress
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations.vllm.sizes import MAX_TOKENS_PER_EXPERT
 from safealloc.kernels import reference_grouped, triton_grouped
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.pool.pool import ScalePool
 
-Progress = Callable[[str, float], None]
-"""Told what is measured next, and which share of all is done."""
-
 ALONE, POOL = "quantization alone", "pool"
 VLLM, RIGHT_SIZED = "vLLM's size, zeroed", "right-sized, zeroed"
-CLEANED = "pool, cleaned by a kernel of its own"
+CLEANED = "pool, cleaned by a separate kernel"
 ROUTINGS = ("uniform", "skewed")
-VLLM_ROWS = 163840
-"""Rows that vLLM allocates for each expert a token: its default VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE."""
 
 LAYOUT = SfLayout.layout_128x4
 _FEW_TOKENS = 64
@@ -43,12 +41,13 @@ class Extent:
     """What is measured.
 
     Attributes:
-        batches: tokens.
-        experts, topk: of the model, and of a token.
-        ks: columns that are quantized, and whether that is after ``silu_and_mul`` of twice as many.
-        calls: in a graph.
+        batches: numbers of tokens.
+        experts: of the model.
+        topk: experts per token.
+        ks: columns that are quantized, and whether ``silu_and_mul`` of twice as many comes first.
+        calls: per graph.
         rounds: samples; odd, so that the median is one of them.
-        replays: of each graph in a round.
+        replays: of each graph per round.
     """
 
     batches: tuple[int, ...]
@@ -60,7 +59,7 @@ class Extent:
     replays: int = 5
 
     @property
-    def most(self) -> int:
+    def max_rows(self) -> int:
         """Rows of the largest batch."""
         return max(self.batches) * self.topk
 
@@ -75,7 +74,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
     Args:
         device: a CUDA device of compute capability 8.9 or more.
         quick: fewer batches and rounds.
-        progress: told before each shape.
+        progress: called before each shape.
 
     Returns:
         What was measured, as the JSON has it: ``calls``, ``rows``, ``memory``, ``not_measured`` and ``targets``.
@@ -106,31 +105,31 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
 
 
 def memory(extent: Extent, k: int) -> dict[str, Any]:
-    """Bytes of scales that are held for all batches, by peer: computed, as the shapes say it all.
+    """Bytes of scale buffers for all batches, by baseline: computed, since they follow from the shapes.
 
     Args:
-        extent: whose largest batch counts.
+        extent: its largest batch decides.
         k: columns.
     """
-    spec = ScaleSpec.grouped(extent.most, k, LAYOUT, extent.experts)
+    spec = ScaleSpec.grouped(extent.max_rows, k, LAYOUT, extent.experts)
     padded_cols = spec.padded_shape[1]
     return {
         "k": k,
         "batch": max(extent.batches),
-        VLLM: VLLM_ROWS * extent.topk * padded_cols,
-        RIGHT_SIZED: right_sized_rows(extent.most, extent.experts) * padded_cols,
+        VLLM: MAX_TOKENS_PER_EXPERT * extent.topk * padded_cols,
+        RIGHT_SIZED: right_sized_rows(extent.max_rows, extent.experts) * padded_cols,
         POOL: spec.scale_bytes,
         "pool's record": spec.nbytes - spec.scale_bytes,
     }
 
 
 def right_sized_rows(rows: int, experts: int) -> int:
-    """Scale rows of ``rows + 127 * experts``, in whole tiles: the bound of vLLM's PR 37626."""
+    """Scale rows for ``rows + 127 * experts`` rows, in whole tiles: the bound of vLLM's PR 37626."""
     return LAYOUT.round_up(rows + (LAYOUT.tile.rows - 1) * experts, 1)[0]
 
 
 def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the numbers have to reach, each at its worst shape.
+    """The targets, and what was reached, each at its worst shape.
 
     Args:
         result: with ``rows`` and ``memory``.
@@ -141,7 +140,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         at_most(
             f"pool against the quantization alone, at most {_FEW_TOKENS} tokens: times",
             1.1,
-            [row["peers"][POOL]["ratio_to_alone"] for row in few],
+            [row["baselines"][POOL]["ratio_to_alone"] for row in few],
         ),
         at_least("memory that vLLM allocates against the pool's: times", 10, [row[VLLM] / row[POOL] for row in held]),
         at_most(
@@ -154,14 +153,14 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call's operands.
+    """The operands of one call.
 
     Attributes:
         x: ``[rows, k]``, or ``[rows, 2 * k]`` of gate and up.
         global_scales: float32 ``[experts]``.
         offsets: ``expert_offsets`` and ``blockscale_offsets``.
         k: columns that are quantized.
-        silu: whether after ``silu_and_mul``.
+        silu: whether ``silu_and_mul`` comes first.
     """
 
     x: Tensor
@@ -171,7 +170,7 @@ class Step:
     silu: bool
 
     def quantize(self, scales: Tensor) -> Tensor:
-        """Without cleaning, into scales of any number of rows; returns the FP4 data."""
+        """Quantize without clearing, into scales of any number of rows; returns the FP4 data."""
         data = torch.empty((self.x.shape[0], self.k // 2), dtype=torch.uint8, device=self.x.device)
         triton_grouped.quantize(
             self.x,
@@ -187,30 +186,32 @@ class Step:
 
 
 def routed(tokens: int, experts: int, topk: int, routing: str, generator: torch.Generator) -> Tensor:
-    """Rows of each expert, int64 ``[experts]`` on the CPU, where each token chooses ``topk`` different ones.
+    """Rows of each expert, int64 ``[experts]`` on the CPU; each token chooses ``topk`` different experts.
 
     Args:
         tokens, experts, topk: how many.
-        routing: "uniform", or "skewed": the expert of rank ``r`` is as likely as ``1 / r``.
+        routing: "uniform", or "skewed": the probability of the expert of rank ``r`` is proportional to ``1 / r``.
         generator: of the CPU.
     """
-    likely = torch.ones(experts)
+    weights = torch.ones(experts)
     if routing == "skewed":
-        likely = 1 / (1 + torch.randperm(experts, generator=generator).float())
-    chosen = torch.multinomial(likely.expand(tokens, -1), topk, generator=generator)
+        weights = 1 / (1 + torch.randperm(experts, generator=generator).float())
+    chosen = torch.multinomial(weights.expand(tokens, -1), topk, generator=generator)
     return torch.bincount(chosen.view(-1), minlength=experts)
 
 
 def offsets(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """``expert_offsets`` and ``blockscale_offsets`` of groups of so many rows, int32 ``[experts + 1]``."""
+
+    def starts(sizes: Tensor) -> Tensor:
+        return F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32).to(device)
+
     tile = LAYOUT.tile.rows
-    several = counts, (counts + tile - 1) // tile * tile
-    expert, scale = (F.pad(one.cumsum(0), (1, 0)).to(torch.int32).to(device) for one in several)
-    return expert, scale
+    return starts(counts), starts((counts + tile - 1) // tile * tile)
 
 
 def steps(extent: Extent, k: int, silu: bool, batch: int, routing: str, device: torch.device) -> list[Step]:
-    """Two, which differ in routing and in x."""
+    """Two steps, with different routings and different x."""
     generator = torch.Generator().manual_seed(batch)
     rows = batch * extent.topk
     return [
@@ -229,13 +230,13 @@ Call = Callable[[Step], tuple[Tensor, Tensor]]
 """Data and scales of a step."""
 
 
-def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
-    """By name, one call of each."""
+def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
+    """One call of each baseline, by name; the pool counts as one."""
     padded_cols = LAYOUT.round_up(1, k // BLOCK_SIZE)[1]
     experts = extent.experts
     scratch = torch.empty(
         (right_sized_rows(rows, experts), padded_cols), dtype=torch.uint8, device=pool.device
-    )  # whatever it holds: the floor
+    )  # its padding is not zero: the floor
 
     def zeroed(step: Step, scale_rows: int) -> tuple[Tensor, Tensor]:
         scales = torch.zeros((scale_rows, padded_cols), dtype=torch.uint8, device=pool.device)
@@ -252,7 +253,7 @@ def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]
 
     return {
         ALONE: lambda step: (step.quantize(scratch), scratch),
-        VLLM: functools.partial(zeroed, scale_rows=VLLM_ROWS * extent.topk),
+        VLLM: functools.partial(zeroed, scale_rows=MAX_TOKENS_PER_EXPERT * extent.topk),
         RIGHT_SIZED: functools.partial(zeroed, scale_rows=right_sized_rows(rows, experts)),
         POOL: from_pool,
         CLEANED: cleaned,
@@ -260,7 +261,7 @@ def peers(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]
 
 
 def check(call: Call, pool: ScalePool, step: Step) -> None:
-    """Call a peer that takes the pool's buffer, and compare data and every byte of the buffer with the reference's.
+    """Make a call that takes the pool's buffer, and compare data and every byte of the buffer with the reference.
 
     Raises:
         RuntimeError: they differ.
@@ -275,14 +276,14 @@ def check(call: Call, pool: ScalePool, step: Step) -> None:
         step.x, step.global_scales, expected_data, expected, LAYOUT, None, *step.offsets, silu_and_mul=step.silu
     )
     if not (torch.equal(data, expected_data) and torch.equal(whole, expected)):
-        raise RuntimeError(f"{len(data)} rows of {step.k} are not what the reference makes of them")
+        raise RuntimeError(f"{len(data)} rows of {step.k} differ from the reference")
 
 
 def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str) -> dict[str, Any]:
     rows = batch * extent.topk
-    pool.reserve(extent.most, k, LAYOUT, copies=2, experts=extent.experts)  # two graphs take buffers of it
+    pool.reserve(extent.max_rows, k, LAYOUT, copies=2, experts=extent.experts)  # two graphs take buffers of it
     both = steps(extent, k, silu, batch, routing, pool.device)
-    every = peers(pool, extent, rows, k)
+    every = baselines(pool, extent, rows, k)
     for name in (POOL, CLEANED):
         for step in both:
             check(every[name], pool, step)
@@ -294,9 +295,9 @@ def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, rout
     graphs = {name: timing.captured(functools.partial(calls, call), pool) for name, call in every.items()}
     times = timing.interleaved(graphs, extent.rounds, extent.replays, seed=batch)
     found = {
-        name: summary([time / extent.calls for time in several])
-        | {"ratio_to_alone": round(timing.ratio(several, times[ALONE]), 4)}
-        for name, several in times.items()
+        name: summary([time / extent.calls for time in samples])
+        | {"ratio_to_alone": round(timing.ratio(samples, times[ALONE]), 4)}
+        for name, samples in times.items()
     }
     graphs.clear()
-    return {"batch": batch, "rows": rows, "k": k, "silu_and_mul": silu, "routing": routing, "peers": found}
+    return {"batch": batch, "rows": rows, "k": k, "silu_and_mul": silu, "routing": routing, "baselines": found}

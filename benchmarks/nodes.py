@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Nodes of a CUDA graph to measure others by: kernels that do next to nothing."""
+"""The shortest nodes of a CUDA graph, to compare others with: kernels that do next to nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def launch_empty(**dependent: bool) -> None:
     """One program that does nothing.
 
     Args:
-        **dependent: what :func:`safealloc.kernels.triton_layout.dependent_launch` returns: launched so, it lets the next
-            kernel launch at once and waits for the one ahead. Nothing is a normal launch.
+        **dependent: what :func:`safealloc.kernels.triton_layout.dependent_launch` returns: the program lets the next kernel
+            launch at once and waits for the previous one. Nothing is a normal launch.
     """
     _empty[(1,)](DEPENDENT=bool(dependent), num_warps=1, **dependent)
 
 
 def launch_store(out: Tensor) -> None:
-    """As many programs as ``out``, int32, has elements, each of which stores one."""
+    """One program per element of ``out``, int32, which stores it."""
     _store[(out.numel(),)](out, num_warps=1)

@@ -1,6 +1,6 @@
 """Draw docs/repro.png from what ``safealloc repro --json`` wrote.
 
-python benchmarks/plot_repro.py [benchmarks/results/repro-cpu.json] [docs/repro.png]
+python -m benchmarks.plot_repro [benchmarks/results/repro-cpu.json] [docs/repro.png]
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREEN, GREY, GRID, INK, ORANGE, RED, style, write
+from benchmarks.figure import GRAY, GREEN, GRID, INK, ORANGE, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """The figure: rows with NaN on the left, wrong numbers that zeroing leaves on the right."""
+    """The figure: on the left rows with NaN, on the right wrong numbers where the padding is finite."""
     style()
     published = [row for row in result["published"] if row["backend"] == "trtllm"]
     ours = [row for row in result["safealloc"] if row["section"] == "published" and row["backend"] == "trtllm"]
@@ -82,7 +82,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     machine = (
         f"k = 512, n = 256, trtllm's layouts; {result['device_name']}, torch {versions['torch']}, seed {result['seed']}"
     )
-    figure.text(0.995, 0.008, machine, ha="right", fontsize=7.5, color=GREY)
+    figure.text(0.995, 0.008, machine, ha="right", fontsize=7.5, color=GRAY)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 

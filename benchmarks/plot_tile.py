@@ -1,9 +1,9 @@
 """Draw docs/tile.png: the scales of a [5, 80] matrix in 128x4, their padding, and where stale bytes come from.
 
-python benchmarks/plot_tile.py [docs/tile.png]
+python -m benchmarks.plot_tile [docs/tile.png]
 
-Every color and every number in the picture is read from ``safealloc.formats.layout``, and the file says in its text chunk
-``Description`` what was read (:func:`description`), so that a picture of another layout can be told.
+Every color and every number in the picture comes from ``safealloc.formats.layout``. The text chunk ``Description`` of the
+file has them too (:func:`description`), so that a test can detect a picture of another layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.figure import GREEN, GREY, INK, ORANGE, PANEL, RED, style
+from benchmarks.figure import GRAY, GREEN, INK, ORANGE, PANEL, RED, style
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 
@@ -196,7 +196,7 @@ def _strip(axes: plt.Axes) -> None:
         ),
         (
             lefts[2] + BOX_WIDTH / 2,
-            GREY,
+            GRAY,
             "padding rows",
             "GEMMs may read them, and so does\none that reads another layout",
         ),

@@ -1,6 +1,6 @@
 """Draw docs/vllm-decode.png from what benchmarks/vllm_decode.py wrote.
 
-python benchmarks/plot_vllm_decode.py [benchmarks/results/vllm-decode-h200.json] [docs/vllm-decode.png]
+python -m benchmarks.plot_vllm_decode [benchmarks/results/vllm-decode-h200.json] [docs/vllm-decode.png]
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GREEN, GREY, GRID, INK, RED, style, write
+from benchmarks.figure import GRAY, GREEN, GRID, INK, RED, style, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
 COLORS = {
     "vLLM's own": RED,
-    "torch.empty": GREY,
+    "torch.empty": GRAY,
     "pool": GREEN,
 }
 LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}

@@ -1,8 +1,8 @@
-"""``safealloc bench``: latency of the kernels, each as a node of a CUDA graph.
+"""``python -m benchmarks quantize``: latency of the kernels, each as a node of a CUDA graph.
 
-Few rows, as at decode: one graph a peer, 200 calls on one x, which the L2 cache holds as it does behind the layer before.
-Many rows, and the GEMM's weights: as many operands as no cache holds, against a copy. All graphs of a shape are captured
-first, then replayed in turn, so that drift meets all of them; a ratio is the median of ratios within a round.
+Few rows, as at decode: one graph per baseline, 200 calls on one x, which is in the L2 cache as it is after the layer before.
+Many rows and GEMM weights: more operands than any cache holds, compared with a copy. All graphs of a shape are captured
+first, then replayed in turn, so that drift affects all of them alike; a ratio is the median of ratios within a round.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import gemm, nodes, timing
-from benchmarks.peers import COMPACT, IN_KERNEL, LINEAR, POOL, Peer, peers
+from benchmarks.baselines import IN_KERNEL, LINEAR, POOL, Baseline, baselines
 from benchmarks.summary import at_least, at_most, summary
+from safealloc.commands.report import Progress
 from safealloc.formats.layout import SfLayout, short
 from safealloc.kernels.triton_layout import dependent_launch
 from safealloc.pool.pool import ScalePool
 
-Progress = Callable[[str, float], None]
-"""Told what is measured next, and which share of all is done."""
-
 CALLS = 200
-"""Calls in one graph."""
+"""Calls per graph."""
 
 EMPTY_NODE, DEPENDENT_NODE, STORE_NODE = (
     "empty kernel",
@@ -34,7 +32,7 @@ EMPTY_NODE, DEPENDENT_NODE, STORE_NODE = (
     "one store from 132 programs",
 )
 
-_BEYOND_L2 = 512 << 20  # bytes of x in one graph: ten times the L2 cache of an H200
+_BEYOND_L2 = 512 << 20  # bytes of x in one graph, ten times the L2 cache of an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +42,10 @@ class Extent:
     Attributes:
         rows, ks: every pair, in both tiled layouts.
         large: pairs of rows and k whose x no L2 cache holds.
-        gemm_rows: the m of a GEMM,
-        gemm_weights: and its n and k.
+        gemm_rows: each m of a GEMM.
+        gemm_weights: each n and k of a GEMM.
         rounds: samples; odd, so that the median is one of them.
-        replays: of each graph in a round.
+        replays: of each graph per round.
     """
 
     rows: tuple[int, ...]
@@ -84,7 +82,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
     Args:
         device: a CUDA device of compute capability 8.9 or more.
         quick: fewer shapes and rounds.
-        progress: told before each shape.
+        progress: called before each shape.
 
     Returns:
         What was measured, as the JSON has it: ``few_rows``, ``many_rows``, ``gemm``, ``not_measured`` and ``targets``.
@@ -103,34 +101,28 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
         "gemm": [],
         "not_measured": {},
     }
-    with (
-        torch.cuda.device(device),
-        ScalePool(device, growth_in_capture="error") as pool,
-        ScalePool(device, growth_in_capture="error", compact=True) as compact,
-    ):
+    with torch.cuda.device(device), ScalePool(device, growth_in_capture="error") as pool:
         progress("launch floor", 0.0)
         floor = {name: timing.captured(_repeat(call, CALLS), pool) for name, call in _floor(device).items()}
         copy = timing.fastest_copy(pool)
         result["copy_bytes"] = copy.nbytes
-        tried = gemm.emulation(device, pool)
-        if isinstance(tried, str):
-            result["not_measured"][gemm.EMULATION] = tried
-        emulation = None if isinstance(tried, str) else tried
+        emulation = gemm.emulation(device, pool)
+        if isinstance(emulation, str):
+            result["not_measured"][gemm.EMULATION] = emulation
+            emulation = None
         jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
         for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4):
             for k in extent.ks:
                 for rows in extent.rows:
                     about = f"quantize {rows} x {k}, {short(layout)}"
-                    jobs.append(
-                        ("few_rows", about, functools.partial(_few_rows, pool, compact, floor, extent, rows, k, layout))
-                    )
+                    jobs.append(("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout)))
         for rows, k in extent.large:
             about = f"quantize {rows} x {k}"
             jobs.append(("many_rows", about, functools.partial(_many_rows, pool, copy, extent, rows, k)))
         for n, k in extent.gemm_weights:
             for m in extent.gemm_rows:
-                measure = functools.partial(gemm.measure, pool, copy, emulation, m, n, k, extent.rounds, extent.replays)
-                jobs.append(("gemm", f"GEMM {m} x {n} x {k}", measure))
+                job = functools.partial(gemm.measure, pool, copy, emulation, m, n, k, extent.rounds, extent.replays)
+                jobs.append(("gemm", f"GEMM {m} x {n} x {k}", job))
         for done, (part, about, job) in enumerate(jobs):
             progress(about, done / len(jobs))
             result[part].append(job())
@@ -140,21 +132,21 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
 
 
 def nbytes(rows: int, k: int) -> int:
-    """What a quantization has to read and write: 2 + 1/2 + 1/16 bytes an element."""
+    """Bytes that a quantization has to read and write: 2 + 1/2 + 1/16 per element."""
     return rows * k * 41 // 16
 
 
 def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the numbers have to reach, each at its worst shape.
+    """The targets, and what was reached, each at its worst shape.
 
     Args:
         result: with the rows of ``few_rows``, ``many_rows`` and ``gemm``.
     """
     few, many, products = result["few_rows"], result["many_rows"], result["gemm"]
 
-    def pool_to(peer: str, chosen: Callable[[dict[str, Any]], bool], part: str = "peers") -> list[float]:
-        """The pool's time relative to that of ``peer``, for the rows where it was measured."""
-        return [1 / row[part][peer]["ratio_to_pool"] for row in few if chosen(row) and peer in row[part]]
+    def pool_to(baseline: str, chosen: Callable[[dict[str, Any]], bool], part: str = "baselines") -> list[float]:
+        """The pool's time relative to that of ``baseline``, for the rows where it was measured."""
+        return [1 / row[part][baseline]["ratio_to_pool"] for row in few if chosen(row) and baseline in row[part]]
 
     return [
         at_most(
@@ -182,18 +174,13 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             0.50,
             [row["share_of_copy"] for row in products if row["n"] == row["k"] == 8192 and row["m"] <= 16],
         ),
-        at_most(
-            "compact pool against the pool, rows <= 32, 128x4 and 8x4: times",
-            1.03,
-            [row["peers"][COMPACT]["ratio_to_pool"] for row in few if row["rows"] <= 32 and COMPACT in row["peers"]],
-        ),
     ]
 
 
 def _floor(device: torch.device) -> dict[str, Callable[[], None]]:
-    """What a node costs at least."""
+    """The shortest nodes of a graph, by name."""
     floor: dict[str, Callable[[], None]] = {EMPTY_NODE: nodes.launch_empty}
-    if dependent := dependent_launch(device):  # as the quantizer is launched then
+    if dependent := dependent_launch(device):  # the quantizer is launched so too
         floor[DEPENDENT_NODE] = functools.partial(nodes.launch_empty, **dependent)
     out = torch.empty(132, dtype=torch.int32, device=device)
     return floor | {STORE_NODE: functools.partial(nodes.launch_store, out)}
@@ -201,7 +188,6 @@ def _floor(device: torch.device) -> dict[str, Callable[[], None]]:
 
 def _few_rows(
     pool: ScalePool,
-    compact: ScalePool,
     floor: Mapping[str, torch.cuda.CUDAGraph],
     extent: Extent,
     rows: int,
@@ -209,12 +195,11 @@ def _few_rows(
     layout: SfLayout,
 ) -> dict[str, Any]:
     x, global_scale = _activation(rows, k, pool.device)
-    every = peers(pool, compact)
+    every = baselines(pool)
     pool.reserve(rows, k, layout)
-    compact.reserve(rows, k, layout)
     graphs = {
-        name: timing.captured(_repeat(_call(peer, x, global_scale, layout), CALLS), pool)
-        for name, peer in every.items()
+        name: timing.captured(_repeat(_call(baseline, x, global_scale, layout), CALLS), pool)
+        for name, baseline in every.items()
     }
     replayed = timing.interleaved({**floor, **graphs}, extent.rounds, extent.replays)
     times = {name: [time / CALLS for time in samples] for name, samples in replayed.items()}
@@ -226,7 +211,7 @@ def _few_rows(
         "rows": rows,
         "k": k,
         "layout": short(layout),
-        "peers": {name: measured(name) for name in every},
+        "baselines": {name: measured(name) for name in every},
         "floor": {name: measured(name) for name in floor},
     }
 
@@ -235,12 +220,12 @@ def _many_rows(pool: ScalePool, copy: timing.Copy, extent: Extent, rows: int, k:
     layout = SfLayout.layout_128x4
     calls = -(-_BEYOND_L2 // (2 * rows * k))
     xs = [_activation(rows, k, pool.device) for _ in range(calls)]
-    peer = peers(pool)[POOL]
+    baseline = baselines(pool)[POOL]
     pool.reserve(rows, k, layout, calls)
 
     def step() -> None:
-        results = [peer.quantize(x, global_scale, layout) for x, global_scale in xs]
-        del results  # held until here, so that each is written to memory of its own
+        results = [baseline.quantize(x, global_scale, layout) for x, global_scale in xs]
+        del results  # held until here, so that each has its own memory
 
     graphs = {"copy": copy.graph, POOL: timing.captured(step, pool)}
     times = timing.interleaved(graphs, extent.rounds, extent.replays)
@@ -263,8 +248,8 @@ def _activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor
     return x, torch.tensor([448 * 6 / 5.0], device=device)
 
 
-def _call(peer: Peer, x: Tensor, global_scale: Tensor, layout: SfLayout) -> Callable[[], object]:
-    return functools.partial(peer.quantize, x, global_scale, layout if peer.layout is None else peer.layout)
+def _call(baseline: Baseline, x: Tensor, global_scale: Tensor, layout: SfLayout) -> Callable[[], object]:
+    return functools.partial(baseline.quantize, x, global_scale, layout if baseline.layout is None else baseline.layout)
 
 
 def _repeat(call: Callable[[], object], times: int) -> Callable[[], None]:

@@ -1,6 +1,6 @@
-"""Turns a pytest JUnit file into the summary that is committed beside the benchmark results.
+"""Turn a pytest JUnit file into the summary that is committed beside the benchmark results.
 
-pytest -m gpu --junitxml junit.xml; python benchmarks/summarize_tests.py junit.xml benchmarks/results/gpu-tests-h200.json
+pytest -m gpu --junitxml junit.xml; python -m benchmarks.summarize_tests junit.xml benchmarks/results/gpu-tests-h200.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How samples become the numbers of a benchmark's JSON, and numbers its targets."""
+"""Medians, quartiles and targets, as the JSON has them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """``{"us": median, "quartiles": [lower, upper]}`` of microseconds, one a round.
+    """``{"us": median, "quartiles": [lower, upper]}`` of microseconds, one per round.
 
-    Quartiles are interpolated between samples, the lowest and the highest being the ends (NumPy's default).
+    Quartiles are interpolated between samples; the lowest and the highest sample are the ends (NumPy's default).
     """
-    quarters = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
-    return {
-        "us": round(statistics.median(samples), 4),
-        "quartiles": [round(quarters[0], 4), round(quarters[2], 4)],
-    }
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else 3 * samples
+    return {"us": round(median, 4), "quartiles": [round(lower, 4), round(upper, 4)]}
 
 
 def at_most(name: str, target: float, values: Iterable[float]) -> dict[str, Any]:

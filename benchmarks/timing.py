@@ -1,4 +1,4 @@
-"""GPU time of CUDA graphs side by side: each round replays every graph, in an order of its own, so that drift meets all."""
+"""GPU time of CUDA graphs side by side: each round replays every graph, in a new order, so that drift affects all alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from safealloc.pool.pool import ScalePool
 
 
 def captured(step: Callable[[], object], pool: ScalePool) -> torch.cuda.CUDAGraph:
-    """A graph of one call of ``step``, with a graph memory pool of its own.
+    """A graph of one call of ``step``, with its own graph memory pool.
 
-    It is called once before, on the stream of the capture: that compiles its kernels and makes the pool's buffers. What
-    ``step`` holds lives as long as the graph, which itself keeps no memory but its own.
+    ``step`` is called once before, on the stream of the capture, to compile its kernels and make the pool's buffers. Its
+    tensors live as long as the graph, which by itself keeps only the memory of its own pool.
     """
     with torch.cuda.device(pool.device):
         stream = torch.cuda.Stream()
@@ -28,11 +28,11 @@ def captured(step: Callable[[], object], pool: ScalePool) -> torch.cuda.CUDAGrap
             step()
         with capture(pool=pool, stream=stream) as graph:
             step()
-    _read_by[graph] = step
+    _step_of[graph] = step
     return graph
 
 
-_read_by: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, Callable[[], object]] = weakref.WeakKeyDictionary()
+_step_of: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, Callable[[], object]] = weakref.WeakKeyDictionary()
 
 
 def interleaved(
@@ -42,9 +42,9 @@ def interleaved(
 
     Args:
         graphs: by name; at least one.
-        rounds: that count. One more goes before them, and is thrown away.
-        replays: of each graph in a round, one after the other between two events.
-        seed: of the order of the graphs, another in each round.
+        rounds: samples. One more round comes first and is discarded.
+        replays: of each graph per round, between two events.
+        seed: of the order of the graphs, which changes with each round.
     """
     numbers = random.Random(seed)
     order = list(graphs)
@@ -52,7 +52,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(rounds + 1):
         numbers.shuffle(order)
-        graphs[order[0]].replay()  # not timed: the first event must not wait for the host, as no other does
+        graphs[order[0]].replay()  # not timed: it keeps the device busy, so that no event waits for the host
         for name in order:
             start, end = events[name]
             start.record()
@@ -62,7 +62,7 @@ def interleaved(
         torch.cuda.synchronize()
         for name, (start, end) in events.items():
             times[name].append(1e3 * start.elapsed_time(end) / replays)
-    return {name: several[1:] for name, several in times.items()}
+    return {name: samples[1:] for name, samples in times.items()}
 
 
 def median(times: Sequence[float]) -> float:
@@ -82,11 +82,11 @@ def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy that only moves bytes, to measure others by.
+    """A copy, whose bandwidth others are compared with.
 
     Attributes:
         graph: of one copy.
-        nbytes: read and written by it, together.
+        nbytes: that it reads and writes, together.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -94,7 +94,7 @@ class Copy:
 
 
 def fastest_copy(pool: ScalePool) -> Copy:
-    """The copy of the size at which the device's own moves most bytes a second: the larger ones may be slower."""
+    """The copy with the highest bandwidth of a few sizes; larger ones may be slower."""
     copies = {}
     for size in _COPIED:
         source = torch.randint(256, (size,), dtype=torch.uint8, device=pool.device)
@@ -108,7 +108,7 @@ _COPIED = tuple(size << 20 for size in (128, 256, 512))  # bytes; far beyond an 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of the fastest copy on the device in a CUDA graph."""
+    """Bytes per second, read and written, of the fastest copy in a CUDA graph."""
     with torch.cuda.device(device), ScalePool(device) as pool:
         copy = fastest_copy(pool)
         return 1e6 * copy.nbytes / median(interleaved({"copy": copy.graph}, rounds=10, replays=10)["copy"])

@@ -1,17 +1,18 @@
 """Decode latency of the real vLLM engine with each scale allocator, side by side in one run.
 
-python benchmarks/vllm_decode.py [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
+python -m benchmarks.vllm_decode [--json benchmarks/results/vllm-decode-h200.json] [--rounds 3]
 
-One engine a process: a Llama of 8B shape with random NVFP4 weights, made on the spot. vLLM's own linear kernel runs with
-our Triton quantizer and GEMM behind vLLM's op names (tests/support/vllm_gpu_ops.py), so that the allocators differ and
-nothing else; the last row is our linear kernel, quantization and GEMM in one op, which is no comparison of allocators: the
-stand-in for vLLM's fused SiLU is in plain torch. All engines are started first, then measured in turn, so that drift meets
-all of them. Needs vLLM and a GPU of compute capability 8.9 or more.
+One engine per process: a model of Llama's 8B shape with random NVFP4 weights. vLLM's own linear kernel runs with our Triton
+quantizer and GEMM behind vLLM's op names (tests/support/vllm_gpu_ops.py), so that nothing but the allocator differs. The last
+row is our linear kernel, quantization and GEMM in one op. It is not a comparison of allocators, since the stand-in for
+vLLM's fused SiLU is plain torch. All engines are started first, then measured in turn, so that drift affects all of them
+alike. Needs vLLM and a GPU of compute capability 8.9 or more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from typing import Any
 import rich.progress
 import torch
 
-from safealloc.commands import report
+from safealloc.commands import machine, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
@@ -78,7 +79,7 @@ def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
         engine.stop()
     return {
         "benchmark": "vllm_decode",
-        "versions": report.versions() | {"vllm": facts["pool"]["vllm"]},
+        "versions": machine.versions() | {"vllm": facts["pool"]["vllm"]},
         "device": facts["pool"]["device"],
         "model": MODEL | {"layers": layers},
         "rounds": rounds,
@@ -90,7 +91,7 @@ def measure(rounds: int, prompts: int, layers: int) -> dict[str, Any]:
 
 
 def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
-    """Medians; ratios are medians of ratios within a round."""
+    """Medians; a ratio is the median of the ratios within a round."""
 
     def ratio(ours: list[float], theirs: list[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 4)
@@ -110,7 +111,7 @@ def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -
         }
         for batch in BATCHES
     ]
-    ours, theirs = ([time for several in kept["first_token"].values() for time in several] for kept in (times, own))
+    ours, theirs = (list(itertools.chain(*kept["first_token"].values())) for kept in (times, own))
     return {
         "batches": batches,
         "first_token_ms": round(1e3 * statistics.median(ours), 3),
@@ -119,21 +120,21 @@ def summary(times: dict[str, Any], own: dict[str, Any], empty: dict[str, Any]) -
 
 
 class Child:
-    """An engine in a process of its own, asked one thing at a time."""
+    """An engine in its own process, which answers one question at a time."""
 
     def __init__(self, name: str, request: dict[str, Any], environment: dict[str, str], *, layers: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
-        answers, theirs = os.pipe()
+        answers, child_end = os.pipe()
         request = {"name": name, **MODEL, "layers": layers, "sizes": BATCHES, "cudagraph_mode": "FULL", **request}
         request["engine"] = {"kv_cache_memory_bytes": 4 << 30, "max_num_batched_tokens": 2048}
         self.output = (self.folder / "output.txt").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", str(theirs)],
+            [sys.executable, __file__, "--child", str(child_end)],
             stdin=subprocess.PIPE,
             stdout=self.output,
             stderr=subprocess.STDOUT,
             text=True,
-            pass_fds=[theirs],
+            pass_fds=[child_end],
             cwd=self.folder,
             env={
                 **os.environ,
@@ -142,7 +143,7 @@ class Child:
                 **environment,
             },
         )
-        os.close(theirs)
+        os.close(child_end)
         self.answers = os.fdopen(answers)
         self.tell(request)
 
@@ -203,22 +204,22 @@ def child(descriptor: int) -> None:
 
 
 def watch_captures() -> list[dict[str, int] | None]:
-    """The nodes of each graph that is captured from now on, by type."""
+    """Node counts by type of each graph that is captured from now on."""
     from safealloc.pool import driver
-    from safealloc.pool.capture import _nodes
+    from safealloc.pool.capture import node_counts
 
-    seen: list[dict[str, int] | None] = []
-    leave = torch.cuda.graph.__exit__
+    counts: list[dict[str, int] | None] = []
+    original_exit = torch.cuda.graph.__exit__
 
-    def leave_and_note(self: Any, *given: Any) -> Any:
+    def exit_and_count(self: Any, *given: Any) -> Any:
         under_way = driver.under_way(torch.cuda.current_stream().cuda_stream)
-        nodes = None if under_way is None else _nodes(under_way)
-        result = leave(self, *given)
-        seen.append(nodes)
+        nodes = None if under_way is None else node_counts(under_way)
+        result = original_exit(self, *given)
+        counts.append(nodes)
         return result
 
-    torch.cuda.graph.__exit__ = leave_and_note
-    return seen
+    torch.cuda.graph.__exit__ = exit_and_count
+    return counts
 
 
 def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, dict[str, int] | None]) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def generate(engine: Any, lengths: list[int], tokens: int) -> float:
 
 
 class Replays:
-    """GPU time of each graph that vLLM replays meanwhile, by events around it."""
+    """Inside, events around each graph that vLLM replays measure its GPU time."""
 
     def __enter__(self) -> Replays:
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

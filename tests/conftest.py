@@ -1,11 +1,66 @@
-"""What the markers need: a test whose hardware or package is not there is skipped with the reason, never silently."""
+"""Which tests run on this machine, in how many processes, and what the end of the run says about those that did not.
+
+A test whose hardware or package is missing is skipped with the reason. Tests marked slow run where ``-m`` or ``--slow`` asks
+for them, or where they are named (``file.py::test``).
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+
+_LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
+
+
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // PROCESSES))  # of all processes together: one per core
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the number
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run in one process per core, where nothing else was asked for and no GPU would be shared."""
+    parallel = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    if parallel and config.option.numprocesses is None and not _names_tests(config) and not torch.cuda.is_available():
+        config.option.numprocesses = "auto"
+
+
+def _names_tests(config: pytest.Config) -> bool:
+    return any("::" in argument for argument in config.args)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_slow(config, items)
+    _skip_what_cannot_run(items)
+
+
+def _leave_out_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.slow or config.option.markexpr or _names_tests(config):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
+    _note_left_out(config, len(slow))
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist: every one collects all tests
+        config.workeroutput["slow"] = len(slow)
+
+
+def _note_left_out(config: pytest.Config, count: int) -> None:
+    config.stash[_LEFT_OUT] = count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _note_left_out(node.config, getattr(node, "workeroutput", {}).get("slow", 0))
 
 
 def _refusal(marker: str) -> str | None:
@@ -22,7 +77,7 @@ def _refusal(marker: str) -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _skip_what_cannot_run(items: list[pytest.Item]) -> None:
     reasons: dict[str, str | None] = {}
     for item in items:
         for marker in ("gpu", "vllm_engine", "sm100"):
@@ -34,3 +89,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
                 break
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for each reason why something did not run."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+    left_out = config.stash.get(_LEFT_OUT, 0)
+    if not reasons and not left_out:
+        return
+    terminalreporter.section("not run")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5} {reason}")
+    if left_out:
+        terminalreporter.line(f"{left_out:5} marked slow: pytest -m slow runs them, pytest --slow runs all tests")

@@ -1,4 +1,4 @@
-"""Whether padding reaches a GEMM's real outputs, and in which layout it reads the scales."""
+"""Whether padding reaches a GEMM's valid outputs, and in which layout it reads the scales."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from safealloc.audit.findings import (
     WRONG_RESULT,
     Change,
     ConsumerFinding,
+    first_line,
     indices,
     spans,
 )
 from safealloc.audit.probing import Consumer, probe, scales_in
 from safealloc.audit.producers import activation, synchronize
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import SfLayout, checked_layout
 from safealloc.kernels import reference
 
 CONSUMER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 480), (40, 512), (130, 512))
-"""``(m, k)``: in and across tiles, with 0 and 2 padding columns; k a multiple of 32, as vendors' GEMMs want it."""
+"""``(m, k)``: within one tile and across tiles, with 0 and 2 padding columns; k a multiple of 32, as vendors require."""
 
-POISON = {0x7F: "NaN", 0x38: "1.0", 0x7E: "448"}
+POISON = {NAN_SCALE: "NaN", 0x38: "1.0", 0x7E: "448"}
 """Bytes that padding is filled with, and what they are as e4m3."""
 
 TOLERANCE = 0.02
-"""Largest difference to the reference over the largest correct output: a bfloat16 result has 0.004 of rounding."""
+"""Largest allowed difference to the reference, over the largest correct output; rounding to bfloat16 is 0.004 of it."""
 
-_N = 128
+_N = 128  # rows of the weight
 _CLEAN_RUNS = 3
 
 
@@ -54,7 +55,7 @@ def audit_consumer(
         fn: called as ``fn(a, b, a_descale, b_descale, alpha, layout)`` with what ``mm_fp4`` takes: a uint8 ``[m, k // 2]``;
             b the weight uint8 ``[n, k // 2]`` transposed, with n = 128 and not shuffled; a_descale uint8
             ``[padded_rows, padded_cols]`` in ``layout``; b_descale the weight's scales in layout_128x4, uint8, transposed;
-            alpha float32 of one element; ``layout`` what it is to read ``a_descale`` in. Returns the product ``[m, n]``,
+            alpha float32 of one element; ``layout`` the order of ``a_descale``. Returns the product ``[m, n]``,
             ``alpha * a @ b``, of a floating dtype.
         name: what the findings call it; ``None`` is the function's own.
         layout: the order of ``a_descale``.
@@ -62,9 +63,9 @@ def audit_consumer(
         device: of the tensors; ``None`` is the current CUDA device, or the CPU where there is none.
 
     Returns:
-        A finding a shape. What is right, the same call with clean padding tells, which is itself held against the
-        reference. An output counts as changed where it does so in both of two runs, by more than four times what equal
-        calls with clean padding differ by.
+        One finding for each shape. Outputs with poisoned padding are compared with those of the same call with clean
+        padding, and these with the reference. An output counts as changed if it differs in both of two runs, by more than
+        four times the difference between identical calls with clean padding.
     """
     layout, where = checked_layout(layout), checked_device(device)
     name = str(getattr(fn, "__name__", fn)) if name is None else name
@@ -74,8 +75,7 @@ def audit_consumer(
         try:
             found.append(_one(fn, name, layout, rows, k, where))
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            found.append(ConsumerFinding(name, layout, rows, k, CANNOT_RUN, why))
+            found.append(ConsumerFinding(name, layout, rows, k, CANNOT_RUN, first_line(error)))
     return found
 
 
@@ -104,7 +104,7 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
     room = max(other.nbytes(rows, k) for other in SfLayout)
 
     def run(scales: Tensor) -> Tensor:
-        # In more memory, of zeros: a GEMM that takes the buffer for one of another layout reads beyond it.
+        # Zeros follow the buffer: a GEMM that expects another layout reads beyond its end.
         memory = torch.zeros(room, dtype=torch.uint8, device=device)
         memory[: scales.numel()] = scales.view(-1)
         out = fn(a.clone(), b, scales_in(memory, layout, rows, k), b_descale, alpha, layout)
@@ -119,13 +119,16 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
     noise = max(_largest(out - outs[0]) for out in outs[1:])
     error = _largest(outs[0] - right)
     seen = probe(fn, layout, rows, k, device)
+    padded_rows, padded_cols = layout.padded_shape(rows, k)
+    offsets = layout.offsets(padded_rows, padded_cols * BLOCK_SIZE, device)
+    paddings = offsets[rows:].flatten(), offsets[:rows, k // BLOCK_SIZE :].flatten()
     changes = []
-    for kind, padding in _padding(layout, rows, k, device).items():
+    for kind, padding in zip(KINDS, paddings, strict=True):
         for byte in POISON if len(padding) else ():
             poisoned = clean.clone()
             poisoned.view(-1)[padding] = byte
             change = _change(kind, byte, run(poisoned), outs[0], noise, scale)
-            if change.rows:  # and again: what differs between equal calls now and then does not in the same rows
+            if change.rows:  # run again: occasional differences between identical calls do not repeat in the same rows
                 again = _change(kind, byte, run(poisoned), outs[0], noise, scale)
                 change = replace(change, rows=tuple(row for row in change.rows if row in again.rows))
             if change.rows:
@@ -134,42 +137,33 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
     finite = bool(outs[0].isfinite().all())
     if not finite or error > TOLERANCE * scale:
         verdict = WRONG_RESULT
-        words.insert(0, f"with clean padding {f'off by {error / scale:.2g}' if finite else 'not finite'}")
+        words.insert(0, f"with clean padding the result is {f'off by {error / scale:.2g}' if finite else 'not finite'}")
         if layout not in seen.reads:
             words.insert(0, str(seen))
             if seen.reads or bool((seen.offsets >= 0).all()):
                 verdict = WRONG_LAYOUT
-    elif layout not in seen.reads:  # such as a GEMM of no exact products: its results show that it reads what it should
-        words.append("in which layout, probing does not tell")
+    elif layout not in seen.reads:  # as of inexact products, though the result shows that it reads the right scales
+        words.append("the probe cannot tell its layout")
     if noise:
-        words.append(f"equal calls differ by {noise / scale:.2g}")
+        words.append(f"identical calls differ by {noise / scale:.2g}")
     return ConsumerFinding(
         name, layout, rows, k, verdict, "; ".join(words), tuple(changes), seen.reads, error / scale, noise / scale
     )
 
 
-def _padding(layout: SfLayout, rows: int, k: int, device: torch.device) -> dict[str, Tensor]:
-    """Flat offsets of the padding bytes of each kind."""
-    padded_rows, padded_cols = layout.padded_shape(rows, k)
-    offsets = layout.offsets(padded_rows, padded_cols * BLOCK_SIZE, device)
-    return dict(zip(KINDS, (offsets[rows:].reshape(-1), offsets[:rows, k // BLOCK_SIZE :].reshape(-1)), strict=True))
-
-
 def _change(kind: str, byte: int, out: Tensor, clean: Tensor, noise: float, scale: float) -> Change:
     difference = out - clean
-    changed = ~(difference.abs() <= 4 * noise)  # not finite counts
+    changed = ~(difference.abs() <= 4 * noise)  # NaN counts as changed
     largest = _largest(difference[out.isfinite()]) if bool(out.isfinite().any()) else 0.0
     return Change(kind, byte, indices(changed.any(1)), int((~out.isfinite()).any(1).sum()), largest / scale)
 
 
 def _words(change: Change, rows: int) -> str:
-    how = f"{change.nan_rows} not finite" if change.nan_rows else ""
+    how = [f"{change.nan_rows} not finite"] if change.nan_rows else []
     if change.largest:
-        how += f"{', ' if how else ''}by up to {change.largest:.2g} of the largest output"
-    return (
-        f"{POISON[change.byte]} in padding {change.kind} changes {len(change.rows)} of {rows} rows "
-        f"({spans(change.rows)}): {how}"
-    )
+        how.append(f"by up to {change.largest:.2g} of the largest output")
+    changed = f"{POISON[change.byte]} in padding {change.kind} changes {len(change.rows)} of {rows} rows"
+    return f"{changed} ({spans(change.rows)}): {', '.join(how)}"
 
 
 def _largest(difference: Tensor) -> float:

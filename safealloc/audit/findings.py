@@ -25,14 +25,55 @@ WRONG_RESULT = "wrong result"
 
 CANNOT_RUN = "cannot run"
 
+LEGEND = {
+    ZEROES: "every padding byte is zero afterwards",
+    NO_PADDING: "these shapes have no padding in this layout",
+    LEAVES: "padding bytes keep their old contents; a pool keeps them at zero",
+    DIRTIES: "writes nonzero bytes into padding, where a pool does not help",
+    BEYOND: "writes outside the buffers that it was given",
+    WRONG_SCALES: "scales are over one e4m3 step off the reference, or misplaced",
+    WRONG_DATA: "values are over one e2m1 step off the reference",
+    ISOLATES: "no padding byte changes a valid output",
+    READS: "padding bytes change valid outputs; safe where they are zero",
+    WRONG_LAYOUT: "reads the scales in another layout than it was told",
+    WRONG_RESULT: "the result is wrong even with zero padding",
+    CANNOT_RUN: "for the reason in the details",
+}
+"""What each verdict means."""
+
 SAFE_PRODUCER = (ZEROES, NO_PADDING)
 POOL_PRODUCER = (*SAFE_PRODUCER, LEAVES)
 SAFE_CONSUMER = (ISOLATES,)
 POOL_CONSUMER = (*SAFE_CONSUMER, READS)
-"""The verdicts that are all right: on memory that anybody wrote before, and with padding that a pool keeps at zero."""
+"""The verdicts that are all right: on memory with any contents, and with padding that a pool keeps at zero."""
 
 KINDS = ("rows", "columns")
-"""Padding rows are whole scale rows behind the matrix; padding columns lie beside its real rows."""
+"""Padding rows are whole scale rows below the matrix; padding columns lie to the right of its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of a producer or a consumer at one shape.
+
+    Attributes:
+        name, layout, rows, k: what was run; the layout is the one it was told.
+        verdict: one of ``LEGEND``, the worst that applies.
+        details: why, in words.
+    """
+
+    name: str
+    layout: SfLayout
+    rows: int
+    k: int
+    verdict: str
+    details: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layout": short(self.layout)}
+
+    def __str__(self) -> str:
+        details = f" ({self.details})" if self.details else ""
+        return f"{self.name}, {short(self.layout)}, {self.rows} x {self.k}: {self.verdict}{details}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +90,17 @@ class PaddingState:
 
 
 @dataclass(frozen=True, slots=True)
-class ProducerFinding:
+class ProducerFinding(Finding):
     """One producer at one shape.
 
     Attributes:
-        name, layout, rows, k: what was run.
-        verdict: one of the verdicts above, the worst that applies.
-        details: why, in words.
         padding_rows, padding_columns: what became of them; ``None`` where it could not run.
         beyond: bytes written outside the scale and data buffers.
-        scales_off: real scales that are one e4m3 step off the reference's; more than a step is a verdict.
+        scales_off: valid scales that are one e4m3 step off the reference's; more than a step is a verdict.
         data_off: e2m1 values that are one step off.
         returned: whether it allocated its results by itself.
     """
 
-    name: str
-    layout: SfLayout
-    rows: int
-    k: int
-    verdict: str
-    details: str
     padding_rows: PaddingState | None = None
     padding_columns: PaddingState | None = None
     beyond: int = 0
@@ -83,23 +115,17 @@ class ProducerFinding:
 
     @property
     def dirties(self) -> frozenset[str]:
-        """Kinds of padding in which it wrote something else than zero."""
+        """Kinds of padding in which it wrote something other than zero."""
         return frozenset(kind for kind, state in self._states() if state.dirtied)
 
     def _states(self) -> list[tuple[str, PaddingState]]:
         both = zip(KINDS, (self.padding_rows, self.padding_columns), strict=True)
         return [(kind, state) for kind, state in both if state is not None]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layout": short(self.layout)}
-
-    def __str__(self) -> str:
-        return _words(self.name, self.layout, self.rows, self.k, self.verdict, self.details)
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Real outputs that changed when padding was poisoned.
+    """Valid outputs that changed when padding was poisoned.
 
     Attributes:
         kind: "rows" or "columns".
@@ -117,26 +143,17 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class ConsumerFinding:
+class ConsumerFinding(Finding):
     """One consumer at one shape.
 
     Attributes:
-        name, layout, rows, k: what was run; the layout is the one it was told.
-        verdict: one of the verdicts above, the worst that applies.
-        details: why, in words.
         changes: what poisoned padding changed.
-        reads: layouts in which it reads the scales, as far as this shape tells them apart; empty: none that is known, or
+        reads: layouts in which it reads the scales, as far as this shape tells them apart; empty: no known one, or
             ``None`` where it could not run.
         error: largest difference to the reference with clean padding, over the largest correct output.
         noise: largest difference between runs on the same operands, in the same unit.
     """
 
-    name: str
-    layout: SfLayout
-    rows: int
-    k: int
-    verdict: str
-    details: str
     changes: tuple[Change, ...] = ()
     reads: tuple[SfLayout, ...] | None = None
     error: float = 0.0
@@ -144,58 +161,37 @@ class ConsumerFinding:
 
     @property
     def reads_padding(self) -> frozenset[str]:
-        """Kinds of padding that reach a real output."""
+        """Kinds of padding that reach a valid output."""
         return frozenset(change.kind for change in self.changes)
 
     def as_dict(self) -> dict[str, Any]:
-        reads = None if self.reads is None else [short(layout) for layout in self.reads]
-        return {**asdict(self), "layout": short(self.layout), "reads": reads}
-
-    def __str__(self) -> str:
-        return _words(self.name, self.layout, self.rows, self.k, self.verdict, self.details)
+        return {**Finding.as_dict(self), "reads": None if self.reads is None else [short(one) for one in self.reads]}
 
 
-Finding = ProducerFinding | ConsumerFinding
+def table_rows(findings: Iterable[Finding]) -> list[tuple[tuple[str, ...], bool]]:
+    """Rows of name, layout, shapes, verdict and details, each with whether it is safe on memory with any contents.
 
-
-def _words(name: str, layout: SfLayout, rows: int, k: int, verdict: str, details: str) -> str:
-    return f"{name}, {short(layout)}, {rows} x {k}: {verdict}{f' ({details})' if details else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Findings of the same name, layout and verdict: a row of the table.
-
-    Attributes:
-        findings: at least one; the longest details stand for all.
+    Findings of the same name, layout and verdict are one row, with the longest of their details.
     """
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def fine(self) -> bool:
-        return self.findings[0].verdict in (*SAFE_PRODUCER, *SAFE_CONSUMER, CANNOT_RUN)
-
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """Name, layout, shapes, verdict, details."""
-        first = self.findings[0]
-        shapes = ", ".join(f"{found.rows}x{found.k}" for found in self.findings)
-        most = max(self.findings, key=lambda found: len(found.details))
-        details = most.details
-        if len({found.details for found in self.findings}) > 1:
-            details = f"{most.rows}x{most.k}: {details}"
-        return first.name, short(first.layout), shapes, first.verdict, details
+    merged: dict[tuple[str, SfLayout, str, str], list[Finding]] = {}
+    for found in findings:
+        reason = found.details if found.verdict == CANNOT_RUN else ""
+        merged.setdefault((found.name, found.layout, found.verdict, reason), []).append(found)
+    rows: list[tuple[tuple[str, ...], bool]] = []
+    for (name, layout, verdict, _), same in merged.items():
+        longest = max(same, key=lambda found: len(found.details))
+        details = longest.details
+        if any(found.details != details for found in same):
+            details = f"{longest.rows}x{longest.k}: {details}"
+        shapes = ", ".join(f"{found.rows}x{found.k}" for found in same)
+        fine = verdict in (*SAFE_PRODUCER, *SAFE_CONSUMER, CANNOT_RUN)
+        rows.append(((name, short(layout), shapes, verdict, details), fine))
+    return rows
 
 
-def groups(findings: Iterable[Finding]) -> list[Group]:
-    """Findings merged where they say the same."""
-    found: dict[tuple[Any, ...], list[Finding]] = {}
-    for finding in findings:
-        key: tuple[Any, ...] = (type(finding), finding.name, finding.layout, finding.verdict)
-        if finding.verdict == CANNOT_RUN:  # the reason is all that there is to it
-            key = (*key, finding.details)
-        found.setdefault(key, []).append(finding)
-    return [Group(tuple(same)) for same in found.values()]
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -1,9 +1,9 @@
-"""Where a GEMM really reads each scale: the layout it has, recovered from its outputs alone.
+"""At which offset a GEMM reads each scale, and so in which layout, recovered from its outputs alone.
 
-With data of 1.0 everywhere and a weight whose row ``j`` is 1.0 at one place of scale block ``j`` and zero elsewhere, output
-``(row, j)`` is the scale that the GEMM took for ``(row, j)``. Each byte of the buffer is given a number, its offset, one
-digit a run, with e4m3 values for digits: all of them are exact in bfloat16 and float16. So a few runs tell of every real
-scale at which offset it was read, where changing one byte at a time would take a run a byte.
+All data is 1.0, and row ``j`` of the weight is 1.0 at one place of scale block ``j`` and zero elsewhere, so that output
+``(row, j)`` is the scale that the GEMM read for ``(row, j)``. The scale bytes spell out their own offsets, one digit a run,
+with e4m3 values as digits, which are exact in bfloat16 and float16. A few runs tell the offset of every valid scale, where
+changing one byte at a time would take one run for each byte.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import SfLayout, short
 
 Consumer = Callable[..., Tensor]
 """``fn(a, b, a_descale, b_descale, alpha, layout) -> out``; see :func:`safealloc.audit.audit_consumer`."""
 
-ALPHABET = tuple(range(0x08, 0x7F))
+ALPHABET = tuple(range(0x08, NAN_SCALE))
 """Bytes of all normal positive e4m3 values, 2**-6 to 448."""
 
 ONE = 0x38
@@ -33,8 +33,8 @@ class Probe:
 
     Attributes:
         layout: what the GEMM was told.
-        offsets: int64 ``[rows, k // 16]``: the byte it read for each scale, or -1 where the output is no single scale.
-        reads: layouts that read so; more than one where the shape does not tell them apart, none if no layout does.
+        offsets: int64 ``[rows, k // 16]``: the byte it read for each scale, or -1 where the output is not one scale.
+        reads: layouts with these offsets; more than one where the shape does not tell them apart, and there may be none.
     """
 
     layout: SfLayout
@@ -49,10 +49,10 @@ class Probe:
         expected = self.layout.offsets(rows, cols * BLOCK_SIZE)
         row, column = (int(index) for index in (self.offsets != expected).nonzero()[0])
         byte = int(self.offsets[row, column])
-        read = "no single scale" if byte < 0 else f"byte {byte}"
-        named = " or ".join(short(layout) for layout in self.reads) or "none that is known"
+        read = "no single byte" if byte < 0 else f"byte {byte}"
+        named = " or ".join(short(layout) for layout in self.reads) or "no known layout"
         return (
-            f"reads {named}: for row {row}, column {column} it takes {read}, in {short(self.layout)} that scale is byte "
+            f"reads {named}: it takes {read} for row {row}, column {column}; in {short(self.layout)} that scale is byte "
             f"{int(expected[row, column])}"
         )
 
@@ -73,28 +73,28 @@ def probe(
         layout: what it is told.
         rows, k: of the activation.
         device: of the tensors.
-        alphabet: bytes of distinct normal e4m3 values to number the scale bytes with, at least 2; the more, the fewer runs.
+        alphabet: the digits, at least 2 bytes of distinct normal e4m3 values; the more, the fewer runs.
     """
     a, b, b_descale, alpha = _operands(rows, k, device)
     numbers = torch.arange(max(other.nbytes(rows, k) for other in SfLayout))
-    real = torch.zeros_like(numbers, dtype=torch.bool)
-    real[layout.offsets(rows, k)] = True
+    valid = torch.zeros_like(numbers, dtype=torch.bool)
+    valid[layout.offsets(rows, k)] = True
     offsets = torch.empty(0)
-    for only_real in (False, True):  # a padding byte that leaks into an output hides what else was read: then without
+    for only_valid in (False, True):  # padding that leaks into an output hides what was read, so try again with it zero
         decoded = torch.zeros(rows, k // BLOCK_SIZE, dtype=torch.int64)
         unknown = torch.zeros_like(decoded, dtype=torch.bool)
         step = 1
         while step < len(numbers):
             digits = torch.tensor(alphabet, dtype=torch.uint8)[numbers // step % len(alphabet)]
-            memory = torch.where(real, digits, 0) if only_real else digits
+            memory = torch.where(valid, digits, 0) if only_valid else digits
             out = fn(a.clone(), b, scales_in(memory.to(device), layout, rows, k), b_descale, alpha, layout)
             digit = _digits(out[:, : k // BLOCK_SIZE].float().cpu(), alphabet)
             unknown |= digit < 0
             decoded += digit * step
             step *= len(alphabet)
         decoded[unknown] = -1
-        offsets = offsets if only_real else decoded
-        candidates = (layout,) if only_real else tuple(SfLayout)
+        offsets = offsets if only_valid else decoded
+        candidates = (layout,) if only_valid else tuple(SfLayout)
         reads = tuple(other for other in candidates if torch.equal(other.offsets(rows, k), decoded))
         if reads:
             return Probe(layout, decoded, reads)

@@ -16,6 +16,7 @@ from safealloc.audit.findings import (
     BEYOND,
     CANNOT_RUN,
     DIRTIES,
+    KINDS,
     LEAVES,
     NO_PADDING,
     WRONG_DATA,
@@ -23,10 +24,11 @@ from safealloc.audit.findings import (
     ZEROES,
     PaddingState,
     ProducerFinding,
+    first_line,
     indices,
     spans,
 )
-from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.formats.layout import SfLayout, checked_layout, short
 from safealloc.kernels import reference
 from safealloc.pool.memory import PrivateMemory
@@ -35,47 +37,44 @@ Producer = Callable[..., Any]
 """``fn(x, global_scale, x_fp4, scales, layout)``; see :func:`audit_producer`."""
 
 PRODUCER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 720), (128, 512), (130, 208))
-"""``(rows, k)``: in and across tiles, with 0, 1, 2 and 3 padding columns."""
+"""``(rows, k)``: within one tile and across tiles, with 0, 1, 2 and 3 padding columns."""
 
 _SENTINELS = (0xA5, 0x5B)
-_FILL = (0xFF, 0x7F)  # bytes that torch.empty holds under deterministic algorithms, by its dtype
+_FILL = (0xFF, NAN_SCALE)  # what torch.empty holds under deterministic algorithms, as uint8 and as e4m3
 _MIB = 1 << 20
-_GUARD = 4096  # bytes on either side, which keep 512-byte alignment
+_GUARD = 4096  # bytes on either side, a multiple of the allocator's alignment of 512
 
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """A buffer in the middle of memory that is the sentinel throughout."""
+    """A buffer in the middle of memory that is filled with the sentinel."""
 
     memory: Tensor
-    nbytes: int
+    buffer: Tensor
     sentinel: int
 
     @classmethod
-    def make(cls, nbytes: int, sentinel: int, device: torch.device) -> _Guarded:
+    def make(cls, shape: tuple[int, int], sentinel: int, device: torch.device) -> _Guarded:
+        nbytes = shape[0] * shape[1]
         memory = torch.full((_GUARD + nbytes + _GUARD,), sentinel, dtype=torch.uint8, device=device)
-        return cls(memory, nbytes, sentinel)
-
-    @property
-    def buffer(self) -> Tensor:
-        return self.memory[_GUARD : _GUARD + self.nbytes]
+        return cls(memory, memory[_GUARD : _GUARD + nbytes].view(shape), sentinel)
 
     def beyond(self) -> list[int]:
-        """Offsets from the buffer's first byte, outside it, where the sentinel is gone."""
+        """Offsets from the buffer's first byte of the bytes outside it that were written."""
         changed = self.memory != self.sentinel
-        changed[_GUARD : _GUARD + self.nbytes] = False
+        changed[_GUARD:-_GUARD] = False
         return [index - _GUARD for index in indices(changed)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What one call left: the data, all scale bytes, and what lay outside."""
+    """What one call wrote."""
 
-    data: Tensor
-    scales: Tensor
-    returned: bool
-    beyond: list[str]
-    outside: int
+    data: Tensor  # [rows, k // 2]
+    scales: Tensor  # flat, padding included
+    returned: bool  # both are the producer's own buffers
+    beyond: list[str]  # what was written outside the given buffers, in words
+    outside: int  # and how many bytes
 
 
 def audit_producer(
@@ -92,8 +91,8 @@ def audit_producer(
     Args:
         fn: called as ``fn(x, global_scale, x_fp4, scales, layout)``: x bfloat16 ``[rows, k]``, global_scale float32 of one
             element (what scales are multiplied by), x_fp4 uint8 ``[rows, k // 2]`` and scales uint8
-            ``[padded_rows, padded_cols]``, both to be written. One that allocates by itself ignores those two and returns
-            its own ``(x_fp4, scales)``.
+            ``[padded_rows, padded_cols]``, both to be written. A function that allocates its results ignores those two and
+            returns its own ``(x_fp4, scales)``.
         name: what the findings call it; ``None`` is the function's own.
         layout: the order it writes scales in.
         shapes: ``(rows, k)`` each; ``None`` is ``PRODUCER_SHAPES``.
@@ -101,25 +100,23 @@ def audit_producer(
         of: what a fused producer quantizes, in plain torch, as a function of x; ``None`` is x.
 
     Returns:
-        A finding a shape. Scales one e4m3 step off and data one e2m1 step off the reference are counted, not held against
-        it, since vendors use approximate reciprocals.
+        One finding for each shape. Scales one e4m3 step off the reference and data one e2m1 step off are counted and
+        allowed, since vendors use approximate reciprocals.
 
-    A producer is run twice over two different sentinel bytes, so that it cannot hide by writing one of them. Memory that it
-    allocates by itself is brought into a known state by ``torch.use_deterministic_algorithms``, under which ``torch.empty``
-    holds 0xFF and 0x7F, and on CUDA the second time by a memory pool that is filled with the sentinel. What such a producer
-    writes outside its buffers is not seen, and where it gets no memory of that pool, or there is none, one that writes 0xFF
-    or 0x7F counts as leaving.
+    A producer runs over two different sentinel bytes in turn, since it may write one of them itself. Memory that it allocates
+    is filled by ``torch.use_deterministic_algorithms``, under which ``torch.empty`` holds 0xFF or 0x7F, and in the second
+    run on CUDA by a memory pool that is filled with the sentinel. Writes outside buffers that it allocates are not detected.
+    Where its memory does not come from that pool, padding that it fills with 0xFF or 0x7F counts as left.
     """
     layout, where = checked_layout(layout), checked_device(device)
     name = str(getattr(fn, "__name__", fn)) if name is None else name
     found = []
     for rows, k in PRODUCER_SHAPES if shapes is None else shapes:
-        layout.padded_shape(rows, k)  # a shape that is none is the caller's mistake, not the producer's
+        layout.padded_shape(rows, k)  # raises for an invalid shape, which is the caller's mistake
         try:
             found.append(_one(fn, name, layout, rows, k, where, of))
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            found.append(ProducerFinding(name, layout, rows, k, CANNOT_RUN, why))
+            found.append(ProducerFinding(name, layout, rows, k, CANNOT_RUN, first_line(error)))
     return found
 
 
@@ -147,26 +144,22 @@ def _one(
     nbytes = layout.nbytes(rows, k)
     for run in runs:
         if run.scales.numel() != nbytes or run.data.shape != (rows, k // 2):
-            why = (
-                f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}, where {short(layout)} has "
-                f"{nbytes} and {(rows, k // 2)}"
-            )
+            got = f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}"
+            why = f"{got}, where {short(layout)} has {nbytes} and {(rows, k // 2)}"
             return ProducerFinding(name, layout, rows, k, WRONG_SCALES, why, returned=returned)
-    quantized = x if of is None else of(x)
-    data, linear = reference.encode(quantized, global_scale.reshape(()))
-    scale_steps = torch.stack([_scale_steps(layout.unswizzle(run.scales, rows, k), linear) for run in runs]).amax(0)
+    data, linear = reference.encode(x if of is None else of(x), global_scale.reshape(()))
+    scale_steps = _scale_steps(runs, layout, linear)
     data_steps = torch.stack([_data_steps(run.data, data) for run in runs]).amax(0)
     rows_state, columns_state, words = _padding(runs, layout, rows, k)
     scales_off, data_off = int((scale_steps == 1).sum()), int((data_steps == 1).sum())
     if scales_off or data_off:
-        words.append(
-            f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values are one step off the reference"
-        )
+        off = f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values"
+        words.append(f"{off} are one step off the reference")
     outside = max(run.outside for run in runs)
     verdict = NO_PADDING if nbytes == linear.numel() else ZEROES
-    if (rows_state.left, columns_state.left) != (0, 0):
+    if rows_state.left or columns_state.left:
         verdict = LEAVES
-    if (rows_state.dirtied, columns_state.dirtied) != (0, 0):
+    if rows_state.dirtied or columns_state.dirtied:
         verdict = DIRTIES
     if bool((data_steps > 1).any()):
         verdict = WRONG_DATA
@@ -177,26 +170,14 @@ def _one(
     if outside:
         verdict = BEYOND
         words[:0] = next(run.beyond for run in runs if run.outside)
-    return ProducerFinding(
-        name,
-        layout,
-        rows,
-        k,
-        verdict,
-        "; ".join(words),
-        rows_state,
-        columns_state,
-        outside,
-        scales_off,
-        data_off,
-        returned,
-    )
+    numbers = (rows_state, columns_state, outside, scales_off, data_off, returned)
+    return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers)
 
 
 def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int, *, first: bool) -> _Run:
-    """One call over memory that is the sentinel; ``first`` or on a CPU with deterministic memory for what it allocates."""
+    """One call over memory that holds the sentinel; ``torch.empty`` is filled in the first call and on a CPU."""
     if first or not x.is_cuda:
-        with contextlib.suppress(Exception), _known_memory():  # some dtypes cannot be filled
+        with contextlib.suppress(Exception), _known_memory():  # there are dtypes that PyTorch cannot fill
             return _call(fn, x, global_scale, layout, sentinel)
     with _memory_of(sentinel, (2 * x.numel(), x.numel() // 2, layout.nbytes(*x.shape)), x.device):
         return _call(fn, x, global_scale, layout, sentinel)
@@ -204,42 +185,33 @@ def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentin
 
 def _call(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int) -> _Run:
     rows, k = x.shape
-    data = _Guarded.make(rows * k // 2, sentinel, x.device)
-    scales = _Guarded.make(layout.nbytes(rows, k), sentinel, x.device)
-    result = fn(
-        x.clone(),
-        global_scale.clone(),
-        data.buffer.view(rows, k // 2),
-        scales.buffer.view(layout.padded_shape(rows, k)),
-        layout,
-    )
+    data = _Guarded.make((rows, k // 2), sentinel, x.device)
+    scales = _Guarded.make(layout.padded_shape(rows, k), sentinel, x.device)
+    result = fn(x.clone(), global_scale.clone(), data.buffer, scales.buffer, layout)
     synchronize(x.device)
     beyond, outside = [], 0
     for what, guarded in (("scales", scales), ("data", data)):
-        offsets = guarded.beyond()
-        outside += len(offsets)
-        if offsets:
-            beyond.append(
-                f"{len(offsets)} bytes written outside the {guarded.nbytes} of the {what}, at {spans(offsets)}"
-            )
+        if offsets := guarded.beyond():
+            outside += len(offsets)
+            size = guarded.buffer.numel()
+            beyond.append(f"{len(offsets)} bytes written outside the {size} of the {what}, at {spans(offsets)}")
     returned = result is not None and result[1].data_ptr() != scales.buffer.data_ptr()
-    if returned:
-        x_fp4, their_scales = (tensor.view(torch.uint8) for tensor in result)
-        return _Run(x_fp4.reshape(rows, -1).clone(), their_scales.reshape(-1).clone(), True, beyond, outside)
-    return _Run(data.buffer.view(rows, k // 2).clone(), scales.buffer.clone(), False, beyond, outside)
+    wrote = result if returned else (data.buffer, scales.buffer)
+    x_fp4, scale_bytes = (tensor.view(torch.uint8).clone() for tensor in wrote)
+    return _Run(x_fp4.reshape(rows, -1), scale_bytes.reshape(-1), returned, beyond, outside)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait, so that what a kernel did wrong is raised where it was called."""
+    """Wait, so that a kernel's error is raised where it was called."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
 def _known_memory() -> Iterator[None]:
-    """``torch.empty`` filled with ``_FILL``, on any device."""
+    """``torch.empty`` is filled with ``_FILL``, on any device."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic: Any = torch.utils.deterministic  # a module whose attributes are made when it is imported
+    deterministic: Any = torch.utils.deterministic  # mypy does not see its attributes
     fill = deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -254,10 +226,10 @@ def _known_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_of(byte: int, sizes: Sequence[int], device: torch.device) -> Iterator[None]:
-    """On CUDA, allocations come from memory that holds this byte throughout: enough for a few blocks of these sizes.
+    """On CUDA, allocations come from memory filled with this byte, enough for a few blocks of these sizes.
 
-    PyTorch's caching allocator serves up to 1 MiB from segments of 2 MiB, and what is larger from segments of 20 MiB or of
-    its own size. Blocks that are whole segments, or halves, leave nothing in them that is anything else.
+    PyTorch's caching allocator serves up to 1 MiB from segments of 2 MiB, and larger blocks from segments of 20 MiB or of
+    their own size. Blocks of whole or half segments are filled here, so that no part of a segment holds anything else.
     """
     if device.type != "cuda":
         yield
@@ -274,13 +246,16 @@ def _memory_of(byte: int, sizes: Sequence[int], device: torch.device) -> Iterato
         memory.release()
 
 
-def _scale_steps(got: Tensor, wanted: Tensor) -> Tensor:
-    """How many e4m3 values apart, int32: positive ones are ordered as their bytes are."""
-    return (got.int() - wanted.int()).abs()
+def _scale_steps(runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> Tensor:
+    """How many e4m3 values the scales are off in the worse run, int32: positive values are ordered as their bytes."""
+    rows, k = linear.shape[0], linear.shape[1] * BLOCK_SIZE
+    nbytes = layout.nbytes(rows, k)
+    got = torch.stack([layout.unswizzle(run.scales[:nbytes], rows, k) for run in runs])
+    return (got.int() - linear.int()).abs().amax(0)
 
 
 def _data_steps(got: Tensor, wanted: Tensor) -> Tensor:
-    """How many e2m1 values apart, int32 ``[rows, k]``; both zeros are one."""
+    """How many e2m1 values apart, int32 ``[rows, k]``; 0 and -0 are equal."""
     return (_ordered(got) - _ordered(wanted)).abs()
 
 
@@ -290,19 +265,13 @@ def _ordered(packed: Tensor) -> Tensor:
 
 
 def _wrong_scales(steps: Tensor, runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> str:
-    rows, cols = linear.shape
     wrong = steps > 1
     row, column = (int(index) for index in wrong.nonzero()[0])
     text = f"{int(wrong.sum())} of {linear.numel()} scales are not the reference's, first at row {row}, column {column}"
     for other in SfLayout:
-        nbytes = other.nbytes(rows, cols * BLOCK_SIZE)
-        if other is layout or nbytes > runs[0].scales.numel():
-            continue
-        if all(
-            bool((_scale_steps(other.unswizzle(run.scales[:nbytes], rows, cols * BLOCK_SIZE), linear) <= 1).all())
-            for run in runs
-        ):
-            return f"the scales lie in {short(other)}: {text}"
+        fits = other.nbytes(linear.shape[0], linear.shape[1] * BLOCK_SIZE) <= runs[0].scales.numel()
+        if other is not layout and fits and bool((_scale_steps(runs, other, linear) <= 1).all()):
+            return f"the scales are in {short(other)}: {text}"
     return text
 
 
@@ -314,27 +283,26 @@ def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple
         left = ((first == _SENTINELS[0]) | (first == 0)) & ((second == _SENTINELS[1]) | (second == 0)) & ~zeroed
     else:
         left = (first == _FILL[0]) | (first == _FILL[1])
-        if bool((left & (second == _SENTINELS[1])).any()):  # it got one of the blocks that were left behind
+        if bool(
+            (left & (second == _SENTINELS[1])).any()
+        ):  # its memory came from the pool that is filled with the sentinel
             left &= second != first
-    dirtied = ~(zeroed | left)
-    cols = k // BLOCK_SIZE
-    regions = {"rows": (slice(rows, None), slice(None)), "columns": (slice(0, rows), slice(cols, None))}
+    masks = {"zeroed": zeroed, "left": left, "dirtied": ~(zeroed | left)}
     states, words = [], []
-    for kind, region in regions.items():
-        counts = {"zeroed": zeroed[region], "left": left[region], "dirtied": dirtied[region]}
-        states.append(PaddingState(**{what: int(mask.sum()) for what, mask in counts.items()}))
-        for what, mask in counts.items():
+    for kind, top, side in zip(KINDS, (rows, 0), (0, k // BLOCK_SIZE), strict=True):
+        region = slice(top, None if top else rows), slice(side, None)
+        within = {what: mask[region] for what, mask in masks.items()}
+        states.append(PaddingState(**{what: int(mask.sum()) for what, mask in within.items()}))
+        for what, mask in within.items():
             if not bool(mask.any()):
                 continue
-            start, across = (rows, 1) if kind == "rows" else (cols, 0)
-            where = spans([start + index for index in indices(mask.any(across))])
-            word = f"padding {kind} {where} {what}"
+            lines = [top + side + index for index in indices(mask.any(1 if kind == "rows" else 0))]
+            word = f"padding {kind} {spans(lines)} {what}"
             if what == "dirtied" or not bool(mask.all()):
                 word += f", {int(mask.sum())} of {mask.numel()} bytes"
             if what == "dirtied":
                 row, column = (int(index) for index in mask.nonzero()[0])
-                value = int(first[region][row, column])
-                at = (rows + row, column) if kind == "rows" else (row, cols + column)
-                word += f", first 0x{value:02X} at row {at[0]}, column {at[1]}"
+                byte = int(first[region][row, column])
+                word += f", first 0x{byte:02X} at row {top + row}, column {side + column}"
             words.append(word)
     return states[0], states[1], words

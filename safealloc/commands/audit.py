@@ -2,75 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import importlib.metadata
 import itertools
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.padding import Padding
+from rich.text import Text
 
-from safealloc import ScalePool, _optional
+from safealloc import ScalePool
 from safealloc._checks import checked_device
-from safealloc.audit.combinations import AuditedConsumer, AuditedProducer, Combination, combine, combine_in_pool, pairs
-from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
-from safealloc.audit.findings import CANNOT_RUN, Finding, groups
+from safealloc.audit.combinations import Audited, AuditedConsumer, AuditedProducer, Combination, combine, pairs
+from safealloc.audit.findings import CANNOT_RUN, LEGEND, Finding, table_rows
 from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
-from safealloc.audit.producers import PRODUCER_SHAPES, audit_producer, synchronize
-from safealloc.commands import doctor, report
+from safealloc.audit.producers import synchronize
+from safealloc.commands import machine, report
 from safealloc.formats.layout import SfLayout, short
+
+SUMMARY = "which producers here leave padding dirty, which GEMMs read it, and in which layout"
 
 QUICK_SHAPES = ((5, 480), (40, 512))
 """``(rows, k)`` with padding rows and columns, and across a tile of 8 rows."""
 
-HEADINGS = ("", "layout", "shapes", "verdict", "details")
-
-
-class Tell(Protocol):
-    """Tells whoever waits what is audited, and how many of how many steps are done."""
-
-    def __call__(self, what: str, done: int, steps: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to audit, checked.
-
-    Attributes:
-        device: where.
-        with_pool: judge combinations in pool buffers, and run them there.
-        quick: two shapes only.
-        skip: names of producers and consumers that are left out.
-    """
-
-    device: torch.device
-    with_pool: bool
-    quick: bool
-    skip: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What cannot run on this machine at any shape.
-
-    Attributes:
-        name: of the producer or consumer.
-        layouts: in which it cannot, for the same reason.
-        reason: a sentence.
-    """
-
-    name: str
-    layouts: tuple[SfLayout, ...]
-    reason: str
-
-    def cells(self) -> tuple[str, str, str, str, str]:
-        return self.name, ", ".join(map(short, self.layouts)), "-", CANNOT_RUN, self.reason
+EXIT_CODES = {True: 0, False: 1, None: 3}
+"""By whether all that vLLM would choose is safe; 2 is the exit code of bad arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +50,31 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """All producers, or all consumers: what ran, and what could not."""
+    """All producers, or all consumers.
 
-    findings: Sequence[Finding]
-    refusals: Sequence[Refusal]
+    Attributes:
+        audited: what ran.
+        refusals: a name and the reason why it was not run, to the layouts for which that is so.
+    """
+
+    audited: list[Audited[Any]] = field(default_factory=list)
+    refusals: dict[tuple[str, str], list[SfLayout]] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for one in self.audited for finding in one.findings]
 
     def rows(self) -> list[tuple[tuple[str, ...], bool]]:
         """The table's: what ran first, and whether a row is fine."""
-        ran = [(group.cells(), group.fine) for group in groups(self.findings)]
-        return [*ran, *((refusal.cells(), True) for refusal in self.refusals)]
+        refused = self.refusals.items()
+        not_run = [(name, ", ".join(map(short, layouts)), "-", CANNOT_RUN, why) for (name, why), layouts in refused]
+        return table_rows(self.findings) + [(cells, True) for cells in not_run]
 
     def as_dicts(self) -> list[dict[str, Any]]:
         refused = [
-            {"name": refusal.name, "layout": short(layout), "verdict": CANNOT_RUN, "details": refusal.reason}
-            for refusal in self.refusals
-            for layout in refusal.layouts
+            {"name": name, "layout": short(layout), "verdict": CANNOT_RUN, "details": reason}
+            for (name, reason), layouts in self.refusals.items()
+            for layout in layouts
         ]
         return [finding.as_dict() for finding in self.findings] + refused
 
@@ -112,11 +84,14 @@ class Result:
     """What was found.
 
     Attributes:
+        with_pool: combinations are judged in pool buffers, and ran there.
+        quick: two shapes only.
         not_judged: what vLLM uses on this machine, but was left out or failed at each shape, in words.
         loss: what ended the audit early.
     """
 
-    options: Options
+    with_pool: bool
+    quick: bool
     machine: Mapping[str, str | None]
     versions: Mapping[str, str | None]
     producers: Side
@@ -131,35 +106,31 @@ class Result:
         return [combination for combination in self.combinations if combination.vllm]
 
     @property
-    def safe(self) -> bool:
-        """Whether all that vLLM would choose here is; so it is where nothing of that can run. An early end is not."""
-        return self.loss is None and all(combination.safe for combination in self.chosen)
+    def safe(self) -> bool | None:
+        """Whether all of these are, which nobody knows after an early end; ``None`` where there are none."""
+        if self.loss is not None or not all(combination.safe for combination in self.chosen):
+            return False
+        return True if self.chosen else None
 
     @property
     def summary(self) -> str:
         if self.loss is not None:
             return f"STOPPED: {self.loss.what}. --skip {shlex.quote(self.loss.name)} audits the rest."
-        if self.not_judged:
-            return f"{self._verdict} Not judged: {'; '.join(self.not_judged)}."
-        return self._verdict
-
-    @property
-    def _verdict(self) -> str:
-        where = "in a pool" if self.options.with_pool else "without a pool"
-        if not self.chosen:
-            return "No producer and consumer that vLLM would choose for NVFP4 can run here: nothing to judge."
-        unsafe = [combination for combination in self.chosen if not combination.safe]
-        if not unsafe:
-            return f"All {len(self.chosen)} combinations that vLLM would choose here are safe {where}."
-        return f"UNSAFE {where}: {len(unsafe)} of the {len(self.chosen)} combinations that vLLM would choose here."
+        where = "in a pool" if self.with_pool else "without a pool"
+        chosen = f"{len(self.chosen)} combinations that vLLM would choose here"
+        unsafe = sum(not combination.safe for combination in self.chosen)
+        verdict = f"UNSAFE {where}: {unsafe} of the {chosen}." if unsafe else f"All {chosen} are safe {where}."
+        if self.safe is None:
+            verdict = "No producer and consumer that vLLM would choose for NVFP4 can run here: nothing to judge."
+        return f"{verdict} Not judged: {'; '.join(self.not_judged)}." if self.not_judged else verdict
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "command": "safealloc audit",
             "machine": dict(self.machine),
             "versions": dict(self.versions),
-            "with_pool": self.options.with_pool,
-            "quick": self.options.quick,
+            "with_pool": self.with_pool,
+            "quick": self.quick,
             "safe": self.safe,
             "summary": self.summary,
             "not_judged": list(self.not_judged),
@@ -170,105 +141,48 @@ class Result:
         }
 
 
-def checked_options(device: str | None, with_pool: bool, quick: bool, skip: Iterable[str] = ()) -> Options:
-    """What the user asked for.
+def run(
+    device: torch.device, progress: report.Progress, *, with_pool: bool, quick: bool, skip: Collection[str] = ()
+) -> Result:
+    """Audit all that is known but what is to be skipped, until something makes the device unusable.
 
-    Raises:
-        UsageError: no such device, or nothing of a name to skip.
+    What a package prints goes to standard error. ``with_pool`` and ``quick``: see :class:`Result`.
     """
-    left_out = frozenset(skip)
-    names = {one.name for one in PRODUCERS} | {one.name for one in CONSUMERS}
-    if unknown := left_out - names:
-        raise report.UsageError(f"--skip must be one of {', '.join(sorted(names))}, got {min(unknown)!r}")
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):  # of an index PyTorch keeps 8 bits
-        raise report.UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
-    try:
-        return Options(checked_device(device), with_pool, quick, left_out)
-    except ValueError as error:
-        raise report.UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Tell]:
-    """A bar on standard error if that is a terminal; gone afterwards."""
-    out = Console(stderr=True)
-    if not out.is_terminal:
-        yield lambda what, done, steps: None
-        return
-    with Progress(console=out, transient=True) as bar:
-        task = bar.add_task("audit")
-
-        def tell(what: str, done: int, steps: int) -> None:
-            bar.update(task, description=what, completed=done, total=steps)
-
-        yield tell
-
-
-def run(options: Options, tell: Tell) -> Result:
-    """Audit all that is known, until something makes the device unusable; what a package prints goes to standard error."""
-    device = options.device
+    shapes = QUICK_SHAPES if quick else None
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
     rows = [(known, layout) for known in everything for layout in known.layouts]
-    audited: list[AuditedProducer | AuditedConsumer] = []
-    refused: dict[tuple[str, str, str], list[SfLayout]] = {}
+    producers, consumers = Side(), Side()
     not_judged: list[str] = []
     loss: Loss | None = None
     with contextlib.redirect_stdout(sys.stderr), here:
-        machine, versions = _machine(device), _versions()  # first: of an unusable device nothing can be told
+        description, versions = machine.describe(device), machine.versions()  # before the device may become unusable
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
-            tell(row, done, len(rows) + 1)
-            refusal = known.refusal(device, layout)
-            reason = refusal or _left_out(known.name, options, loss)
+            progress(row, done / (len(rows) + 1))
+            side = producers if isinstance(known, KnownProducer) else consumers
+            refusal = reason = known.refusal(device, layout)
+            if refusal is None and known.name in skip:
+                reason = "left out by --skip"
+            elif refusal is None and loss is not None:
+                reason = f"not tried: {device} is unusable since {loss.name}"
             if reason is not None:
-                refused.setdefault((type(known).__name__, known.name, reason), []).append(layout)
+                side.refusals.setdefault((known.name, reason), []).append(layout)
             else:
-                one = _audited(known, layout, options)
-                audited.append(one)
-                loss = _loss(device, one)
-                if all(finding.verdict == CANNOT_RUN for finding in one.findings):
-                    reason = "it failed"
+                one: Audited[Any] = Audited(known, layout, known.audit(layout, shapes, device))
+                side.audited.append(one)
+                loss = _loss(device, one.findings)
+                reason = None if one.ran else "it failed"
             if layout in known.vllm and refusal is None and reason is not None:
                 not_judged.append(f"{row} ({reason})")
-        tell("combinations", len(rows), len(rows) + 1)
-        producers = [one for one in audited if isinstance(one, AuditedProducer)]
-        consumers = [one for one in audited if isinstance(one, AuditedConsumer)]
+        progress("combinations", len(rows) / (len(rows) + 1))
+        every = pairs(producers.audited, consumers.audited)
         combinations: list[Combination] = []
-        if not options.with_pool:
-            combinations = [combine(*pair) for pair in pairs(producers, consumers)]
+        if not with_pool:
+            combinations = [combine(*pair) for pair in every]
         elif loss is None:
-            combinations, loss = _in_a_pool(device, pairs(producers, consumers))
-    return Result(
-        options,
-        machine,
-        versions,
-        Side([finding for producer in producers for finding in producer.findings], _refusals(refused, KnownProducer)),
-        Side([finding for consumer in consumers for finding in consumer.findings], _refusals(refused, KnownConsumer)),
-        combinations,
-        not_judged,
-        loss,
-    )
-
-
-def _left_out(name: str, options: Options, loss: Loss | None) -> str | None:
-    """Why something that could run here is not tried."""
-    if name in options.skip:
-        return "left out by --skip"
-    return None if loss is None else f"not tried: {options.device} is unusable since {loss.name}"
-
-
-def _audited(
-    known: KnownProducer | KnownConsumer, layout: SfLayout, options: Options
-) -> AuditedProducer | AuditedConsumer:
-    name, device = known.name, options.device
-    if isinstance(known, KnownProducer):
-        shapes = QUICK_SHAPES if options.quick else PRODUCER_SHAPES
-        made = audit_producer(known.fn, name=name, layout=layout, shapes=shapes, device=device, of=known.of)
-        return AuditedProducer(known, layout, made)
-    shapes = QUICK_SHAPES if options.quick else CONSUMER_SHAPES
-    read = audit_consumer(known.fn, name=name, layout=layout, shapes=shapes, device=device)
-    return AuditedConsumer(known, layout, read)
+            combinations, loss = _in_a_pool(device, every)
+    return Result(with_pool, quick, description, versions, producers, consumers, combinations, not_judged, loss)
 
 
 def _in_a_pool(
@@ -278,22 +192,21 @@ def _in_a_pool(
     combinations = []
     pool = ScalePool(device)
     for producer, consumer in every:
-        combination = combine_in_pool(producer, consumer, pool)
+        combination = combine(producer, consumer, pool)
         combinations.append(combination)
-        if not combination.safe and not _usable(device):  # the pool goes with the process: closing it would fail
+        if not combination.safe and not _usable(device):  # the pool ends with the process: closing it would fail
             pair = f"{combination.producer} with {combination.consumer}, {short(combination.layout)}"
             return combinations, Loss(combination.consumer, f"{device} is unusable since {pair}: {combination.why}")
     pool.close()
     return combinations, None
 
 
-def _loss(device: torch.device, one: AuditedProducer | AuditedConsumer) -> Loss | None:
+def _loss(device: torch.device, findings: Sequence[Finding]) -> Loss | None:
     """If the device is unusable: the shape since which nothing ran."""
-    findings: Sequence[Finding] = one.findings
     last = list(itertools.takewhile(lambda finding: finding.verdict == CANNOT_RUN, reversed(findings)))
     if not last or _usable(device):
         return None
-    return Loss(one.known.name, f"{device} is unusable since {last[-1]}")
+    return Loss(last[-1].name, f"{device} is unusable since {last[-1]}")
 
 
 def _usable(device: torch.device) -> bool:
@@ -304,92 +217,132 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
+# --- Output ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table of a report, and the columns that a terminal shows in a row's first line, where nothing is wrapped or cut."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[tuple[str, ...], bool]]  # with whether it is fine
+    legend: Mapping[str, str]
+    first: tuple[int, ...]
+
+
 def show(result: Result, out: Console) -> None:
     """Print a result."""
     out.print(f"{_title(result)}\n")
-    report.table(out, "Producers", HEADINGS, result.producers.rows())
-    report.table(out, "Consumers", HEADINGS, result.consumers.rows())
-    if result.combinations:
-        rows = ((cells, combination.safe) for combination, cells in _combination_cells(result))
-        report.table(out, _combinations_title(result), _COMBINATION_HEADINGS, rows)
+    for table in _tables(result):
+        if out.is_terminal:
+            _show_wrapped(table, out)
+        else:
+            report.table(out, table.title, table.headings, table.rows)
+        for word, meaning in table.legend.items():
+            out.print(f"{word}: {meaning}")
+        out.print()
     out.print(result.summary, style="bold")
+
+
+def _show_wrapped(table: _Table, out: Console) -> None:
+    """The first columns on a line, and below it the others, which may need several."""
+    lines = [(table.headings, True), *table.rows]
+    widths = {column: max(len(cells[column]) for cells, _ in lines) for column in table.first}
+    out.print(Text(table.title, style="bold"))
+    for cells, fine in lines:
+        style = "" if fine else "bold red"
+        first = "  ".join(cells[column].ljust(width) for column, width in widths.items())
+        out.print(Text(first.rstrip(), style), soft_wrap=True)
+        rest = [
+            f"{heading}: {cell}"
+            for column, (heading, cell) in enumerate(zip(table.headings, cells, strict=True))
+            if column not in table.first and cell not in ("", "-", heading)
+        ]
+        if rest:
+            out.print(Padding(Text("; ".join(rest), style), (0, 0, 0, 4)))
+    out.print()
 
 
 def markdown(result: Result) -> str:
     """The tables for a bug report."""
     lines = [f"`safealloc audit`: {_title(result)}", ""]
-    lines += _markdown_table("Producers", HEADINGS, (cells for cells, _ in result.producers.rows()))
-    lines += _markdown_table("Consumers", HEADINGS, (cells for cells, _ in result.consumers.rows()))
-    if result.combinations:
-        combinations = (cells for _, cells in _combination_cells(result))
-        lines += _markdown_table(_combinations_title(result), _COMBINATION_HEADINGS, combinations)
+    for table in _tables(result):
+        rows = [table.headings, ("---",) * len(table.headings), *(cells for cells, _ in table.rows)]
+        lines += [f"### {table.title}", ""]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in rows]
+        lines += ["", *(f"- {word}: {meaning}" for word, meaning in table.legend.items()), ""]
     return "\n".join([*lines, result.summary, ""])
 
 
-_COMBINATION_HEADINGS = ("producer", "consumer", "layout", "vLLM", "safe", "why not")
-
-
-def _combinations_title(result: Result) -> str:
-    return f"Combinations, {'in a pool' if result.options.with_pool else 'without a pool'}"
-
-
-def _combination_cells(result: Result) -> list[tuple[Combination, tuple[str, ...]]]:
-    return [
-        (
-            found,
-            (
-                found.producer,
-                found.consumer,
-                short(found.layout),
-                "yes" if found.vllm else "-",
-                "yes" if found.safe else "NO",
-                found.why,
-            ),
-        )
-        for found in result.combinations
-    ]
+def _tables(result: Result) -> list[_Table]:
+    tables = []
+    for title, side in (("Producers", result.producers), ("Consumers", result.consumers)):
+        rows = side.rows()
+        verdicts = {cells[3] for cells, _ in rows}
+        legend = {verdict: meaning for verdict, meaning in LEGEND.items() if verdict in verdicts}
+        tables.append(_Table(title, ("name", "layout", "shapes", "verdict", "details"), rows, legend, (0, 1, 3)))
+    if result.combinations:
+        title = f"Combinations, {'in a pool' if result.with_pool else 'without a pool'}"
+        headings = ("producer", "consumer", "layout", "vLLM", "safe", "why not")
+        rows = [(found.cells(), found.safe) for found in result.combinations]
+        legend = {"vLLM": "whether vLLM would choose the pair here for some model"}
+        tables.append(_Table(title, headings, rows, legend, (4, 0, 1)))
+    return tables
 
 
 def _title(result: Result) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items() if name not in ("device", "name"))
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version is not None)
-    where = f"{result.machine['device']} ({result.machine['name']})"
-    return ", ".join(part for part in (where, machine, versions) if part)
+    described = (f"{name} {value}" for name, value in result.machine.items() if name not in ("device", "name"))
+    versions = (f"{name} {version}" for name, version in result.versions.items() if version is not None)
+    return ", ".join((f"{result.machine['device']} ({result.machine['name']})", *described, *versions))
 
 
-def _markdown_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"### {title}", "", _markdown_row(headings), _markdown_row(["---"] * len(headings))]
-    return [*lines, *map(_markdown_row, rows), ""]
+# --- Command line ---------------------------------------------------------------------------------------------------
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Which NVFP4 producers on this machine leave the padding of scale buffers dirty, which GEMMs read it and in which "
+        "layout they read scales. Exit code 0: all combinations that vLLM would choose here are safe; 1: one is unsafe, or "
+        "a kernel made the device unusable; 2: bad arguments; 3: nothing that vLLM would choose can run here, so that "
+        "nothing was judged."
+    )
+    report.add_device(parser)
+    parser.add_argument(
+        "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
+    )
+    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument(
+        "--skip",
+        action="append",
+        choices=sorted({known.name for known in (*PRODUCERS, *CONSUMERS)}),
+        default=[],
+        metavar="NAME",
+        help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
+    )
+    markdown_help = "write the tables there for a bug report; - prints them instead of the plain ones"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown_help)
 
 
-def _refusals(found: Mapping[tuple[str, str, str], list[SfLayout]], kind: type) -> list[Refusal]:
-    return [
-        Refusal(name, tuple(layouts), reason) for (of, name, reason), layouts in found.items() if of == kind.__name__
-    ]
+def main(given: argparse.Namespace) -> int:
+    """Run the command.
 
-
-def _machine(device: torch.device) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"device": str(device), "name": report.device_name(device)}
-    if device.type == "cuda":
-        found["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        found["CUDA driver"] = doctor.driver().version
-    return found
-
-
-def _versions() -> dict[str, str | None]:
-    """Of all that was audited, also of what is installed and cannot be imported."""
-    found = {**report.versions(), "CUDA": torch.version.cuda}
-    for module in ("flashinfer", "vllm"):
-        found[module] = None
-        for distribution in doctor.PACKAGES[module]:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[module] = importlib.metadata.version(distribution)
-                break
-        else:
-            loaded = _optional.load(module)
-            found[module] = None if isinstance(loaded, str) else str(getattr(loaded, "__version__", "unknown"))
-    return found
+    Returns:
+        0: all that vLLM would choose here is safe. 1: something is not, or the audit stopped. 3: nothing could be judged.
+    """
+    report.check_environment()
+    printed = (given.json, given.markdown).count(report.STANDARD_OUTPUT)
+    if printed > 1:
+        raise report.UsageError("--json - and --markdown - cannot be given together: there is one standard output")
+    report.check_writable(given.json)
+    report.check_writable(given.markdown, "--markdown")
+    device = checked_device(given.device)
+    with report.progress("audit") as progress:
+        result = run(device, progress, with_pool=given.with_pool, quick=given.quick, skip=given.skip)
+    report.write_json(given.json, result.as_dict())
+    if given.markdown is not None:
+        report.write(given.markdown, markdown(result), "--markdown")
+    if not printed:
+        with report.printing():
+            show(result, report.console())
+    return EXIT_CODES[result.safe]

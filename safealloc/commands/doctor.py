@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
-import importlib.metadata
-import platform
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from safealloc import ScalePool, _optional, capture
-from safealloc._version import __version__
-from safealloc.commands import doctor_vllm, report
+from safealloc import ScalePool, _optional, capture, settings
+from safealloc.commands import doctor_vllm, machine, report
 from safealloc.errors import SafeAllocError
 from safealloc.formats.layout import SfLayout, short
 from safealloc.ops.backends import GEMMS, QUANTIZERS, Call, Table
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.pool.driver import under_way
 
-PACKAGES = {
-    # what is used of it: its distributions
-    "triton": ("triton",),
-    "flashinfer": ("flashinfer-python", "flashinfer"),
-    "vllm": ("vllm",),
-    "cuda.bindings.driver": ("cuda-bindings",),
-    "matplotlib": ("matplotlib",),
-}
+SUMMARY = "what is installed, which backends and vLLM hooks work here, and why the others do not"
+
 _DRIVER_CALLS = ("cuStreamGetCaptureInfo_v2", "cuUserObjectCreate", "cuGraphRetainUserObject")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is there, in some version, or is not, for a reason."""
+    """A package or driver: its version, or the reason why it cannot be used, or both."""
 
     name: str
     version: str | None
@@ -48,93 +38,90 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class BackendFinding:
-    """One backend on one device.
+    """One backend on one device."""
 
-    Attributes:
-        name: as ``backend=`` takes it.
-        usable: layouts it writes (a quantizer) or reads (a GEMM) here.
-        auto: layouts for which "auto" takes it.
-        refused: layout to why it cannot, in a sentence.
-    """
-
-    name: str
-    usable: tuple[str, ...]
-    auto: tuple[str, ...]
-    refused: Mapping[str, str]
+    name: str  # as ``backend=`` takes it
+    usable: tuple[str, ...]  # layouts it writes (a quantizer) or reads (a GEMM) here
+    auto: tuple[str, ...]  # layouts for which "auto" chooses it
+    refused: Mapping[str, str]  # layout to why it cannot, in a sentence
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFinding:
-    """One device.
+    """One device."""
 
-    Attributes:
-        device: as PyTorch names it.
-        name: its model.
-        capability: compute capability, or ``None`` for a CPU.
-        quantizers, gemms: the backends; GEMMs for a bfloat16 result and one alpha.
-        graph_lifetimes: why a pool cannot see there when a CUDA graph is gone, or ``None``.
-    """
-
-    device: str
-    name: str
-    capability: str | None
+    device: str  # as PyTorch names it
+    name: str  # its model
+    capability: str | None  # compute capability, or ``None`` for a CPU
     quantizers: Sequence[BackendFinding]
-    gemms: Sequence[BackendFinding]
-    graph_lifetimes: str | None
+    gemms: Sequence[BackendFinding]  # for a bfloat16 result and one alpha
+    graph_lifetimes: str | None  # why a pool cannot detect there that a CUDA graph is destroyed, or ``None``
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        versions: of the packages and the driver.
-        devices: the CPU and every CUDA device.
-        inductor: why Inductor cannot be told to leave pool buffers alone, or ``None``.
-        vllm: which hooks would be registered with it, and the state of the plugin.
-    """
-
-    versions: Sequence[Finding]
-    devices: Sequence[DeviceFinding]
-    inductor: str | None
-    vllm: doctor_vllm.VllmFinding
+    versions: Sequence[Finding]  # of the packages and the driver
+    # every ``SAFEALLOC_*`` variable: its name, its value (``None``: not set) and its meaning
+    settings: Sequence[tuple[str, str | None, str]]
+    bad_settings: Mapping[str, str]  # name to the problem with its value
+    devices: Sequence[DeviceFinding]  # the CPU and every CUDA device
+    inductor: str | None  # why Inductor cannot be told to leave pool buffers alone, or ``None``
+    vllm: doctor_vllm.VllmFinding  # which hooks would be registered with it, and the state of the plugin
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "command": "safealloc doctor",
             "versions": {found.name: {"version": found.version, "reason": found.reason} for found in self.versions},
+            "settings": {
+                name: {"value": value, "meaning": meaning, "problem": self.bad_settings.get(name)}
+                for name, value, meaning in self.settings
+            },
             "devices": [asdict(device) for device in self.devices],
             "inductor": self.inductor,
             "vllm": asdict(self.vllm),
         }
 
 
-def run(say: report.Say) -> Result:
+def run(progress: report.Progress) -> Result:
     """Look; whatever a package prints when it is imported goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
-        say("packages")
-        versions = _versions()
+        progress("packages", 0.0)
+        versions = list(_versions())
         devices = [torch.device("cpu")]
         if torch.cuda.is_available():
             devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        say("devices")
+        progress("devices", 0.25)
         found = [_device(device) for device in devices]
-        say("Inductor")
+        progress("Inductor", 0.5)
         inductor = _inductor()
-        say("vLLM")
-        return Result(versions, found, inductor, doctor_vllm.look(_optional.missing("vllm")))
+        progress("vLLM", 0.75)
+        vllm = doctor_vllm.look(_optional.missing("vllm"))
+        return Result(versions, list(settings.given()), _bad_settings(), found, inductor, vllm)
 
 
 def show(result: Result, out: Console) -> None:
     """Print a result."""
-    versions = (((found.name, found.version or "-", found.reason or ""), True) for found in result.versions)
-    report.table(out, "Versions", ("", "version", "why not"), versions)
+    versions = ((found.name, found.version or "-", found.reason or "") for found in result.versions)
+    report.table(out, "Versions", ("", "version", "why not"), report.fine(versions))
+    rows = [
+        ((name, value or "not set", meaning), name not in result.bad_settings)
+        for name, value, meaning in result.settings
+    ]
+    report.table(out, "Settings", ("", "value", "meaning"), rows)
+    for problem in result.bad_settings.values():
+        out.print(f"{report.one_line(problem)}.\n", style="bold red")
     for device in result.devices:
         capability = "" if device.capability is None else f", compute capability {device.capability}"
         title = f"{device.device}: {device.name}{capability}"
-        rows = [("quantizer", found) for found in device.quantizers] + [("GEMM", found) for found in device.gemms]
-        headings = ("", "backend", "layouts", "auto", "why not")
-        report.table(out, title, headings, (((kind, *_cells(found)), True) for kind, found in rows))
+        backends = [("quantizer", *_cells(found)) for found in device.quantizers]
+        backends += [("GEMM", *_cells(found)) for found in device.gemms]
+        report.table(out, title, ("", "backend", "layouts", "auto", "why not"), report.fine(backends), names=2)
+        out.print(
+            'layouts: that a quantizer writes, or a GEMM reads, here. auto: for which of them backend="auto" chooses it '
+            '("yes": all).'
+        )
         out.print(f"Graph lifetimes on {device.device}: {device.graph_lifetimes or 'tracked by the CUDA driver'}.\n")
     doctor_vllm.show(result.vllm, out)
     out.print(f"Inductor: {result.inductor or 'leaves pool buffers alone'}.")
@@ -149,56 +136,39 @@ def _cells(found: BackendFinding) -> tuple[str, str, str, str]:
     return found.name, " ".join(found.usable) or "-", auto if found.auto else "-", why
 
 
-def _versions() -> list[Finding]:
-    found = [
-        Finding("safealloc", __version__, None),
-        Finding("python", platform.python_version(), None),
-        Finding("torch", torch.__version__, None),
-    ]
-    cuda = torch.version.cuda
-    found.append(Finding("CUDA (torch)", cuda, None if cuda else "this torch was built without CUDA"))
-    found.append(driver())
-    for module, distributions in PACKAGES.items():
-        name = "cuda.bindings" if module.startswith("cuda.bindings") else module
-        reason = _optional.missing(module)
-        found.append(Finding(name, _version(name, distributions), reason))
-    return found
+def _versions() -> Iterator[Finding]:
+    found = machine.versions()
+    for name in ("safealloc", "python", "torch"):
+        yield Finding(name, found[name], None)
+    yield Finding("CUDA (torch)", found["CUDA"], None if found["CUDA"] else "this torch was built without CUDA")
+    yield Finding("CUDA driver", *machine.driver())
+    for module in machine.DISTRIBUTIONS:
+        name = "cuda.bindings" if module == "cuda.bindings.driver" else module
+        yield Finding(name, machine.installed_version(module), _optional.missing(module))
 
 
-def _version(module: str, distributions: Sequence[str]) -> str | None:
-    """Also of what is installed and cannot be imported; ``None`` where nothing is installed."""
-    for distribution in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution)
-    loaded = sys.modules.get(module)
-    return None if loaded is None else str(getattr(loaded, "__version__", "unknown"))
-
-
-def driver() -> Finding:
-    name = "CUDA driver"
+def _bad_settings() -> dict[str, str]:
+    """Variables whose value has no meaning, and what follows from that."""
+    problems = {}
     try:
-        libcuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return Finding(name, None, f"it cannot be loaded: {error}")
-    number = ctypes.c_int()
-    if libcuda.cuDriverGetVersion(ctypes.byref(number)):
-        return Finding(name, None, "cuDriverGetVersion failed")
-    version = f"for CUDA {number.value // 1000}.{number.value % 1000 // 10}"
-    with contextlib.suppress(OSError):
-        kernel_module = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
-        version = version if kernel_module is None else f"{kernel_module[0]}, {version}"
-    return Finding(name, version, None)
+        settings.watch()
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        problems[name] = f"No default pool can be made: {error}"
+    values = {name: value for name, value, _ in settings.given()}
+    if values[settings.MAX_ROWS] and not settings.max_rows():
+        problems[settings.MAX_ROWS] = (
+            f"{settings.MAX_ROWS} must be a positive integer, got {values[settings.MAX_ROWS]!r}: it is ignored"
+        )
+    return problems
 
 
 def _device(device: torch.device) -> DeviceFinding:
-    capability = None
-    if device.type == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     gemm_layouts = (SfLayout.layout_128x4, SfLayout.layout_8x4)
     return DeviceFinding(
         device=str(device),
-        name=report.device_name(device),
-        capability=capability,
+        name=machine.device_name(device),
+        capability=machine.capability(device) if device.type == "cuda" else None,
         quantizers=_backends(QUANTIZERS, [Call(device, layout) for layout in SfLayout]),
         gemms=_backends(GEMMS, [Call(device, layout, torch.bfloat16) for layout in gemm_layouts]),
         graph_lifetimes=_graph_lifetimes(device),
@@ -222,14 +192,14 @@ def _backends(table: Table, calls: Sequence[Call]) -> list[BackendFinding]:
 
 
 def _graph_lifetimes(device: torch.device) -> str | None:
-    """Capture a graph, destroy it, and see whether the driver tells."""
+    """Capture a graph, destroy it, and see whether the driver reports that."""
     if device.type != "cuda":
         return "there are no CUDA graphs on a CPU"
     try:
         libcuda = ctypes.CDLL("libcuda.so.1")
-        lacking = [call for call in _DRIVER_CALLS if not hasattr(libcuda, call)]
-        if lacking:
-            return f"the CUDA driver lacks {', '.join(lacking)}"
+        missing = [call for call in _DRIVER_CALLS if not hasattr(libcuda, call)]
+        if missing:
+            return f"the CUDA driver has no {', '.join(missing)}"
         with torch.cuda.device(device), ScalePool(device) as pool:
             with capture(pool=pool) as graph:
                 seen = under_way(torch.cuda.current_stream().cuda_stream)
@@ -242,7 +212,9 @@ def _graph_lifetimes(device: torch.device) -> str | None:
     except Exception as error:
         return f"not tracked: {type(error).__name__}: {error}"
     if seen is None or seen.alive:
-        return "the CUDA driver does not tell when a graph is destroyed, so that a pool never reuses what a graph was given"
+        return (
+            "the CUDA driver does not report that a graph is destroyed, so a pool never reuses what a graph was given"
+        )
     return None
 
 
@@ -252,3 +224,16 @@ def _inductor() -> str | None:
     except SafeAllocError as error:
         return str(error)
     return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def main(given: argparse.Namespace) -> int:
+    """Look and print; exit code 0, whatever is found."""
+    report.check_writable(given.json)
+    with report.progress("doctor") as progress:
+        result = run(progress)
+    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
+    return 0

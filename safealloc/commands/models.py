@@ -4,66 +4,43 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from safealloc.formats.format import BLOCK_SIZE
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 _TOPK = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
-"""Experts a token: the names that vLLM 0.32.0 knows (``ModelArchConfigConvertorBase.get_num_experts_per_token``)."""
-_MOST_LAYERS = 1 << 16
-_LARGEST = 2**31 - 1  # of any number; what is computed from such ones can be printed and divided
+"""Experts per token: the names that vLLM 0.32.0 knows (``ModelArchConfigConvertorBase.get_num_experts_per_token``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Linear layers of one name and shape, each of which quantizes its input.
+    """Linear layers of one name and shape, each of which quantizes its input."""
 
-    Attributes:
-        name: as vLLM has it.
-        k: columns of the input on one tensor-parallel rank.
-        n: columns of the output there.
-        layers: numbers of the model's layers that have one.
-    """
-
-    name: str
-    k: int
-    n: int
-    layers: tuple[int, ...]
+    name: str  # as vLLM has it
+    k: int  # columns of the input on one tensor-parallel rank
+    n: int  # columns of the output there
+    layers: tuple[int, ...]  # numbers of the model's layers that have one
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""
-        return {"name": self.name, "k": self.k, "n": self.n, "layers": len(self.layers)}
+        return asdict(self) | {"layers": len(self.layers)}
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertSite:
-    """Routed experts' layers of one name and shape, each of which quantizes the rows routed to it.
+    """MoE layers of one name and shape, each of which quantizes the rows routed to its experts."""
 
-    Attributes:
-        name: as vLLM has it.
-        k: columns of the input on one rank.
-        experts: on that rank.
-        topk: experts a token.
-        layers: numbers of the model's layers that have one.
-    """
-
-    name: str
-    k: int
-    experts: int
-    topk: int
-    layers: tuple[int, ...]
+    name: str  # as vLLM has it
+    k: int  # columns of the input on one rank
+    experts: int  # on that rank
+    topk: int  # experts per token
+    layers: tuple[int, ...]  # numbers of the model's layers that have one
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: how many layers instead of which."""
-        return {
-            "name": self.name,
-            "k": self.k,
-            "experts": self.experts,
-            "topk": self.topk,
-            "layers": len(self.layers),
-        }
+        return asdict(self) | {"layers": len(self.layers)}
 
 
 def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
@@ -74,7 +51,7 @@ def sites(fields: Mapping[str, Any], ranks: int) -> list[Site]:
         ranks: that a layer is split over.
 
     Raises:
-        ValueError: the fields are no configuration of a transformer, or it cannot be split that way; says why.
+        ValueError: the fields are not the configuration of a transformer, or it cannot be split that way; says why.
     """
     hidden, layers, heads = _sizes(fields)
     every = tuple(range(layers))
@@ -96,7 +73,7 @@ def expert_sites(fields: Mapping[str, Any], ranks: int, *, expert_parallel: bool
     Args:
         fields: of a ``config.json``.
         ranks: that a layer is split over.
-        expert_parallel: whether each rank has whole experts instead of a part of each. It sees all tokens all the same.
+        expert_parallel: whether each rank has whole experts instead of a part of each; it sees all tokens either way.
 
     Returns:
         The input of the gate and up projection and that of the one down; nothing for a model without routed experts.
@@ -137,8 +114,6 @@ def _sizes(fields: Mapping[str, Any]) -> tuple[int, int, int]:
         raise ValueError(
             "the configuration's hidden_size, num_hidden_layers and num_attention_heads must be at least 1"
         )
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"the configuration's num_hidden_layers must be at most {_MOST_LAYERS}, it is {layers}")
     return hidden, layers, heads
 
 
@@ -163,7 +138,7 @@ def _attention(fields: Mapping[str, Any], hidden: int, heads: int, layers: tuple
 
 
 def _kv_heads(heads: int, ranks: int) -> int:
-    """On one rank; where there are more ranks than heads, several ranks have the same one (vLLM, QKVParallelLinear)."""
+    """On one rank; with more ranks than heads several ranks have the same one (vLLM's ``QKVParallelLinear``)."""
     if heads < 1:
         raise ValueError("the configuration's num_key_value_heads must be at least 1")
     if ranks > heads and ranks % heads:
@@ -174,7 +149,7 @@ def _kv_heads(heads: int, ranks: int) -> int:
 def _latent_attention(
     fields: Mapping[str, Any], hidden: int, heads: int, layers: tuple[int, ...], ranks: int
 ) -> list[Site]:
-    """Multi-head latent attention: projections into the latent space are on every rank, those out of it split by heads."""
+    """Multi-head latent attention: each rank projects into the latent space; projections out of it are split by heads."""
     rope, nope, value = (_number(fields, [name]) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
     q_rank, kv_rank = _number(fields, ["q_lora_rank"], 0), _number(fields, ["kv_lora_rank"])
     own_heads = _split(heads, ranks, "o_proj", "heads")
@@ -204,7 +179,7 @@ def _mlp(name: str, hidden: int, width: int, layers: tuple[int, ...], ranks: int
 
 
 def _expert_layers(fields: Mapping[str, Any], layers: int) -> frozenset[int]:
-    """Numbers of the expert layers: all but the first few (DeepSeek), or every so many but some (Qwen)."""
+    """Numbers of the MoE layers: all but the first few (DeepSeek), or every n-th with exceptions (Qwen)."""
     if not _number(fields, _EXPERTS, 0):
         return frozenset()
     step = max(1, _number(fields, ["decoder_sparse_step", "moe_layer_freq"], 1))
@@ -232,14 +207,12 @@ def _split(count: int, ranks: int, name: str, what: str) -> int:
 
 
 def _number(fields: Mapping[str, Any], names: Sequence[str], default: int | None = None) -> int:
-    """The first field of these names that is there and not null."""
+    """The first of these fields that is present and not null."""
     for name in names:
         value = fields.get(name)
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
-                raise ValueError(
-                    f"the configuration's {name} must be a whole number of at most {_LARGEST}, it is {reprlib.repr(value)}"
-                )
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"the configuration's {name} must be a whole number, it is {reprlib.repr(value)}")
             return value
     if default is None:
         raise ValueError(f"the configuration has no {' or '.join(names)}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,38 +14,24 @@ from rich.console import Console
 from safealloc.commands import models, report
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations.vllm.sizes import MAX_CAPTURE_SIZES, MAX_TOKENS_PER_EXPERT, capture_sizes
 
-MAX_SIZES = (512, 1024)
-"""The largest batch that vLLM captures by default: 1024 on compute capability 10.x, 512 elsewhere (vLLM 0.33.0)."""
+SUMMARY = "every buffer that a pool will hold on each rank for a model in vLLM, and its bytes"
 
-MAX_TOKENS = 163840
-"""Rows of vLLM's expert scales, for each expert a token: its default VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE (vLLM 0.32.0)."""
-
-_MOST_CHARACTERS = 1 << 26  # of a configuration; a device can be read for ever
-
-
-def vllm_sizes(largest: int) -> tuple[int, ...]:
-    """The batch sizes that vLLM captures by default: 1, 2, 4, then by 8 below 256, by 16 from there (vLLM 0.33.0)."""
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
-    return tuple(size for size in sizes if size <= largest)
+_LARGEST_BATCH = 1 << 20  # rows
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """What a pool will hold on one rank for routed experts, and what vLLM's CUTLASS path allocates instead.
 
-    A pool keeps one buffer a k, which serves all captured batch sizes in turn. vLLM allocates at each of the two calls of a
-    layer and has freed the first when it comes to the second, so that graphs which share a memory pool hold the larger.
-
-    Attributes:
-        expert_parallel: whether each rank has whole experts.
-        sites: where rows routed to experts are quantized.
-        buffers: one a k, for the rows of the largest batch: tokens times experts a token.
+    A pool keeps one buffer per k, which serves all captured batch sizes in turn. vLLM allocates at each of the two calls of a
+    layer and frees the first before the second, so graphs that share a memory pool hold the larger of the two.
     """
 
-    expert_parallel: bool
-    sites: Sequence[models.ExpertSite]
-    buffers: Sequence[ScaleSpec]
+    expert_parallel: bool  # whether each rank has whole experts
+    sites: Sequence[models.ExpertSite]  # where the rows of experts are quantized
+    buffers: Sequence[ScaleSpec]  # one per k, for the rows of the largest batch: tokens times experts per token
 
     @property
     def nbytes(self) -> int:
@@ -66,26 +52,22 @@ class Experts:
     def freed_nbytes(self) -> int:
         """How much less a pool holds than vLLM's graphs; below zero for batches near vLLM's limit.
 
-        Between the two calls other tensors of a graph may lie in vLLM's memory, which then have to lie elsewhere.
+        Between the two calls vLLM's memory may hold other tensors of a graph, which then need memory elsewhere.
         """
         return self.vllm_nbytes - self.nbytes
 
     def vllm_call_nbytes(self, spec: ScaleSpec) -> int:
         """What vLLM allocates at each call in place of a buffer (``scaled_fp4_experts_quant``, vLLM 0.32.0)."""
-        return MAX_TOKENS * self.sites[0].topk * spec.padded_shape[1]
+        return MAX_TOKENS_PER_EXPERT * self.sites[0].topk * spec.padded_shape[1]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "expert_parallel": self.expert_parallel,
             "sites": [site.as_dict() for site in self.sites],
             "buffers": [
-                {
-                    "rows": spec.rows,
-                    "k": spec.k,
+                _buffer(spec)
+                | {
                     "experts": spec.experts,
-                    "layout": spec.layout.name,
-                    "padded_shape": list(spec.padded_shape),
-                    "bytes": spec.nbytes,
                     "vllm_bytes": self.vllm_call_nbytes(spec),
                     "right_sized_bytes": right_sized_nbytes(spec),
                 }
@@ -98,6 +80,16 @@ class Experts:
         }
 
 
+def _buffer(spec: ScaleSpec) -> dict[str, Any]:
+    return {
+        "rows": spec.rows,
+        "k": spec.k,
+        "layout": spec.layout.name,
+        "padded_shape": list(spec.padded_shape),
+        "bytes": spec.nbytes,
+    }
+
+
 def right_sized_nbytes(spec: ScaleSpec) -> int:
     """Scales of ``rows + 127 * experts`` rows, the bound of vLLM's PR 37626 for what a call needs."""
     assert spec.experts is not None
@@ -106,36 +98,20 @@ def right_sized_nbytes(spec: ScaleSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a pool will hold on one rank.
+    """What a pool will hold on one rank."""
 
-    Attributes:
-        model: the configuration's architecture.
-        tensor_parallel: ranks.
-        sizes: captured batch sizes.
-        layout_rule: "128x4", or "trtllm" for 8x4 up to 32 rows.
-        sites: where activations are quantized, outside of the routed experts.
-        buffers: of those sites, one a captured size and k.
-        compact: what a compact pool would hold instead: one a padded shape.
-        experts: what it holds besides for routed experts, which no other number counts; ``None`` where there are none.
-    """
-
-    model: str
-    tensor_parallel: int
-    sizes: tuple[int, ...]
-    layout_rule: str
-    sites: Sequence[models.Site]
-    buffers: Sequence[ScaleSpec]
-    compact: Sequence[ScaleSpec]
+    model: str  # the configuration's architecture
+    tensor_parallel: int  # ranks
+    sizes: tuple[int, ...]  # captured batch sizes
+    layout_rule: str  # "128x4", or "trtllm" for 8x4 up to 32 rows
+    sites: Sequence[models.Site]  # where activations are quantized, outside of the routed experts
+    buffers: Sequence[ScaleSpec]  # of those sites, one per captured size and k
+    # what it also holds for routed experts, which no other number includes; ``None`` where there are none
     experts: Experts | None
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.buffers)
-
-    @property
-    def compact_nbytes(self) -> int:
-        """Scales and counts."""
-        return sum(spec.nbytes for spec in self.compact)
 
     @property
     def per_call_nbytes(self) -> int:
@@ -150,26 +126,11 @@ class Result:
             "sizes": list(self.sizes),
             "layout_rule": self.layout_rule,
             "sites": [site.as_dict() for site in self.sites],
-            "buffers": [
-                {
-                    "rows": spec.rows,
-                    "k": spec.k,
-                    "layout": spec.layout.name,
-                    "padded_shape": list(spec.padded_shape),
-                    "bytes": spec.nbytes,
-                }
-                for spec in self.buffers
-            ],
+            "buffers": [_buffer(spec) for spec in self.buffers],
             "bytes": self.nbytes,
-            "compact": {"buffers": len(self.compact), "bytes": self.compact_nbytes},
             "per_call_bytes": self.per_call_nbytes,
             "experts": None if self.experts is None else self.experts.as_dict(),
         }
-
-
-def config_file(config: Path) -> Path:
-    """The configuration in a folder, else the path itself."""
-    return config / "config.json" if os.path.isdir(config) else config
 
 
 def run(
@@ -185,8 +146,8 @@ def run(
         expert_parallel: whether the ranks share out whole experts instead of splitting each.
 
     Raises:
-        UsageError: the file is no configuration of a transformer, or cannot be split that way; or vLLM's expert scales have
-            no room for the largest batch.
+        UsageError: the file is not the configuration of a transformer, or the model cannot be split that way; or vLLM's
+            expert scales have no room for the largest batch.
     """
     fields = _read(config)
     ordered = tuple(sorted(set(sizes)))
@@ -203,64 +164,47 @@ def run(
             experts = Experts(expert_parallel, expert_sites, expert_buffers(expert_sites, ordered[-1]))
     except ValueError as error:
         raise report.UsageError(str(error)) from error
-    return Result(_model(fields), tensor_parallel, ordered, layout_rule, sites, buffers, compact(buffers), experts)
+    return Result(_model(fields), tensor_parallel, ordered, layout_rule, sites, buffers, experts)
 
 
 def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[ScaleSpec]:
-    """One buffer a k, for batches of up to ``largest`` tokens.
+    """One buffer per k, for batches of up to ``largest`` tokens.
 
     Raises:
         ValueError: vLLM's expert scales have no room for so many.
     """
-    if largest > MAX_TOKENS:
+    if largest > MAX_TOKENS_PER_EXPERT:
         raise ValueError(
-            f"vLLM quantizes at most {MAX_TOKENS} tokens at once for experts (VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), "
-            f"the largest batch has {largest}"
+            f"vLLM quantizes at most {MAX_TOKENS_PER_EXPERT} tokens at once for experts "
+            f"(VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE), the largest batch has {largest}"
         )
-    of_k = {site.k: site for site in sites}
-    return [
-        ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts)
-        for k, site in sorted(of_k.items())
-    ]
-
-
-def compact(buffers: Iterable[ScaleSpec]) -> list[ScaleSpec]:
-    """What a compact pool holds instead of these buffers."""
-    return []
+    ks = sorted({site.k for site in sites})
+    return [ScaleSpec.grouped(largest * sites[0].topk, k, SfLayout.layout_128x4, sites[0].experts) for k in ks]
 
 
 def show(result: Result, out: Console) -> None:
     """Print a plan: batch sizes whose buffers have one shape share a row."""
-    sites = [((site.name, str(site.k), str(site.n), str(len(site.layers))), True) for site in result.sites]
-    report.table(out, f"{result.model} on {result.tensor_parallel} ranks: sites", ("", "k", "n", "layers"), sites)
+    sites = [(site.name, str(site.k), str(site.n), str(len(site.layers))) for site in result.sites]
+    title = f"{result.model} on {result.tensor_parallel} ranks: sites"
+    report.table(out, title, ("", "k", "n", "layers"), report.fine(sites))
     groups: dict[tuple[int, SfLayout, tuple[int, int]], list[ScaleSpec]] = {}
     for spec in result.buffers:
         groups.setdefault((spec.k, spec.layout, spec.padded_shape), []).append(spec)
     rows = [
         (
-            (
-                str(k),
-                f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
-                short(layout),
-                f"{padded_rows} x {padded_cols}",
-                str(len(specs)),
-                _size(sum(spec.nbytes for spec in specs)),
-                _size(sum(spec.nbytes for spec in compact(specs))),
-            ),
-            True,
+            str(k),
+            f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
+            short(layout),
+            f"{padded_rows} x {padded_cols}",
+            str(len(specs)),
+            _size(sum(spec.nbytes for spec in specs)),
         )
         for (k, layout, (padded_rows, padded_cols)), specs in groups.items()
     ]
     title = f"Buffers for {len(result.sizes)} captured batch sizes"
-    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes", "compact"), rows)
-    out.print(
-        f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank, for layers that take turns."
-    )
-    out.print(
-        f"A compact pool, which only our own quantizer writes: {len(result.compact)} buffers, "
-        f"{_size(result.compact_nbytes)} with their counts."
-    )
-    out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill a call.")
+    report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes"), report.fine(rows))
+    out.print(f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank; layers use them in turn.")
+    out.print(f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill per call.")
     if result.experts is not None:
         out.print()
         _show_experts(result.experts, out)
@@ -269,32 +213,31 @@ def show(result: Result, out: Console) -> None:
 def _show_experts(experts: Experts, out: Console) -> None:
     rows = [
         (
-            (
-                ", ".join(site.name for site in experts.sites if site.k == spec.k),
-                str(spec.k),
-                str(spec.rows),
-                " x ".join(map(str, spec.padded_shape)),
-                _size(spec.nbytes),
-                _size(right_sized_nbytes(spec)),
-                _size(experts.vllm_call_nbytes(spec)),
-            ),
-            True,
+            ", ".join(site.name for site in experts.sites if site.k == spec.k),
+            str(spec.k),
+            str(spec.rows),
+            " x ".join(map(str, spec.padded_shape)),
+            _size(spec.nbytes),
+            _size(right_sized_nbytes(spec)),
+            _size(experts.vllm_call_nbytes(spec)),
         )
         for spec in experts.buffers
     ]
     site = experts.sites[0]
-    title = f"Expert scales: {site.experts} experts on each rank, {site.topk} a token, in {len(site.layers)} layers"
-    report.table(out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, a call"), rows)
+    title = f"Expert scales: {site.experts} experts on each rank, {site.topk} per token, in {len(site.layers)} layers"
+    report.table(
+        out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call"), report.fine(rows)
+    )
     freed = experts.freed_nbytes
     compared = f"{_size(freed)} are freed" if freed >= 0 else f"{_size(-freed)} less"
     out.print(
-        f"In all {_size(experts.nbytes)} with their records, on each rank, for every captured batch size; the graphs of "
+        f"In all {_size(experts.nbytes)} with row records, on each rank, for all captured batch sizes; the graphs of "
         f"vLLM's CUTLASS path hold {_size(experts.vllm_nbytes)} at once: {compared}."
     )
 
 
 def _model(fields: Mapping[str, Any]) -> str:
-    """The architecture, else the type; "unknown" where neither is there as a name."""
+    """The architecture, else the type, else "unknown"."""
     architectures = fields.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else fields.get("model_type")
     return first if isinstance(first, str) else "unknown"
@@ -309,13 +252,9 @@ def _layout(rows: int, rule: str) -> SfLayout:
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    path = config_file(config)
+    path = config / "config.json" if config.is_dir() else config
     try:
-        with path.open(encoding="utf-8") as opened:
-            text = opened.read(_MOST_CHARACTERS + 1)
-        if len(text) > _MOST_CHARACTERS:
-            raise report.UsageError(f"{path}: has more than {_MOST_CHARACTERS} characters, so it is no configuration")
-        fields = json.loads(text)
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise report.UsageError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -326,3 +265,48 @@ def _read(config: Path) -> Mapping[str, Any]:
         raise report.UsageError(f"{path}: a configuration is a JSON object")
     text_config = fields.get("text_config")  # of a multimodal model
     return {**fields, **text_config} if isinstance(text_config, dict) else fields
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    rank = report.integer(1)
+    rows = report.integer(1, _LARGEST_BATCH)
+    default, blackwell = MAX_CAPTURE_SIZES
+
+    def sizes(text: str) -> tuple[int, ...]:
+        return tuple(map(rows, text.split(",")))
+
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a Hugging Face config.json, or the folder it is in"
+    )
+    parser.add_argument(
+        "--tensor-parallel", "--tp", type=rank, default=1, metavar="N", help="ranks a layer is split over (%(default)s)"
+    )
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="each rank has whole routed experts (vLLM's --enable-expert-parallel); without it each expert is split",
+    )
+    captured = parser.add_mutually_exclusive_group()
+    captured.add_argument(
+        "--max-size",
+        type=rows,
+        default=default,
+        metavar="N",
+        help="the largest of vLLM's default batch sizes; vLLM's own default on compute capability 10.x is "
+        f"{blackwell} (%(default)s)",
+    )
+    captured.add_argument(
+        "--sizes", type=sizes, metavar="N,N,...", help="captured batch sizes, instead of vLLM's default"
+    )
+    parser.add_argument(
+        "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
+    )
+
+
+def main(given: argparse.Namespace) -> int:
+    """Plan and print."""
+    report.check_writable(given.json)
+    sizes = given.sizes or capture_sizes(given.max_size)
+    result = run(given.config, given.tensor_parallel, sizes, given.layout, expert_parallel=given.expert_parallel)
+    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
+    return 0

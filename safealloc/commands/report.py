@@ -1,12 +1,13 @@
-"""What the commands share: the console, the JSON file, versions and names of machines."""
+"""What the commands share: arguments, the console and its tables, progress, and the files that results go to."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
-import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,78 +20,117 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safealloc import _optional
-from safealloc._version import __version__
-from safealloc.pool.guard import GuardSettings
+from safealloc import settings
+from safealloc._checks import checked_device
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and which share of all (0 to 1) is done."""
 
-Say = Callable[[str], None]  # to be replaced by Progress
+STANDARD_OUTPUT = Path("-")
+"""As a file that a result goes to: it is printed instead of the tables."""
 
-_UNBOUNDED = 10_000  # columns: where nobody looks at it, no line is wrapped and no cell cut
+_UNBOUNDED = 10_000  # columns: piped output is neither wrapped nor cut
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message is one line for the user."""
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave to :func:`printing` what rich would exit for, with a code that a command gives another meaning."""
-        raise
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``, which every command has."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result there too; - prints it instead of the tables"
+    )
 
 
-def console() -> Console:
-    """Standard output: rich on a terminal, else plain text with one line a row."""
-    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    found = _Console(**options)
-    return found if found.is_terminal else _Console(width=_UNBOUNDED, soft_wrap=True, **options)
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``: a checked device, or ``None`` for the default."""
+    parser.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    )
 
 
-@contextlib.contextmanager
-def printing() -> Iterator[None]:
-    """While a result is printed: whoever reads it may leave early.
-
-    Raises:
-        UsageError: standard output cannot be written.
-    """
-    out = sys.stdout
+def _device(text: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", text):  # torch.device keeps 8 bits of an index
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
     try:
-        yield
-        if out is not None:  # closed from the beginning
-            out.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the rest, else Python would fail to write it at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise UsageError(f"standard output: {error.strerror or error}") from error
+        return checked_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def one_line(text: str) -> str:
-    """Text with everything escaped that is not printed as a character: ends of lines, terminals' control codes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of an argument that is an integer in a range."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, got {text}")
+        return number
+
+    parse.__name__ = "integer"  # argparse names it where the text is not one
+    return parse
 
 
 def check_environment() -> None:
-    """See before the work starts that pools can be made.
+    """See before the work starts that the environment allows a default pool.
 
     Raises:
-        UsageError: an environment variable of theirs has a value that it cannot have.
+        UsageError: a ``SAFEALLOC_*`` variable has a value that it cannot have.
     """
     try:
-        GuardSettings.of(os.environ)
+        settings.watch()
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def table(out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> None:
-    """Print a table; a row comes with whether it is fine, and is marked where it is not."""
+def console() -> Console:
+    """Standard output: rich on a terminal, else plain text with one line per row."""
+    options: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    found = Console(**options)
+    return found if found.is_terminal else Console(width=_UNBOUNDED, soft_wrap=True, **options)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """While a result is printed: its reader may leave early, as in ``safealloc doctor | head -1``."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest when it exits
+    except SystemExit:
+        pass  # rich's answer to the same, with an exit code of its own
+
+
+def one_line(text: str) -> str:
+    """Text with line ends and control characters escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def fine(rows: Iterable[Sequence[str]]) -> Iterator[tuple[Sequence[str], bool]]:
+    """Rows of a :func:`table` none of which is marked."""
+    return ((cells, True) for cells in rows)
+
+
+def table(
+    out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]], *, names: int = 1
+) -> None:
+    """Print a table.
+
+    Args:
+        out: where to.
+        title, headings: above it.
+        rows: cells, and whether the row is fine; a row that is not is marked.
+        names: how many of the first columns hold names that an option takes: a narrow terminal neither cuts nor wraps them.
+    """
     out.print(Text(one_line(title), style="bold"))
-    looks: dict[str, Any] = {"padding": (0, 2, 0, 0), "box": None}
+    style: dict[str, Any] = {"padding": (0, 2, 0, 0), "box": None}
     if out.is_terminal:
-        looks = {"padding": (0, 1, 0, 0), "box": box.SIMPLE_HEAD}
-    drawn = Table(*headings, **looks)
+        style = {"padding": (0, 1, 0, 0), "box": box.SIMPLE_HEAD}
+    drawn = Table(**style)
+    for column, heading in enumerate(headings):
+        drawn.add_column(heading, no_wrap=column < names)
     for cells, fine in rows:
         drawn.add_row(*map(one_line, cells), style="" if fine else "bold red")
     if out.is_terminal:
@@ -113,54 +153,36 @@ def progress(command: str) -> Iterator[Progress]:
         yield lambda what, done: bar.update(task, description=f"{command}: {what}", completed=done)
 
 
-@contextlib.contextmanager
-def status(command: str) -> Iterator[Say]:
-    """What is being done, on standard error if that is a terminal; gone afterwards."""
-    out = Console(stderr=True)
-    if not out.is_terminal:
-        yield lambda message: None
-        return
-    with out.status(command) as spinner:
-        yield lambda message: spinner.update(f"{command}: {message}")
-
-
 def check_writable(path: Path | None, flag: str = "--json") -> None:
     """See before the work starts whether its result can be written; nothing is touched.
 
     Raises:
         UsageError: it cannot.
     """
-    if path is None:
+    if path is None or path == STANDARD_OUTPUT:
         return
-    try:
-        if path.is_dir():
-            raise UsageError(f"{flag} {path}: is a directory")
-        if not path.parent.is_dir():
-            raise UsageError(f"{flag} {path}: there is no directory {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UsageError(f"{flag} {path}: not writable")
-    except OSError as error:  # a name that is too long, a folder that may not be searched
-        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a directory")
+    if not path.parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{flag} {path}: not writable")
 
 
-def check_apart(result: Path | None, other: Path | None, flag: str, others: str) -> None:
-    """See before the work starts that a result does not take the place of something else.
+def deliver(path: Path | None, result: dict[str, Any], show: Callable[[Console], None]) -> None:
+    """Write a result as JSON if a path is given, and print its tables unless the JSON is printed.
 
     Raises:
-        UsageError: both names stand for one file.
+        UsageError: as :func:`write`.
     """
-    if result is None or other is None:
-        return
-    try:
-        same = os.path.samefile(result, other) and result.is_file()
-    except OSError:  # one of them is not there yet
-        same = os.path.realpath(result) == os.path.realpath(other)
-    if same:
-        raise UsageError(f"{flag} {result}: {others} is the same")
+    write_json(path, result)
+    if path != STANDARD_OUTPUT:
+        with printing():
+            show(console())
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result; a number that is none becomes null, since JSON has no NaN.
+    """Write a result; NaN and infinities become null, since JSON has none.
 
     Raises:
         UsageError: as :func:`write`.
@@ -170,20 +192,17 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def write(path: Path, text: str, flag: str) -> None:
-    """Write a file.
+    """Write a file, or print where the path is ``-``.
 
     Raises:
-        UsageError: it cannot be written; what there is of it is removed.
+        UsageError: it cannot be written.
     """
+    if path == STANDARD_OUTPUT:
+        with printing():
+            print(text, end="")
+        return
     try:
-        file = path.open("w", encoding="utf-8", errors="backslashreplace")
-        try:
-            with file:
-                file.write(text)
-        except BaseException:
-            if path.is_file():  # and no device
-                path.resolve().unlink()
-            raise
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
 
@@ -194,25 +213,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on; ``None`` where it is not there."""
-    triton = _optional.load("triton")
-    return {
-        "safealloc": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": None if isinstance(triton, str) else str(getattr(triton, "__version__", "unknown")),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The model of a GPU or of this machine's CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -67,14 +67,14 @@ def capture(
                         raise SafeAllocError("the CUDA driver does not know of the capture that was just begun")
                     under_way.handle = handle
                     yield graph
-                    pool.note_graph(graph, under_way, _nodes(under_way))
+                    pool.note_graph(graph, under_way, node_counts(under_way))
             except BaseException:
                 end_recording(pool.device, handle)
                 raise
     pool.safe_point()
 
 
-def _nodes(under_way: Capture) -> dict[str, int] | None:
+def node_counts(under_way: Capture) -> dict[str, int] | None:
     """Nodes by type of a graph under capture."""
     if _optional.missing("cuda.bindings.driver"):
         return None

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from audit_faults import L8, L128, LINEAR, SHAPES
-from test_audit import sensitivity, sentence
+from support.audit_faults import SHAPES
+from support.audits import sensitivity, sentence
 
 from safealloc import SfLayout
 from safealloc.audit import audit_consumer, audit_producer
@@ -18,7 +18,7 @@ from safealloc.cli import main
 pytestmark = pytest.mark.gpu
 
 
-def test_sensitivity_and_false_alarms(capsys):
+def test_all_planted_faults_are_named_and_no_correct_kernel_gives_an_alarm(capsys):
     missed, alarms = sensitivity("cuda")
     with capsys.disabled():
         print(f"\naudit on CUDA: {sentence(missed, alarms)}")
@@ -40,26 +40,26 @@ def test_our_quantizers_leave_padding(name, layout):
 def test_our_gemms_read_padding_columns_and_no_padding_rows(name, layout):
     known = next(known for known in CONSUMERS if known.name == name)
     for found in audit_consumer(known.fn, layout=layout, shapes=SHAPES, device="cuda"):
-        columns = layout is not LINEAR and found.k % 64 != 0
+        columns = layout is not SfLayout.layout_linear and found.k % 64 != 0
         assert found.verdict == (READS if columns else ISOLATES), str(found)
         assert found.reads_padding == ({"columns"} if columns else set())
         assert layout in found.reads
 
 
-def test_mm_fp4_isolates_what_is_from_elsewhere():
+def test_mm_fp4_isolates_foreign_scales():
     known = next(known for known in CONSUMERS if known.name.startswith("safealloc.mm_fp4"))
-    for layout in (L128, L8):
+    for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4):
         for found in audit_consumer(known.fn, layout=layout, shapes=[(5, 512), (40, 480)], device="cuda"):
             assert found.verdict == ISOLATES, str(found)
 
 
 @pytest.mark.parametrize("pool", [(), ("--with-pool",)])
-def test_the_command(pool, tmp_path, capsys):
+def test_the_command_runs_everything_of_ours(pool, tmp_path, capsys):
     file = tmp_path / "audit.json"
     code = main(["audit", "--device", "cuda", "--quick", "--json", str(file), *pool])
     printed = capsys.readouterr()
     found = json.loads(file.read_text())
-    assert code == (0 if found["safe"] else 1)
+    assert code == {True: 0, False: 1, None: 3}[found["safe"]]
     assert found["machine"]["compute capability"] == ".".join(map(str, torch.cuda.get_device_capability()))
     for row in (*found["producers"], *found["consumers"]):
         assert row["details"] or row["verdict"] != CANNOT_RUN, row
@@ -71,5 +71,5 @@ def test_the_command(pool, tmp_path, capsys):
         assert len(ours) >= 16
         assert all(row["safe"] for row in ours), printed.out
     if torch.cuda.get_device_capability() < (10, 0):
-        assert code == 0
+        assert code == 3
         assert "nothing to judge" in printed.out

@@ -1,4 +1,4 @@
-"""``safealloc bench decode`` on a GPU: what must hold whatever the times are."""
+"""``python -m benchmarks decode`` on a GPU: properties that do not depend on the times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 MODEL = Model("small", 1, (Site("qkv_proj", 256, 384, (0, 1, 2)), Site("o_proj", 512, 256, (0, 1, 2))))
 BATCHES = (1, 16)
-KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_a_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
+KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_per_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -29,44 +29,44 @@ def result():
     return measured
 
 
-def test_the_result_has_every_peer_at_every_batch_size(result):
-    from benchmarks.peers import peers
+def test_the_result_has_every_baseline_at_every_batch_size(result):
+    from benchmarks.baselines import baselines
 
     with ScalePool("cuda") as pool:
-        names = list(peers(pool))
-    assert list(result["peers"]) == names
+        names = list(baselines(pool))
+    assert list(result["baselines"]) == names
     assert 1e11 < result["copy_bytes_per_second"] < 1e14
     (model,) = result["models"]
     assert (model["model"], model["tensor_parallel"], model["quantizations"]) == ("small", 1, 6)
     assert model["distinct_weights"] == 6
     assert tuple(row["batch"] for row in model["batches"]) == BATCHES
     for row in model["batches"]:
-        assert list(row["peers"]) == names
+        assert list(row["baselines"]) == names
         assert row["gemm_only"]["us"] > 0
-        for found in row["peers"].values():
+        for found in row["baselines"].values():
             assert found.keys() == KEYS
             assert found["us"] > row["gemm_only"]["us"] / 2
             assert found["graph_memory_bytes"] > 0  # the codes
 
 
-def test_the_pool_alone_has_buffers_one_a_width(result):
+def test_only_the_pool_has_buffers_one_per_k(result):
     for row in result["models"][0]["batches"]:
-        held = {name: found["pool_bytes"] for name, found in row["peers"].items() if found["pool_bytes"]}
+        held = {name: found["pool_bytes"] for name, found in row["baselines"].items() if found["pool_bytes"]}
         assert held == {"pool": 128 * 256 // 16 + 128 * 512 // 16}
 
 
-def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_a_quantization(result):
+def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_per_quantization(result):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     model = result["models"][0]
     for row in model["batches"]:
-        nodes = {name: found["nodes"] for name, found in row["peers"].items()}
+        nodes = {name: found["nodes"] for name, found in row["baselines"].items()}
         assert nodes["pool"] == nodes["empty"] >= 2 * model["quantizations"]  # a GEMM may be two kernels
         assert nodes["zeros"] == nodes["pool"] + model["quantizations"]
         assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]
 
 
-def test_longer_work_takes_longer():
-    """Whatever the order, the events are around the graph they stand for."""
+def test_a_longer_graph_takes_longer():
+    """In any order, the events are around the graph whose time they give."""
     short, long = (torch.zeros(size, device="cuda") for size in (1 << 20, 1 << 28))
     with ScalePool("cuda") as pool:
         graphs = {
@@ -75,5 +75,5 @@ def test_longer_work_takes_longer():
         }
         times = timing.interleaved(graphs, rounds=10, replays=3)
         graphs.clear()
-    assert [len(several) for several in times.values()] == [10, 10]
+    assert [len(samples) for samples in times.values()] == [10, 10]
     assert min(times["long"]) > 10 * max(times["short"])

@@ -1,4 +1,4 @@
-"""``safealloc bench quantize`` and ``host`` on a GPU: what must hold whatever the times are."""
+"""``python -m benchmarks quantize`` and ``host`` on a GPU: properties that do not depend on the times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safealloc import ScalePool, SfLayout
-from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm import ops
 
 pytestmark = pytest.mark.gpu
 
@@ -48,35 +48,35 @@ def result(quantize):
     return measured
 
 
-def test_every_peer_is_measured_at_every_shape(quantize, result):
-    from benchmarks.peers import peers
+def test_every_baseline_is_measured_at_every_shape(quantize, result):
+    from benchmarks.baselines import baselines
 
-    with ScalePool("cuda") as pool, ScalePool("cuda", compact=True) as compact:
-        names = list(peers(pool, compact))
+    with ScalePool("cuda") as pool:
+        names = list(baselines(pool))
     shapes = [(row["rows"], row["k"], row["layout"]) for row in result["few_rows"]]
     assert shapes == [(rows, k, layout) for layout in ("128x4", "8x4") for k in (1024, 8192) for rows in (1, 32)]
     for row in result["few_rows"]:
-        assert list(row["peers"]) == names
+        assert list(row["baselines"]) == names
         assert {quantize.EMPTY_NODE, quantize.STORE_NODE} <= row["floor"].keys()
-        for found in (*row["peers"].values(), *row["floor"].values()):
+        for found in (*row["baselines"].values(), *row["floor"].values()):
             assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 1000
-        assert row["peers"]["pool"]["ratio_to_pool"] == 1
-        assert row["peers"]["zeros"]["ratio_to_pool"] > 1  # a node more
+        assert row["baselines"]["pool"]["ratio_to_pool"] == 1
+        assert row["baselines"]["zeros"]["ratio_to_pool"] > 1  # one more node
 
 
-def test_a_share_is_one_of_the_bandwidth_of_memory(result):
+def test_bandwidths_are_plausible_and_relative_to_a_copy(result):
     (many,) = result["many_rows"]
     assert [(row["m"], row["layout"]) for row in result["gemm"]] == [(1, "8x4"), (48, "128x4")]
     for row in (many, *result["gemm"]):
         assert 1e11 < row["copy_bytes_per_second"] < 1e14
         assert 0 < row["share_of_copy"] < 1.5
         share = row["bytes_per_second"] / row["copy_bytes_per_second"]
-        assert row["share_of_copy"] == pytest.approx(share, rel=0.5)  # another median
+        assert row["share_of_copy"] == pytest.approx(share, rel=0.5)  # the medians are of different samples
     for row in result["gemm"]:
-        assert bool(row["peers"]) is not bool(result["not_measured"])
+        assert bool(row["baselines"]) is not bool(result["not_measured"])
 
 
-def test_the_bare_launch_is_what_quantize_launches(host):
+def test_the_bare_launch_writes_what_quantize_writes(host):
     rows, k, layout = 8, 4096, SfLayout.layout_128x4
     x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
     global_scale = torch.tensor([448 * 6 / 5.0], device="cuda")
@@ -88,7 +88,7 @@ def test_the_bare_launch_is_what_quantize_launches(host):
         for _ in range(2)
     )
     launch = host.bare_launch(x, global_scale, *ours)
-    assert not ours[0].any()  # noted, not launched
+    assert not ours[0].any()  # recorded, not launched
     launch()
     from safealloc.kernels import triton_quantize
 
@@ -98,10 +98,11 @@ def test_the_bare_launch_is_what_quantize_launches(host):
         assert torch.equal(one, other)
 
 
-def test_every_call_is_measured_and_the_allocator_is_left_as_it_was(host):
-    before = dict(vars(allocator))
+def test_every_call_is_measured_and_vllms_state_is_restored(host):
+    before, state = ops.allocator, dict(vars(ops.allocator))
     result = host.run(torch.device("cuda", 0), True, lambda what, done: None)
-    assert vars(allocator) == before
+    assert ops.allocator is before
+    assert vars(before) == state
     assert result["not_measured"] == {}
     named = {host.EMPTY, host.ZEROS, host.ACQUIRE, host.SIDE_STREAM, host.OP, host.HOOK}
     named |= {host.LAUNCH, host.LAUNCHER, host.QUANTIZE, host.QUANTIZE_DEFAULT, host.LINEAR}
@@ -111,12 +112,12 @@ def test_every_call_is_measured_and_the_allocator_is_left_as_it_was(host):
 
 
 def test_an_acquire_is_a_hit_on_either_stream(host):
-    """Else its time would be that of another path."""
+    """A miss takes another path, with another time."""
     device = torch.device("cuda", 0)
     with ScalePool(device) as pool:
-        every = [one for one in host._allocations(device, pool) if one.name in (host.ACQUIRE, host.SIDE_STREAM)]
-        assert len(every) == 2
-        host.alternate(every, 2, 10, device, lambda what, done: None)
+        acquires = [one for one in host.allocations(device, pool) if one.name in (host.ACQUIRE, host.SIDE_STREAM)]
+        assert len(acquires) == 2
+        host.alternate(acquires, 2, 10, device, lambda what, done: None)
         stats = pool.stats()
         assert (stats.misses, stats.buffers) == (2, 2)
         assert stats.hits == 2 * (20 + 2 * 10) - 2

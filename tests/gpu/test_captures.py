@@ -1,4 +1,4 @@
-"""The pool inside real CUDA graphs."""
+"""The pool in real CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from adversary import STALE, Adversary
-from layers import Layer
+from support.adversary import STALE, Adversary
+from support.internals import buffers_of
+from support.layers import Layer
 
 from safealloc import (
     CaptureGrowthError,
@@ -42,7 +43,7 @@ def captured(layer: Layer, **keywords) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.parametrize("layout", SWIZZLED)
-def test_rows_1_to_64(pool, layout):
+def test_every_row_count_from_1_to_64(pool, layout):
     pool.reserve(range(1, 65), 1008, layout)
     for rows in range(1, 65):
         layer = Layer(rows, 1008, 64, layout, pool, seed=rows)
@@ -55,7 +56,7 @@ def test_rows_1_to_64(pool, layout):
     assert pool.stats().capture_fallbacks == 0
 
 
-def test_ten_thousand_replays_in_random_order_under_an_adversary(pool):
+def test_padding_stays_zero_in_ten_thousand_replays_under_an_adversary(pool):
     random.seed(0)
     shapes = [(1, 1008), (3, 1024), (8, 4080), (17, 1008), (32, 4096), (33, 2032), (48, 1008), (64, 4080)]
     layers = [Layer(rows, k, 256, SWIZZLED[i % 2], pool, seed=i) for i, (rows, k) in enumerate(shapes)]
@@ -95,7 +96,7 @@ def test_ten_thousand_replays_in_random_order_under_an_adversary(pool):
 
 
 def test_the_adversary_would_reach_a_torch_empty_buffer(pool):
-    """The same adversary against ``torch.empty``: the test above can fail."""
+    """The test above can fail: the same adversary reaches memory of ``torch.empty``."""
     rows, k, layout = 8, 1008, SfLayout.layout_8x4
     layer = Layer(rows, k, 64, layout, pool)
     layer.run()
@@ -190,7 +191,7 @@ def test_forked_streams_in_one_capture_do_not_share(pool):
         torch.cuda.current_stream().wait_stream(side)
 
 
-def test_record_stream_in_a_capture(pool):
+def test_record_stream_in_a_capture_keeps_the_buffer_from_that_capture(pool):
     pool.reserve(4, 512, copies=2)
     side = torch.cuda.Stream()
     total = torch.zeros((), device="cuda", dtype=torch.int64)
@@ -208,13 +209,11 @@ def test_record_stream_in_a_capture(pool):
         del again
     graph.replay()
     with capture(pool=pool, graph_pool=graph.pool()):  # a later capture of the handle may have it
-        assert pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr() in {
-            b.address for b in pool._inventory.by_address.values()
-        }
+        assert pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr() in {one.address for one in buffers_of(pool)}
         total.add_(1)
 
 
-def test_record_stream_in_eager_work(pool):
+def test_record_stream_in_eager_work_waits_for_the_stream(pool):
     side = torch.cuda.Stream()
     big = torch.ones(1 << 28, device="cuda")
     scales = pool.acquire(4, 512, SfLayout.layout_128x4)
@@ -279,18 +278,18 @@ def test_a_graph_destroyed_in_flight_keeps_its_buffers_until_it_is_over(pool):
         graph.replay()
     del graph
     gc.collect()
-    # Whatever the pool says now, its buffer is not handed out before the replays are over.
+    # Whatever the pool reports now, its buffer is not handed out before the replays are over.
     again = pool.acquire(4, 512, SfLayout.layout_128x4)
     again.zero_()
     torch.cuda.synchronize()
     assert int(again.sum()) == 0
 
 
-def test_a_pool_closed_while_a_graph_lives():
+def test_a_graph_outlives_a_closed_pool():
     pool = ScalePool("cuda")
     layer = Layer(8, 1008, 64, SfLayout.layout_8x4, pool)
     graph = captured(layer)
-    buffer = next(buffer for buffer in pool._inventory.by_address.values() if isinstance(buffer.owner, tuple))
+    buffer = next(buffer for buffer in buffers_of(pool) if isinstance(buffer.owner, tuple))
     shape, address = buffer.base.shape, buffer.address
     del buffer
     pool.close()
@@ -307,7 +306,7 @@ def test_a_pool_closed_while_a_graph_lives():
         pool.acquire(8, 1008, SfLayout.layout_8x4)
 
 
-def test_a_pool_forgotten_while_a_graph_lives():
+def test_a_graph_outlives_a_deleted_pool():
     layer = Layer(8, 1008, 64, SfLayout.layout_8x4, ScalePool("cuda"))
     graph = captured(layer)
     layer.pool = None
@@ -370,7 +369,7 @@ def test_reserve_trim_verify_and_close_refuse_to_run_in_a_capture(pool):
     verified.close()
 
 
-def test_captures_that_somebody_else_began(pool):
+def test_captures_begun_elsewhere_share_buffers_only_where_asked(pool):
     pool.reserve(4, 512, copies=3)
 
     def foreign() -> tuple[torch.cuda.CUDAGraph, int]:
@@ -398,7 +397,7 @@ def test_captures_that_somebody_else_began(pool):
     assert pool.stats().captured == 0
 
 
-def test_an_eager_buffer_of_a_warm_up_moves_into_the_capture(pool):
+def test_a_capture_takes_over_the_buffer_of_a_warm_up(pool):
     address = pool.acquire(4, 512, SfLayout.layout_128x4).data_ptr()
     with capture(pool=pool) as graph:
         assert pool.acquire(4, 512, SfLayout.layout_128x4).add_(1).data_ptr() == address
@@ -432,7 +431,7 @@ def test_a_capture_that_fails_gives_its_buffers_back(pool):
     assert pool.stats().buffers == 1
 
 
-OUTSIDE = """
+ACTIVE_MEMORY_POOL = """
 import torch
 from safealloc import ScalePool, SfLayout
 active, pool = torch.cuda.MemPool(), ScalePool("cuda")
@@ -446,10 +445,10 @@ assert not any(start <= buffer.data_ptr() < end for start, end in segments)
 
 
 def test_memory_comes_from_outside_the_active_memory_pool():
-    """In a process of its own: ``MemPool.snapshot`` of torch 2.11 drops a reference too many to the numbers of the pool's
-    id, which those above 256 do not survive, and each pool and capture before this test has taken a number.
+    """In a process of its own, where numbers of pools are small: ``MemPool.snapshot`` of torch 2.11 drops a reference too
+    many to the numbers of the pool's id, which integers above 256 do not survive.
     """
-    done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ACTIVE_MEMORY_POOL], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -478,7 +477,7 @@ def test_a_real_allocation_failure_leaves_the_pool_as_it_was(pool):
     assert pool.verify() == 1
 
 
-def test_arguments_of_capture(pool):
+def test_capture_refuses_wrong_arguments(pool):
     with pytest.raises(TypeError), capture(graph="graph", pool=pool):
         pass
     with pytest.raises(TypeError), capture(pool="pool"):

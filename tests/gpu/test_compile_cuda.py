@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from layers import Layer
+from support.layers import Layer
 
 from safealloc import SafeAllocError, ScalePool, SfLayout, mm_fp4, nvfp4_linear, nvfp4_quantize, use_pool
 

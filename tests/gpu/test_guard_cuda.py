@@ -1,4 +1,4 @@
-"""The guard on a GPU: checks by replays, that nobody waits for, of everything that graphs were given."""
+"""The guard on a GPU: asynchronous checks, at replays, of every buffer that graphs were given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 
 import pytest
 import torch
-from layers import Layer
+from support.internals import buffers_of
+from support.layers import Layer
 
 from safealloc import PaddingCorruptionError, SafeAllocError, ScalePool, SfLayout, capture, nvfp4_quantize
 
@@ -15,17 +16,13 @@ pytest.importorskip("triton", reason="the guard's kernels need triton")
 
 pytestmark = pytest.mark.gpu
 
-L128, L8 = SfLayout.layout_128x4, SfLayout.layout_8x4
-
 
 @pytest.fixture
-def guarded(monkeypatch):
+def guarded():
     pools: list[ScalePool] = []
 
-    def make(every: int, repair: bool = False, **options) -> ScalePool:
-        monkeypatch.setenv("SAFEALLOC_VERIFY", str(every))
-        monkeypatch.setenv("SAFEALLOC_VERIFY_REPAIR", str(int(repair)))
-        pools.append(ScalePool("cuda", growth_in_capture="error", **options))
+    def make(every: int, repair: bool = False) -> ScalePool:
+        pools.append(ScalePool("cuda", growth_in_capture="error", verify_every=every, verify_repair=repair))
         return pools[-1]
 
     yield make
@@ -40,16 +37,16 @@ def captured(layer: Layer, **keywords) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def dirty_a_buffer(pool: ScalePool, rows: int, layout: SfLayout = L128) -> None:
-    """The last padding byte of the buffer that graphs were given for so many rows."""
-    (buffer,) = [one for one in pool._inventory.by_address.values() if one.spec.rows == rows and one.capture]
+def write_padding(pool: ScalePool, rows: int, layout: SfLayout = SfLayout.layout_128x4) -> None:
+    """Write the last padding byte of the buffer that graphs were given for so many rows."""
+    (buffer,) = [one for one in buffers_of(pool) if one.spec.rows == rows and one.capture]
     padding = layout.padding_mask(rows, buffer.spec.k, "cuda").nonzero().flatten()
     buffer.base.view(-1)[padding[-1:]] = 0x7F
     torch.cuda.synchronize()
 
 
 def raises_after(pool: ScalePool, graph: torch.cuda.CUDAGraph, replays: int) -> PaddingCorruptionError:
-    """Replay so often: only then is it found."""
+    """The error of the last of so many replays; none of those before finds anything."""
     for _ in range(replays - 1):
         graph.replay()
         torch.cuda.synchronize()
@@ -61,8 +58,8 @@ def raises_after(pool: ScalePool, graph: torch.cuda.CUDAGraph, replays: int) -> 
     return raised.value
 
 
-@pytest.mark.parametrize("layout", [L128, L8])
-def test_every_nth_replay(guarded, layout):
+@pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4])
+def test_every_nth_replay_checks(guarded, layout):
     pool = guarded(3)
     layer = Layer(5, 1008, 64, layout, pool, seed=0)
     graph = captured(layer)
@@ -70,7 +67,7 @@ def test_every_nth_replay(guarded, layout):
         graph.replay()
     torch.cuda.synchronize()
     pool.safe_point()
-    dirty_a_buffer(pool, 5, layout)  # the count stands at 7: the ninth looks
+    write_padding(pool, 5, layout)  # after 7 replays: the ninth checks
     error = raises_after(pool, graph, 2)
     (found,) = error.corruptions
     assert (found.spec.rows, found.value, found.count) == (5, 0x7F, 1)
@@ -85,11 +82,11 @@ def test_every_nth_replay(guarded, layout):
     layer.check()
 
 
-def test_repair(guarded, caplog):
+def test_repair_zeroes_and_logs(guarded, caplog):
     pool = guarded(2, repair=True)
-    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    layer = Layer(5, 1008, 64, SfLayout.layout_128x4, pool, seed=0)
     graph = captured(layer)
-    dirty_a_buffer(pool, 5)
+    write_padding(pool, 5)
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
@@ -102,9 +99,9 @@ def test_repair(guarded, caplog):
     layer.check()
 
 
-def test_a_graph_looks_at_what_was_handed_out_after_its_node_and_at_other_graphs_buffers(guarded):
+def test_a_graph_checks_buffers_handed_out_after_its_node_and_those_of_other_graphs(guarded):
     pool = guarded(1)
-    layers = [Layer(rows, 1008, 64, L128, pool, seed=rows) for rows in (5, 9, 17)]
+    layers = [Layer(rows, 1008, 64, SfLayout.layout_128x4, pool, seed=rows) for rows in (5, 9, 17)]
     for layer in layers:
         layer.run()
     with capture(pool=pool) as first:
@@ -112,7 +109,7 @@ def test_a_graph_looks_at_what_was_handed_out_after_its_node_and_at_other_graphs
         layers[1].run()
     second = captured(layers[2])
     for layer, graph in zip(layers, (first, first, first), strict=True):
-        dirty_a_buffer(pool, layer.rows)
+        write_padding(pool, layer.rows)
         raises_after(pool, graph, 1)
         pool.verify(repair=True)
     second.replay()
@@ -120,24 +117,24 @@ def test_a_graph_looks_at_what_was_handed_out_after_its_node_and_at_other_graphs
     pool.safe_point()
 
 
-def test_a_capture_that_somebody_else_began(guarded):
+def test_a_capture_begun_elsewhere_is_checked(guarded):
     pool = guarded(1)
-    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    layer = Layer(5, 1008, 64, SfLayout.layout_128x4, pool, seed=0)
     layer.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.run()
-    dirty_a_buffer(pool, 5)
+    write_padding(pool, 5)
     raises_after(pool, graph, 1)
     pool.verify(repair=True)
 
 
-def test_one_node_a_graph(guarded):
+def test_the_guard_adds_one_node_per_graph(guarded):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     counts = []
     for every in (0, 1):
         pool = guarded(every)
-        layers = [Layer(rows, 1008, 64, L128, pool, seed=rows) for rows in (5, 9)]
+        layers = [Layer(rows, 1008, 64, SfLayout.layout_128x4, pool, seed=rows) for rows in (5, 9)]
         for layer in layers:
             layer.run()
         with capture(pool=pool) as graph:
@@ -148,9 +145,9 @@ def test_one_node_a_graph(guarded):
     assert counts[1] == counts[0] + 1
 
 
-def test_nothing_synchronizes_while_all_is_well(guarded):
+def test_nothing_synchronizes_while_padding_is_zero(guarded):
     pool = guarded(1)
-    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    layer = Layer(5, 1008, 64, SfLayout.layout_128x4, pool, seed=0)
     graph = captured(layer)
     x = torch.randn(5, 1008, dtype=torch.bfloat16, device="cuda")
     one = torch.ones(1, device="cuda")
@@ -166,15 +163,14 @@ def test_nothing_synchronizes_while_all_is_well(guarded):
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_eager_calls(guarded, compact):
-    pool = guarded(2, compact=compact)
+def test_eager_calls_are_checked_at_every_nth_handout(guarded):
+    pool = guarded(2)
     x = torch.randn(5, 1008, dtype=torch.bfloat16, device="cuda")
     one = torch.ones(1, device="cuda")
     for _ in range(3):
         nvfp4_quantize(x, one, pool=pool)
     _, scales = nvfp4_quantize(x, one, pool=pool)  # the same buffer: nobody held it
-    scales.view(-1)[L128.offsets(128, 1008, "cuda")[100, 62]] = 0x38
+    scales.view(-1)[SfLayout.layout_128x4.offsets(128, 1008, "cuda")[100, 62]] = 0x38
     del scales
     for _ in range(2):
         nvfp4_quantize(x, one, pool=pool)
@@ -186,7 +182,7 @@ def test_eager_calls(guarded, compact):
 
 def test_graphs_outlive_the_pool(guarded):
     pool = guarded(1)
-    layer = Layer(5, 1008, 64, L128, pool, seed=0)
+    layer = Layer(5, 1008, 64, SfLayout.layout_128x4, pool, seed=0)
     graph = captured(layer)
     pool.close()
     gc.collect()
@@ -200,7 +196,7 @@ def test_graphs_outlive_the_pool(guarded):
     del rubbish, pinned
 
 
-def test_a_pool_is_made_before_a_capture(guarded):
+def test_a_guarded_pool_cannot_be_made_in_a_capture(guarded):
     graph = torch.cuda.CUDAGraph()
     x = torch.zeros(1, device="cuda")
     with torch.cuda.graph(graph):

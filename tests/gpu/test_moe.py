@@ -1,4 +1,4 @@
-"""Routed rows in captured graphs: nothing of an earlier routing is left, at any replay."""
+"""MoE layers in captured graphs: no replay reads a scale of an earlier routing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-        reason="needs a CUDA device of compute capability 8.9 or more",
-    ),
-]
+pytest.importorskip("triton", reason="the quantizer under test is Triton's")
 
-from adversary import STALE, Adversary  # noqa: E402
-from moe_layer import LAYOUT, MoeLayer  # noqa: E402
+from support.adversary import STALE, Adversary
+from support.moe_layer import LAYOUT, MoeLayer
 
-from safealloc import ScalePool, ScaleSpec, capture, clean_grouped_scales, nvfp4_quantize_grouped  # noqa: E402
-from safealloc.kernels import triton_grouped  # noqa: E402
-from safealloc.ops import backends  # noqa: E402
+from safealloc import ScalePool, ScaleSpec, capture, clean_grouped_scales, nvfp4_quantize_grouped
+from safealloc.kernels import triton_grouped
+from safealloc.ops import backends
+
+pytestmark = pytest.mark.gpu
 
 TOPK, EXPERTS, HIDDEN, WIDTH = 4, 16, 272, 144  # 17 and 9 scale columns: padding columns everywhere
 TOKENS = (16, 1, 5)
@@ -31,14 +27,13 @@ TOKENS = (16, 1, 5)
 
 @pytest.fixture
 def pool():
-    pytest.importorskip("triton", reason="the quantizer under test is Triton's")
     with ScalePool("cuda", growth_in_capture="error") as pool:
         yield pool
         torch.cuda.synchronize()
 
 
 def routings(tokens: int, count: int) -> Tensor:
-    """int32 [count, tokens, topk]: even, skewed, all to the same experts, and with some on other ranks (-1)."""
+    """int32 ``[count, tokens, topk]``: even, skewed, all to the same experts, and some on other ranks (-1)."""
     rng = torch.Generator("cuda").manual_seed(tokens)
     weights = torch.rand(count, tokens, EXPERTS, device="cuda", generator=rng)
     kind = torch.arange(count, device="cuda") % 4
@@ -66,7 +61,7 @@ def captured(layer: MoeLayer, graph_pool: Any = None, **quantizers: Any) -> torc
 
 
 class Steps:
-    """What a replay finds: another routing, other activations, other dead tokens, which hold NaN."""
+    """Inputs of each replay: another routing, other activations, and other invalid tokens, which hold NaN."""
 
     def __init__(self, layers: list[MoeLayer]) -> None:
         self.random = random.Random(0)
@@ -77,7 +72,7 @@ class Steps:
         self.x = (torch.randn(shape, device="cuda", generator=rng) * 3).bfloat16()
 
     def next(self) -> int:
-        """Prepares a step of one of the layers, and returns which."""
+        """Prepare a step of one of the layers; its index."""
         which = self.random.randrange(len(self.layers))
         layer = self.layers[which]
         valid = self.random.randint(0, layer.tokens) if self.random.random() < 0.3 else layer.tokens
@@ -88,12 +83,12 @@ class Steps:
         return which
 
 
-def test_ten_thousand_replays_with_another_routing_each_under_an_adversary(pool):
+def test_no_stale_scale_in_ten_thousand_replays_with_changing_routings(pool):
     layers = make_layers(pool)
     steps = Steps(layers)
     handle = torch.cuda.graph_pool_handle()
     graphs = [captured(layer, handle) for layer in layers]
-    assert pool.stats().captured == 2  # one a k, for all batch sizes
+    assert pool.stats().captured == 2  # one per k, for all batch sizes
     assert pool.stats().capture_fallbacks == 0
     dirty = torch.cuda.CUDAGraph()  # freed blocks of the graphs' private memory, filled at every replay of this one
     with torch.cuda.graph(dirty, pool=handle):
@@ -142,8 +137,8 @@ def test_a_quantizer_that_does_not_clean_leaves_stale_bytes(pool, monkeypatch):
     assert len(layers) == len(TOKENS)
 
 
-def test_cleaning_beside_another_producer_in_a_graph(pool):
-    """As vLLM's quantizers: they write real scales only, in the pool's buffer."""
+def test_clean_grouped_scales_beside_another_producer_in_a_graph(pool):
+    """As vLLM's quantizers do, the producer writes valid scales only, into the pool's buffer."""
 
     def produce(silu_and_mul: bool):
         def quantize(x, global_scales, *offsets, layout, pool, backend, valid_rows, row_tokens):
@@ -153,8 +148,8 @@ def test_cleaning_beside_another_producer_in_a_graph(pool):
             scales = pool.acquire_grouped(rows, k, EXPERTS, layout)
             clean_grouped_scales(scales, *offsets, rows)
             data = torch.empty(rows, k // 2, dtype=torch.uint8, device="cuda")
-            dead = valid_rows, row_tokens
-            triton_grouped.quantize(x, global_scales, data, scales, layout, None, *offsets, *dead, silu_and_mul)
+            padded_batch = valid_rows, row_tokens
+            triton_grouped.quantize(x, global_scales, data, scales, layout, None, *offsets, *padded_batch, silu_and_mul)
             return data, scales
 
         return quantize
@@ -191,7 +186,7 @@ def test_graphs_of_different_handles_have_buffers_of_their_own(pool):
     assert pool.verify() >= 6
 
 
-def test_a_quantization_is_one_node(pool):
+def test_a_grouped_quantization_is_one_node(pool):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     pool.reserve(64, HIDDEN, LAYOUT, experts=EXPERTS)
     x = torch.randn(64, HIDDEN, device="cuda").bfloat16()

@@ -1,10 +1,10 @@
-"""What a captured quantization costs in graph nodes."""
+"""How many graph nodes a captured quantization has."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from layers import Layer
+from support.layers import Layer
 
 from safealloc import ScalePool, SfLayout, capture
 from safealloc.ops.backends import QUANTIZERS
@@ -26,7 +26,7 @@ def nodes(layer: Layer, allocate) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("layout", [SfLayout.layout_128x4, SfLayout.layout_8x4])
-def test_the_pool_has_as_many_nodes_as_empty_and_one_fewer_a_call_than_zeros(layout):
+def test_the_pool_adds_no_node_and_zeros_add_one_per_call(layout):
     pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
     with ScalePool("cuda", growth_in_capture="error") as pool:
         layer = Layer(8, 1008, 64, layout, pool)

@@ -1,19 +1,18 @@
-"""The random walk of ``soak.py`` on a GPU, for half a minute."""
+"""The random walk of ``support.soak`` on a GPU, for half a minute."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from soak import run
-from soak_actions import actions
-from soak_state import Soak
+from support.soak.registry import actions
+from support.soak.walk import Soak, run
 
 pytest.importorskip("triton", reason="it launches the kernels")
 
 pytestmark = pytest.mark.gpu
 
 
-def test_nothing_is_lost():
+def test_all_actions_without_a_loss():
     device = torch.device("cuda", 0)
     result = run(Soak(device, 1, actions(device)), seconds=25)
     assert result["losses"] == []

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
-from adversary import Adversary
-from layers import Layer
+from support.adversary import Adversary
+from support.layers import Layer
 
 from safealloc import ScalePool, ScaleSpec, SfLayout, mm_fp4, nvfp4_quantize
 
@@ -16,7 +16,7 @@ K, N, LAYERS = 1008, 128, 6  # 63 blocks a row: one padding column
 
 
 class Turns:
-    """Two threads, of which one runs at a time; ``give`` lets the other go on."""
+    """Two threads, of which one runs at a time; ``give`` lets the other continue."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
@@ -90,8 +90,8 @@ def pool():
 
 
 @pytest.mark.parametrize(("first", "second"), [(8, 8), (16, 5)])
-def test_alternating_threads_in_one_capture(pool, first, second):
-    """Two buffers of a shape, in turn: as many as are held at once, whatever the number of layers."""
+def test_two_micro_batches_in_one_capture_hold_one_buffer_each(pool, first, second):
+    """As many buffers of a shape as are held at once, whatever the number of layers."""
     batches = [MicroBatch(first, pool, 0), MicroBatch(second, pool, 100)]
     stream = torch.cuda.Stream()
     run_both(batches, stream)  # warm-up, eager: leaves the buffers behind
@@ -120,8 +120,8 @@ def test_alternating_threads_in_one_capture(pool, first, second):
     pool.verify()
 
 
-def test_a_consumer_on_a_second_stream_in_the_same_capture(pool):
-    """Its buffer is not handed out again in the capture, although its holder is gone and the consumer has not run."""
+def test_a_buffer_read_on_a_second_stream_is_not_handed_out_again_in_the_capture(pool):
+    """Not even once its holder is gone, while the consumer has not run."""
     rows, communication = 8, torch.cuda.Stream()
     layers = [Layer(rows, K, N, SfLayout.layout_128x4, pool, seed=i) for i in range(4)]
     pool.reserve(rows, K, SfLayout.layout_128x4, copies=4)

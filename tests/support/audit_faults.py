@@ -1,4 +1,4 @@
-"""Faulty producers and consumers with what the audit must say of them, and correct ones of which it must say nothing.
+"""Faulty producers and consumers with the verdict that the audit must reach, and correct ones that it must accept.
 
 The consumers read memory as hardware does: at an offset from the first byte of the buffer, wherever that ends.
 """
@@ -24,12 +24,10 @@ from safealloc.audit.findings import (
     WRONG_RESULT,
     WRONG_SCALES,
 )
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.kernels import reference
 
-L128, L8, LINEAR = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
-
-LARGEST = 6 * 6 * 448
+LARGEST = E2M1_MAX**2 * E4M3_MAX
 """What a padding scale is multiplied by where its data and the weight are as large as they can be."""
 
 SHAPES = ((1, 512), (5, 480), (33, 480), (40, 512), (130, 208))
@@ -43,16 +41,16 @@ class Planted:
     Attributes:
         name: what is wrong with it, or right.
         fn: as the audit takes it.
-        layout: what it says it writes or reads.
-        verdict: what must be found at one shape at least, and nothing else but what is all right; ``None``: it is correct.
-        says: what the details must name there.
+        verdict: what must be found at one shape at least, beside verdicts that are all right; ``None``: it is correct.
+        says: what the details at 5 rows must contain.
+        layout: what it is told to write or read.
     """
 
     name: str
     fn: Callable[..., Any]
-    layout: SfLayout = L128
     verdict: str | None = None
     says: tuple[str, ...] = ()
+    layout: SfLayout = SfLayout.layout_128x4
 
 
 # --- Producers ------------------------------------------------------------------------------------------------------
@@ -66,7 +64,7 @@ def _parts(scales: torch.Tensor, layout: SfLayout, rows: int, k: int) -> dict[st
     return {
         "rows": offsets[rows:].flatten(),
         "columns": offsets[:rows, cols:].flatten(),
-        "real columns of rows": offsets[rows:, :cols].flatten(),
+        "rows without padding columns": offsets[rows:, :cols].flatten(),
     }
 
 
@@ -136,104 +134,103 @@ def _writing(**options: Any) -> Callable[..., Any]:
 
 FAULTY_PRODUCERS = (
     Planted(
-        "writes real scales only",
+        "writes valid scales only", reference.quantize, LEAVES, ("padding rows 5-127 left", "padding columns 30-31")
+    ),
+    Planted(
+        "writes valid scales only, 8x4",
         reference.quantize,
-        L128,
         LEAVES,
-        ("padding rows 5-127 left", "padding columns 30-31"),
+        ("padding rows 5-7 left", "columns 30-31 left"),
+        layout=SfLayout.layout_8x4,
     ),
     Planted(
-        "writes real scales only, 8x4", reference.quantize, L8, LEAVES, ("padding rows 5-7 left", "columns 30-31 left")
+        "zeroes rows, skips columns", _writing(zero=("rows",)), LEAVES, ("rows 5-127 zeroed", "columns 30-31 left")
     ),
-    Planted(
-        "zeroes rows, skips columns",
-        _writing(zero=("rows",)),
-        L128,
-        LEAVES,
-        ("rows 5-127 zeroed", "columns 30-31 left"),
-    ),
-    Planted(
-        "zeroes columns only", _writing(zero=("columns",)), L128, LEAVES, ("rows 5-127 left", "columns 30-31 zeroed")
-    ),
+    Planted("zeroes columns only", _writing(zero=("columns",)), LEAVES, ("rows 5-127 left", "columns 30-31 zeroed")),
     Planted(
         "zeroes rows as far as the real columns go",
-        _writing(zero=("real columns of rows", "columns")),
-        L128,
+        _writing(zero=("rows without padding columns", "columns")),
         LEAVES,
         ("padding rows 5-127 left, 246 of 3936 bytes", "columns 30-31 zeroed"),
     ),
-    Planted("zeroes rows only, 8x4", _writing(zero=("rows",)), L8, LEAVES, ("rows 5-7 zeroed", "columns 30-31 left")),
-    Planted("writes one byte past its tile", writes_outside, L128, BEYOND, ("1 bytes written outside", "at 4096")),
-    Planted("writes one byte past its tile, 8x4", writes_outside, L8, BEYOND, ("1 bytes written outside", "at 256")),
     Planted(
-        "writes one byte past the data", functools.partial(writes_outside, of_data=True), L128, BEYOND, ("of the data",)
+        "zeroes rows only, 8x4",
+        _writing(zero=("rows",)),
+        LEAVES,
+        ("rows 5-7 zeroed", "columns 30-31 left"),
+        layout=SfLayout.layout_8x4,
     ),
-    Planted("writes one byte before its tile", writes_before, L128, BEYOND, ("at -1",)),
+    Planted("writes one byte past its tile", writes_outside, BEYOND, ("1 bytes written outside", "at 4096")),
     Planted(
-        "writes 1.0 into the last padding byte",
-        _writing(write="rows", last=True),
-        L128,
-        DIRTIES,
-        ("first 0x38 at row 127",),
+        "writes one byte past its tile, 8x4",
+        writes_outside,
+        BEYOND,
+        ("1 bytes written outside", "at 256"),
+        layout=SfLayout.layout_8x4,
+    ),
+    Planted("writes one byte past the data", functools.partial(writes_outside, of_data=True), BEYOND, ("of the data",)),
+    Planted("writes one byte before its tile", writes_before, BEYOND, ("at -1",)),
+    Planted(
+        "writes 1.0 into the last padding byte", _writing(write="rows", last=True), DIRTIES, ("first 0x38 at row 127",)
     ),
     Planted(
         "writes NaN into padding columns",
-        _writing(write="columns", byte=0x7F),
-        L128,
+        _writing(write="columns", byte=NAN_SCALE),
         DIRTIES,
         ("0x7F at row 0, column 30",),
     ),
     Planted(
-        "quantizes rows behind the last", _writing(write="rows", byte=0x70), L8, DIRTIES, ("0x70 at row 5, column 0",)
+        "quantizes rows below the last",
+        _writing(write="rows", byte=0x70),
+        DIRTIES,
+        ("0x70 at row 5, column 0",),
+        layout=SfLayout.layout_8x4,
     ),
+    Planted("writes a sentinel into padding", _writing(write="rows", byte=0xA5), DIRTIES, ("first 0xA5 at row 5",)),
+    Planted("writes the other sentinel", _writing(write="columns", byte=0x5B), DIRTIES, ("first 0x5B at row 0",)),
     Planted(
-        "writes a sentinel into padding", _writing(write="rows", byte=0xA5), L128, DIRTIES, ("first 0xA5 at row 5",)
-    ),
-    Planted("writes the other sentinel", _writing(write="columns", byte=0x5B), L128, DIRTIES, ("first 0x5B at row 0",)),
-    Planted(
-        "writes 8x4 for 128x4", functools.partial(writes_other_layout, other=L8), L128, WRONG_SCALES, ("lie in 8x4",)
+        "writes 8x4 for 128x4",
+        functools.partial(writes_other_layout, other=SfLayout.layout_8x4),
+        WRONG_SCALES,
+        ("are in 8x4",),
     ),
     Planted(
         "writes linear for 128x4",
-        functools.partial(writes_other_layout, other=LINEAR),
-        L128,
+        functools.partial(writes_other_layout, other=SfLayout.layout_linear),
         WRONG_SCALES,
-        ("lie in linear",),
+        ("are in linear",),
     ),
-    Planted("scales two steps off", functools.partial(off_by, steps=2), L128, WRONG_SCALES, ("row 0, column 0",)),
-    Planted("forgets the last row", forgets_last_row, L128, WRONG_SCALES, ("row 4, column 0",)),
-    Planted("swaps nibbles", swaps_nibbles, L128, WRONG_DATA, ("more than a step",)),
+    Planted("scales two steps off", functools.partial(off_by, steps=2), WRONG_SCALES, ("row 0, column 0",)),
+    Planted("forgets the last row", forgets_last_row, WRONG_SCALES, ("row 4, column 0",)),
+    Planted("swaps nibbles", swaps_nibbles, WRONG_DATA, ("more than a step",)),
     Planted(
         "allocates, and leaves padding",
         functools.partial(allocates, write=reference.quantize),
-        L128,
         LEAVES,
         ("rows 5-127 left",),
     ),
     Planted(
         "allocates, and writes a sentinel into padding",
         functools.partial(allocates, write=_writing(write="rows", byte=0x5B)),
-        L128,
         DIRTIES,
         ("first 0x5B at row 5",),
     ),
     Planted(
         "allocates, and writes padding columns",
         functools.partial(allocates, write=_writing(write="columns")),
-        L128,
         DIRTIES,
         ("first 0x38 at row 0, column 30",),
     ),
 )
 
 CORRECT_PRODUCERS = (
-    *(Planted(f"zeroes all padding, {layout.name}", quantize_and_write, layout) for layout in SfLayout),
+    *(Planted(f"zeroes all padding, {layout.name}", quantize_and_write, layout=layout) for layout in SfLayout),
     *(
-        Planted(f"scales one step off, {layout.name}", functools.partial(off_by, steps=1), layout)
-        for layout in (L128, L8)
+        Planted(f"scales one step off, {layout.name}", functools.partial(off_by, steps=1), layout=layout)
+        for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)
     ),
     *(
-        Planted(f"allocates, {layout.name}", functools.partial(allocates, write=quantize_and_write), layout)
+        Planted(f"allocates, {layout.name}", functools.partial(allocates, write=quantize_and_write), layout=layout)
         for layout in SfLayout
     ),
 )
@@ -268,15 +265,15 @@ def reads_as(a, b, a_descale, b_descale, alpha, layout, *, other):
 
 
 def reads_outer_rows_swapped(a, b, a_descale, b_descale, alpha, layout):
-    """A 128x4 tile of 16 inner and 8 outer rows: none that is known."""
+    """A 128x4 tile of 16 inner and 8 outer rows: no known layout."""
     rows, k = a.shape[0], 2 * a.shape[1]
     tiles = a_descale.view(-1, 16, 8, 4).transpose(1, 2).reshape(a_descale.shape[0] // 128, -1, 128, 4)
     linear = tiles.transpose(1, 2).reshape(a_descale.shape)[:rows, : k // BLOCK_SIZE]
-    return product(a, b, L128.swizzle(linear.contiguous()), b_descale, alpha, L128)
+    return product(a, b, SfLayout.layout_128x4.swizzle(linear.contiguous()), b_descale, alpha, SfLayout.layout_128x4)
 
 
 def leaks_row(a, b, a_descale, b_descale, alpha, layout, *, into=0):
-    """Adds the first scale behind the last row to one real row, as a reduction that runs one row too far does."""
+    """Adds the first scale below the last row to one valid row, as a reduction that runs one row too far does."""
     rows, k = a.shape[0], 2 * a.shape[1]
     out = isolates(a, b, a_descale, b_descale, alpha, layout)
     behind = layout.logical(a_descale, rows, k)[rows:, 0].view(torch.float8_e4m3fn).float()
@@ -302,7 +299,7 @@ def nan_rows_spoil_all(a, b, a_descale, b_descale, alpha, layout):
 
 
 def reads_one_row_too_far(a, b, a_descale, b_descale, alpha, layout):
-    """The last row gets the scales of the row behind it."""
+    """The last row gets the scales of the row below it."""
     rows, k = a.shape[0], 2 * a.shape[1]
     logical = layout.logical(a_descale, rows, k)[:, : k // BLOCK_SIZE].contiguous()
     linear = torch.cat((logical[: rows - 1], logical[rows : rows + 1]))
@@ -320,14 +317,16 @@ def is_noisy(a, b, a_descale, b_descale, alpha, layout):
     return out * (1 + 1e-4 * order)
 
 
-def heals(a, b, a_descale, b_descale, alpha, layout):
+def repairs(a, b, a_descale, b_descale, alpha, layout):
     """Zeroes the padding of the buffer it is given, and multiplies as the hardware does."""
     ScaleSpec(a.shape[0], 2 * a.shape[1], layout).zero_padding(a_descale)
     return product(a, b, a_descale, b_descale, alpha, layout).to(torch.float16)
 
 
 def through_mm_fp4(a, b, a_descale, b_descale, alpha, layout):
-    return mm_fp4(a, b, a_descale, b_descale, alpha, use_8x4_sf_layout=layout is L8, backend="reference")
+    return mm_fp4(
+        a, b, a_descale, b_descale, alpha, use_8x4_sf_layout=layout is SfLayout.layout_8x4, backend="reference"
+    )
 
 
 def _as(other: SfLayout) -> Callable[..., Any]:
@@ -338,53 +337,62 @@ FAULTY_CONSUMERS = (
     Planted(
         "leaks a padding row into the first",
         leaks_row,
-        L128,
         READS,
         ("NaN in padding rows changes 1 of 5 rows (0)", "448 in padding rows"),
     ),
     Planted(
         "leaks a padding row into the last, 8x4",
         functools.partial(leaks_row, into=-1),
-        L8,
         READS,
         ("padding rows changes 1 of 5 rows (4)",),
+        layout=SfLayout.layout_8x4,
     ),
     Planted(
-        "NaN in a padding row spoils all",
-        nan_rows_spoil_all,
-        L128,
-        READS,
-        ("NaN in padding rows changes 5 of 5 rows (0-4)",),
+        "NaN in a padding row spoils all", nan_rows_spoil_all, READS, ("NaN in padding rows changes 5 of 5 rows (0-4)",)
     ),
     Planted(
         "multiplies padding columns as the hardware does",
         product,
-        L128,
         READS,
         ("NaN in padding columns changes 5 of 5 rows",),
     ),
-    Planted("multiplies padding columns, 8x4", product, L8, READS, ("NaN in padding columns changes 5 of 5 rows",)),
-    Planted("adds padding columns", leaks_columns, L128, READS, ("1.0 in padding columns changes 5 of 5 rows",)),
-    Planted("reads 8x4 as 128x4", _as(L128), L8, WRONG_LAYOUT, ("reads 128x4",)),
-    Planted("reads 128x4 as 8x4", _as(L8), L128, WRONG_LAYOUT, ("reads 8x4",)),
-    Planted("reads 128x4 as linear", _as(LINEAR), L128, WRONG_LAYOUT, ("reads linear",)),
-    Planted("reads linear as 128x4", _as(L128), LINEAR, WRONG_LAYOUT, ("reads 128x4",)),
     Planted(
-        "reads a tile of another order", reads_outer_rows_swapped, L128, WRONG_LAYOUT, ("reads none that is known",)
+        "multiplies padding columns, 8x4",
+        product,
+        READS,
+        ("NaN in padding columns changes 5 of 5 rows",),
+        layout=SfLayout.layout_8x4,
     ),
+    Planted("adds padding columns", leaks_columns, READS, ("1.0 in padding columns changes 5 of 5 rows",)),
     Planted(
-        "reads one row too far",
-        reads_one_row_too_far,
-        L128,
+        "reads 8x4 as 128x4", _as(SfLayout.layout_128x4), WRONG_LAYOUT, ("reads 128x4",), layout=SfLayout.layout_8x4
+    ),
+    Planted("reads 128x4 as 8x4", _as(SfLayout.layout_8x4), WRONG_LAYOUT, ("reads 8x4",)),
+    Planted("reads 128x4 as linear", _as(SfLayout.layout_linear), WRONG_LAYOUT, ("reads linear",)),
+    Planted(
+        "reads linear as 128x4",
+        _as(SfLayout.layout_128x4),
         WRONG_LAYOUT,
-        ("reads none that is known", "row 4, column 0"),
+        ("reads 128x4",),
+        layout=SfLayout.layout_linear,
     ),
-    Planted("forgets alpha", forgets_alpha, L128, WRONG_RESULT, ("with clean padding",)),
+    Planted("reads a tile of another order", reads_outer_rows_swapped, WRONG_LAYOUT, ("reads no known layout",)),
+    Planted("reads one row too far", reads_one_row_too_far, WRONG_LAYOUT, ("reads no known layout", "row 4, column 0")),
+    Planted("forgets alpha", forgets_alpha, WRONG_RESULT, ("with clean padding",)),
 )
 
 CORRECT_CONSUMERS = (
-    *(Planted(f"isolates, {layout.name}", isolates, layout) for layout in SfLayout),
-    *(Planted(f"adds in any order, {layout.name}", is_noisy, layout) for layout in (L128, L8)),
-    *(Planted(f"zeroes padding itself, {layout.name}", heals, layout) for layout in (L128, L8)),
-    *(Planted(f"mm_fp4, {layout.name}", through_mm_fp4, layout) for layout in (L128, L8)),
+    *(Planted(f"isolates, {layout.name}", isolates, layout=layout) for layout in SfLayout),
+    *(
+        Planted(f"adds in any order, {layout.name}", is_noisy, layout=layout)
+        for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)
+    ),
+    *(
+        Planted(f"zeroes padding itself, {layout.name}", repairs, layout=layout)
+        for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)
+    ),
+    *(
+        Planted(f"mm_fp4, {layout.name}", through_mm_fp4, layout=layout)
+        for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4)
+    ),
 )

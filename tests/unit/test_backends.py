@@ -11,7 +11,8 @@ import torch
 
 from safealloc import SfLayout, _optional
 from safealloc.audit.known import CONSUMERS, PRODUCERS
-from safealloc.commands import doctor, report, repro
+from safealloc.commands import doctor, report
+from safealloc.commands.repro import command as repro
 from safealloc.ops import backends
 from safealloc.ops.backends import GEMMS, QUANTIZERS, Backend, Call, Table
 
@@ -184,16 +185,15 @@ def test_doctor_reports_the_same_refusals(on: On, capability: str) -> None:
 
 
 @capabilities
-def test_repro_refuses_a_backend_that_cannot_run(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+def test_repro_refuses_a_backend_that_cannot_run(on: On, capability: str) -> None:
     device = on(capability)
-    monkeypatch.setattr(repro, "checked_device", lambda asked: device)
     for name, runs_on in ONE_ALPHA.items():
         reason = refused(runs_on, capability)
         if reason is None:
-            assert repro.checked_options("cuda", name, 0, 1).backend == name
+            repro.check_backend(device, name)
         else:
             with pytest.raises(report.UsageError, match=f"backend '{name}' cannot run this: {reason}"):
-                repro.checked_options("cuda", name, 0, 1)
+                repro.check_backend(device, name)
 
 
 @capabilities

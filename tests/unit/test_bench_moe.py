@@ -1,4 +1,4 @@
-"""``safealloc bench moe``: routings, targets, and its calls on a CPU in Triton's interpreter; no GPU is needed."""
+"""``python -m benchmarks moe``: routings, targets, and its calls in Triton's interpreter; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks import moe
     routing=st.sampled_from(moe.ROUTINGS),
     seed=st.integers(0, 9),
 )
-def test_each_token_has_different_experts(tokens: int, experts: int, topk: int, routing: str, seed: int) -> None:
+def test_each_token_goes_to_different_experts(tokens: int, experts: int, topk: int, routing: str, seed: int) -> None:
     topk = min(topk, experts)
     counts = moe.routed(tokens, experts, topk, routing, torch.Generator().manual_seed(seed))
     assert counts.shape == (experts,)
@@ -32,16 +32,16 @@ def test_each_token_has_different_experts(tokens: int, experts: int, topk: int, 
     assert int(counts.max()) <= tokens
 
 
-def test_skewed_is_skewed() -> None:
-    most = [
+def test_skewed_routing_has_larger_groups_than_uniform_routing() -> None:
+    largest = [
         int(moe.routed(64, 256, 8, routing, torch.Generator().manual_seed(0)).max())
         for routing in ("uniform", "skewed")
     ]
-    assert most[0] < 16 < 32 < most[1]
+    assert largest[0] < 16 < 32 < largest[1]
 
 
 @given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=9))
-def test_offsets_are_vllms(counts: list[int]) -> None:
+def test_offsets_are_those_of_vllm(counts: list[int]) -> None:
     expert, scale = moe.offsets(torch.tensor(counts), torch.device("cpu"))
     assert expert.dtype == scale.dtype == torch.int32
     assert expert.tolist() == [sum(counts[:end]) for end in range(len(counts) + 1)]
@@ -52,7 +52,7 @@ def test_offsets_are_vllms(counts: list[int]) -> None:
         assert rounded == [] or sum(rounded) <= moe.right_sized_rows(rows, len(counts))
 
 
-def test_memory_of_deepseek_r1() -> None:
+def test_bytes_of_scales_for_deepseek_r1() -> None:
     held = moe.memory(moe.FULL, 7168)
     assert held[moe.VLLM] == 587_202_560
     assert held[moe.POOL] == held[moe.RIGHT_SIZED] == (2048 + 127 * 256) * 448
@@ -61,7 +61,7 @@ def test_memory_of_deepseek_r1() -> None:
 
 
 def row(batch: int, ratio: float) -> dict:
-    return {"batch": batch, "peers": {moe.POOL: {"ratio_to_alone": ratio}}}
+    return {"batch": batch, "baselines": {moe.POOL: {"ratio_to_alone": ratio}}}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def row(batch: int, ratio: float) -> dict:
         ([], {}, [False, True, True]),
     ],
 )
-def test_targets(rows: list[dict], held: dict, met: list[bool]) -> None:
+def test_targets_are_met_by_their_worst_shape(rows: list[dict], held: dict, met: list[bool]) -> None:
     memory = {moe.VLLM: 1000, moe.RIGHT_SIZED: 100, moe.POOL: 100} | held
     found = moe.targets({"rows": rows, "memory": [memory]})
     assert [target["met"] for target in found] == met
@@ -84,39 +84,37 @@ def test_targets(rows: list[dict], held: dict, met: list[bool]) -> None:
 PROGRAM = """
 import torch
 from safealloc import ScalePool
-from safealloc.bench import moe
+from benchmarks import moe
 
 extent = moe.Extent((3,), 5, 2, ((80, False), (48, True)), calls=2, rounds=1)
 with ScalePool("cpu") as pool:
-    for k, silu in extent.ks:
-        pool.reserve(extent.most, k, moe.LAYOUT, experts=extent.experts)
-        for routing in moe.ROUTINGS:
-            both = moe.steps(extent, k, silu, 3, routing, pool.device)
-            every = moe.peers(pool, extent, 6, k)
-            for call in every.values():
-                for step in (*both, *both):
-                    call(step)
-            for name in (moe.POOL, moe.CLEANED):
-                for step in (*both, *both):
-                    moe.check(every[name], pool, step)
-            def careless(step):
-                scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
-                return step.quantize(scales), scales
-            scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
-            scales[-1] = 1
-            del scales
-            try:
+    for (k, silu), routing in zip(extent.ks, moe.ROUTINGS):
+        pool.reserve(extent.max_rows, k, moe.LAYOUT, experts=extent.experts)
+        both = moe.steps(extent, k, silu, 3, routing, pool.device)
+        for name, call in moe.baselines(pool, extent, 6, k).items():
+            for step in both:
+                call(step)
+            if name in (moe.POOL, moe.CLEANED):
                 for step in both:
-                    moe.check(careless, pool, step)
-            except RuntimeError as error:
-                print(error)
-            pool.verify(repair=True)
+                    moe.check(call, pool, step)
+        def without_clearing(step):
+            scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
+            return step.quantize(scales), scales
+        scales = pool.acquire_grouped(6, k, extent.experts, moe.LAYOUT)
+        scales[-1] = 1
+        del scales
+        try:
+            for step in both:
+                moe.check(without_clearing, pool, step)
+        except RuntimeError as error:
+            print(error)
+        pool.verify(repair=True)
     print(pool.verify(), "buffers")
 """
 
 
-def test_the_calls_in_the_interpreter() -> None:
-    """Each peer runs, and what comes from the pool is the reference's; what does not is found out."""
+def test_baselines_run_and_the_check_detects_dirty_scales() -> None:
+    """Each baseline runs. Pool buffers equal the reference; a call that leaves old scales is detected."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
@@ -124,8 +122,7 @@ def test_the_calls_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].endswith("buffers")
-    assert len(lines) == 5
-    assert lines[0] == "6 rows of 80 are not what the reference makes of them"
+    assert lines[:-1] == [f"6 rows of {k} differ from the reference" for k in (80, 48)]
 
 
 def test_the_layout_is_that_of_vllms_experts() -> None:

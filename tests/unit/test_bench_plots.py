@@ -1,21 +1,16 @@
-"""What ``safealloc bench`` draws and computes from its numbers: pictures, targets, bytes; no GPU is needed."""
+"""The pictures of the benchmarks, drawn from made-up numbers; no GPU is needed."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import safealloc
-from benchmarks import summary
-from safealloc.integrations.vllm.serve import allocator
-from safealloc.pool.default import default_pool
-
+ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ["bench-quantize.png", "bench-decode.png", "bench-memory.png", "bench-host.png", "bench-moe.png"]
 ROWS, KS = (1, 2, 4, 8, 16, 32), (2048, 4096, 8192, 28672)
 BATCHES = (1, 4, 64)
@@ -49,22 +44,22 @@ def quantization(rows: int, k: int, layout: str) -> dict:
     times = {name: pool + over for name, over in OVER_POOL.items()}
     floor = {"empty kernel": 0.55, "one store from 132 programs": 0.87}
     found = {"rows": rows, "k": k, "layout": layout}
-    for part, several in (("peers", times), ("floor", floor)):
-        found[part] = {name: spread(us) | {"ratio_to_pool": us / pool} for name, us in several.items()}
+    for part, microseconds in (("baselines", times), ("floor", floor)):
+        found[part] = {name: spread(us) | {"ratio_to_pool": us / pool} for name, us in microseconds.items()}
     return found
 
 
 def step(batch: int) -> dict:
-    peers = {name: spread(9e3) | {"over_pool_a_quantization": spread(over)} for name, over in OVER_POOL.items()}
-    return {"batch": batch, "peers": peers}
+    baselines = {name: spread(9e3) | {"over_pool_per_quantization": spread(over)} for name, over in OVER_POOL.items()}
+    return {"batch": batch, "baselines": baselines}
 
 
 def routed(batch: int, k: int, routing: str) -> dict:
     alone = 1.3 + batch / 15
     over = {"pool": 1.05, "right-sized, zeroed": 2, "vLLM's size, zeroed": 90, "quantization alone": 1}
-    peers = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
-    peers["pool, cleaned by a kernel of its own"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
-    return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "peers": peers}
+    baselines = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
+    baselines["pool, cleaned by a separate kernel"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
+    return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "baselines": baselines}
 
 
 RESULT = {
@@ -88,8 +83,8 @@ RESULT = {
         ],
     },
     "memory": [
-        {"sizes": 51, "largest": 512, "bars": {"pool": 30 << 20, "pool, compact": 3 << 20, "per call": 900_000}},
-        {"sizes": 83, "largest": 1024, "bars": {"pool": 88 << 20, "pool, compact": 10 << 20, "per call": 1 << 21}},
+        {"sizes": 51, "largest": 512, "bars": {"pool": 30 << 20, "per call": 900_000}},
+        {"sizes": 83, "largest": 1024, "bars": {"pool": 88 << 20, "per call": 1 << 21}},
     ],
 }
 
@@ -105,17 +100,8 @@ def plots():
     pyplot.close("all")
 
 
-@pytest.fixture
-def kernels():
-    """``benchmarks.quantize`` and ``.gemm``."""
-    pytest.importorskip("triton", reason="they import the kernels")
-    from benchmarks import gemm, quantize
-
-    return quantize, gemm
-
-
 class TestPictures:
-    def test_all_are_written_and_forgotten(self, plots, tmp_path):
+    def test_all_are_written_and_closed(self, plots, tmp_path):
         folder = tmp_path / "some" / "folder"
         assert plots.draw(RESULT, folder) == [folder / name for name in PICTURES]
         assert sorted(path.name for path in folder.iterdir()) == sorted(PICTURES)
@@ -126,12 +112,11 @@ class TestPictures:
             assert 500 < height < 1300
         assert plots.plt.get_fignums() == []
 
-    @pytest.mark.parametrize("missing", ["quantize", "decode", "memory", "host", "moe"])
-    def test_a_part_that_is_missing_is_left_out(self, plots, tmp_path, missing):
-        written = plots.draw({part: found for part, found in RESULT.items() if part != missing}, tmp_path)
-        assert [path.name for path in written] == [name for name in PICTURES if name != f"bench-{missing}.png"]
+    @pytest.mark.parametrize("part", ["quantize", "decode", "memory", "host", "moe"])
+    def test_a_part_alone_has_one_picture(self, plots, tmp_path, part):
+        assert plots.draw({part: RESULT[part]}, tmp_path) == [tmp_path / f"bench-{part}.png"]
 
-    def test_nothing_is_drawn_of_nothing(self, plots, tmp_path):
+    def test_parts_without_numbers_are_not_drawn(self, plots, tmp_path):
         empty = {
             "quantize": {"few_rows": [quantization(1, 4096, "8x4"), quantization(1, 2048, "128x4")]},
             "decode": {"models": []},
@@ -155,8 +140,8 @@ class TestPictures:
             ("decode", 7),
         ],
     )
-    def test_no_text_is_clipped_and_none_lies_on_another(self, plots, picture, models):
-        """Nor does the legend lie on a panel."""
+    def test_no_text_is_clipped_or_overlaps_another(self, plots, picture, models):
+        """Nor does the legend overlap a panel."""
         figure = getattr(plots, picture)({**RESULT, "decode": {"models": RESULT["decode"]["models"][:models]}})
         figure.set_dpi(150)
         figure.canvas.draw()
@@ -174,7 +159,7 @@ class TestPictures:
         for axes in panels:
             assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
 
-    def test_quantize_has_a_panel_a_k_and_a_line_a_peer(self, plots):
+    def test_quantize_has_one_panel_per_k_and_one_line_per_baseline(self, plots):
         figure = plots.quantize(RESULT)
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["k = 4096", "k = 8192", "k = 28672"]
         assert "µs" in figure.axes[0].get_ylabel()
@@ -193,12 +178,12 @@ class TestPictures:
         named = [text.get_text() for text in figure.legends[0].get_texts()]
         assert sorted(named) == sorted([*(look["label"] for look in plots.LOOKS.values()), "node of an empty kernel"])
 
-    def test_decode_counts_a_whole_step(self, plots):
+    def test_decode_shows_whole_steps(self, plots):
         figure = plots.decode(RESULT)
         shown = [axes for axes in figure.axes if axes.get_visible()]
         assert [axes.get_title(loc="left").split("\n")[0] for axes in shown] == list(MODELS)
         for axes in shown:
-            assert "128 quantizations" in axes.get_title(loc="left")
+            assert "128 quantizations per step" in axes.get_title(loc="left")
             assert axes.get_xlabel() == "batch size"
             lines = {line.get_label(): line for line in axes.get_lines()}
             zeros = lines["torch.zeros at each call"]
@@ -207,10 +192,10 @@ class TestPictures:
             assert plots.LOOKS["pool"]["label"] not in lines  # it is the zero
         assert "µs" in figure.axes[0].get_ylabel()
 
-    def test_a_peer_that_nobody_knows_is_drawn_too(self, plots):
+    def test_an_unknown_baseline_is_drawn_too(self, plots):
         rows = [quantization(rows, 4096, "128x4") for rows in ROWS]
         for row in rows:
-            row["peers"] |= {"a new way": row["peers"]["zeros"], "another": row["peers"]["zeros"]}
+            row["baselines"] |= {"a new way": row["baselines"]["zeros"], "another": row["baselines"]["zeros"]}
         figure = plots.quantize({"quantize": {"few_rows": rows}})
         lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
         new, another = lines["a new way"], lines["another"]
@@ -220,11 +205,11 @@ class TestPictures:
     def test_memory_is_in_mebibytes(self, plots):
         axes = plots.memory(RESULT).axes[0]
         heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
-        assert heights == [[30, 88], [3, 10], [900_000 / 2**20, 2]]
+        assert heights == [[30, 88], [900_000 / 2**20, 2]]
         assert "MiB" in axes.get_ylabel()
         assert [tick.get_text().split("\n")[1] for tick in axes.get_xticklabels()] == ["up to 512", "up to 1024"]
 
-    def test_host_has_a_bar_a_call_and_tells_ours_apart(self, plots):
+    def test_host_has_one_bar_per_call_and_two_colors(self, plots):
         axes = plots.host(RESULT).axes[0]
         bars = axes.patches
         assert [bar.get_width() for bar in bars] == list(HOST.values())
@@ -233,16 +218,23 @@ class TestPictures:
         assert ours == {"pool.acquire", "torch.ops.safealloc.acquire", "hook in vLLM", "nvfp4_linear"}
         assert "µs" in axes.get_xlabel()
 
-    def test_what_measures_and_what_draws_agree_on_names(self, plots, kernels):
-        quantize, _ = kernels
-        from benchmarks import peers
+    def test_names_are_those_that_the_benchmarks_measure(self, plots):
+        pytest.importorskip("triton", reason="the benchmarks import the kernels")
+        from benchmarks import baselines, quantize
 
-        names = {peers.POOL, peers.EMPTY, peers.ZEROS, peers.IN_KERNEL, peers.RETURNED, peers.LINEAR}
+        names = {
+            baselines.POOL,
+            baselines.EMPTY,
+            baselines.ZEROS,
+            baselines.IN_KERNEL,
+            baselines.RETURNED,
+            baselines.LINEAR,
+        }
         assert names == plots.LOOKS.keys()
-        assert quantize.EMPTY_NODE == plots._EMPTY_NODE
+        assert quantize.EMPTY_NODE == plots.EMPTY_NODE
 
-    def test_colors_differ_for_the_color_blind_and_markers_for_all(self, plots):
-        """At least 20 apart in CIELAB, of which 2 are just seen; simulated as Machado, Oliveira and Fernandes (2009) do."""
+    def test_the_color_blind_can_tell_the_colors_apart_and_all_markers_differ(self, plots):
+        """At least 20 apart in CIELAB, where 2 is just visible; simulated as in Machado, Oliveira and Fernandes (2009)."""
         from matplotlib.colors import to_rgb
 
         sees = {
@@ -264,17 +256,19 @@ class TestPictures:
             assert apart > 20, (who, apart)
         assert len({look["marker"] for look in plots.LOOKS.values()}) == len(plots.LOOKS)
 
-    def test_the_script_draws_from_a_file(self, plots, tmp_path, monkeypatch, capsys):
-        script = Path(safealloc.__file__).parents[1] / "benchmarks" / "plot_bench.py"
-        if not script.exists():
-            pytest.skip("benchmarks/ is not in the package")
+    def test_the_script_draws_from_a_file(self, plots, tmp_path, capsys):
         (tmp_path / "result.json").write_text(json.dumps({"host": RESULT["host"]}))
-        monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "result.json"), str(tmp_path / "pictures")])
-        runpy.run_path(str(script), run_name="__main__")
+        plots.main([str(tmp_path / "result.json"), str(tmp_path / "pictures")])
         assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["bench-host.png"]
         assert capsys.readouterr().out == f"wrote {tmp_path / 'pictures' / 'bench-host.png'}\n"
 
-    def test_write_reads_and_writes_the_files_it_is_told(self, plots, tmp_path, monkeypatch):
+    def test_committed_results_have_every_picture_of_the_docs(self, plots, tmp_path):
+        written = []
+        for name in ("bench-h200", "bench-moe-h200"):
+            written += plots.draw(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()), tmp_path)
+        assert {path.name for path in written} == {path.name for path in (ROOT / "docs").glob("bench-*.png")}
+
+    def test_write_takes_its_files_from_the_command_line(self, plots, tmp_path, monkeypatch):
         from benchmarks import figure
 
         def draw(result):
@@ -294,202 +288,14 @@ class TestPictures:
 
 
 def labels(axes) -> list:
-    """All text of a panel that is drawn."""
-    found = [axes.xaxis.label, axes.yaxis.label, axes._left_title, *axes.texts]
+    """All visible text of a panel."""
+    from matplotlib.text import Text
+
+    title = axes.get_title(loc="left")
+    found = [axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    found += [text for text in axes.findobj(Text) if text.get_text() == title]
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         for tick in axis.get_major_ticks():
             if tick.label1.get_visible() and min(limits) <= tick.get_loc() <= max(limits):
                 found.append(tick.label1)
     return found
-
-
-class TestSummary:
-    def test_median_and_quartiles(self):
-        assert summary.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"us": 3.0, "quartiles": [2.0, 4.0]}
-        assert summary.summary([1.0, 2.0]) == {"us": 1.5, "quartiles": [1.25, 1.75]}
-        assert summary.summary([7.0]) == {"us": 7.0, "quartiles": [7.0, 7.0]}
-
-    def test_a_target_is_met_by_its_worst_value(self):
-        assert summary.at_most("x", 1.05, [0.9, 1.05]) == {"name": "x", "target": 1.05, "reached": 1.05, "met": True}
-        assert summary.at_most("x", 1.05, [0.9, 1.0501])["met"] is False
-        assert summary.at_least("x", 0.7, [0.9, 0.7]) == {"name": "x", "target": 0.7, "reached": 0.7, "met": True}
-        assert summary.at_least("x", 0.7, [0.9, 0.699])["met"] is False
-        for target in (summary.at_most, summary.at_least):
-            assert target("x", 1.0, []) == {"name": "x", "target": 1.0, "reached": None, "met": False}
-
-
-class TestQuantizeTargets:
-    @staticmethod
-    def row(rows, k, layout, *, linear=1.0, in_kernel=2.0, empty_node=0.5, compact=1.0):
-        """With times relative to the pool's."""
-        peers = {"pool": 1.0, "pool, compact": compact, "linear": linear, "padding in the kernel": in_kernel}
-        return {
-            "rows": rows,
-            "k": k,
-            "layout": layout,
-            "peers": {name: {"ratio_to_pool": ratio} for name, ratio in peers.items()},
-            "floor": {"empty kernel": {"ratio_to_pool": empty_node}},
-        }
-
-    def result(self, **extra):
-        few = [self.row(*shape) for shape in itertools.product((1, 8, 32), (4096, 8192), ("128x4", "8x4"))]
-        many = [{"rows": 4096, "k": 8192, "share_of_copy": 0.8}, {"rows": 65536, "k": 8192, "share_of_copy": 0.75}]
-        gemm = [{"m": m, "n": 8192, "k": 8192, "share_of_copy": 0.6} for m in (1, 16)]
-        found = {"few_rows": few, "many_rows": many, "gemm": gemm}
-        return {part: rows + extra.get(part, []) for part, rows in found.items()}
-
-    def test_all_met(self, kernels):
-        targets = kernels[0].targets(self.result())
-        assert [target["reached"] for target in targets] == [1.0, 2.0, 0.5, 0.75, 0.6, 1.0]
-        assert [target["target"] for target in targets] == [1.05, 2.2, 0.70, 0.70, 0.50, 1.03]
-        assert all(target["met"] for target in targets)
-        assert len({target["name"] for target in targets}) == 6
-
-    @pytest.mark.parametrize(
-        ("part", "row", "missed", "reached"),
-        [
-            ("few_rows", ((32, 4096, "8x4"), {"linear": 0.9}), 0, 1.1111),
-            ("few_rows", ((1, 4096, "128x4"), {"empty_node": 0.4}), 1, 2.5),
-            ("few_rows", ((8, 28672, "128x4"), {"in_kernel": 1.25}), 2, 0.8),
-            ("many_rows", {"rows": 2048, "k": 28672, "share_of_copy": 0.69}, 3, 0.69),
-            ("gemm", {"m": 2, "n": 8192, "k": 8192, "share_of_copy": 0.3}, 4, 0.3),
-            ("few_rows", ((32, 2048, "8x4"), {"compact": 1.04}), 5, 1.04),
-        ],
-    )
-    def test_the_worst_shape_decides(self, kernels, part, row, missed, reached):
-        if isinstance(row, tuple):
-            row = self.row(*row[0], **row[1])
-        targets = kernels[0].targets(self.result(**{part: [row]}))
-        assert [number for number, target in enumerate(targets) if not target["met"]] == [missed]
-        assert targets[missed]["reached"] == reached
-
-    def test_other_shapes_do_not_count(self, kernels):
-        others = {
-            "few_rows": [
-                self.row(64, 4096, "8x4", linear=0.5, compact=1.5),
-                self.row(8, 2048, "8x4", linear=0.5, empty_node=0.1),
-                self.row(2, 4096, "128x4", empty_node=0.1),
-                self.row(16, 8192, "128x4", in_kernel=1.0),
-                self.row(8, 8192, "8x4", in_kernel=1.0),
-                self.row(8, 4096, "128x4", in_kernel=1.0),
-            ],
-            "many_rows": [{"rows": 2048, "k": 8192, "share_of_copy": 0.1}],
-            "gemm": [
-                {"m": 32, "n": 8192, "k": 8192, "share_of_copy": 0.1},
-                {"m": 1, "n": 4096, "k": 4096, "share_of_copy": 0.1},
-                {"m": 1, "n": 1280, "k": 8192, "share_of_copy": 0.1},
-            ],
-        }
-        assert all(target["met"] for target in kernels[0].targets(self.result(**others)))
-
-    def test_what_was_not_measured_is_not_met(self, kernels):
-        result = self.result()
-        for row in result["few_rows"]:
-            del row["peers"]["padding in the kernel"], row["peers"]["pool, compact"]
-        targets = kernels[0].targets(result | {"gemm": []})
-        assert [target["met"] for target in targets] == [True, True, False, True, False, False]
-        assert [targets[missed]["reached"] for missed in (2, 4, 5)] == [None, None, None]
-
-
-class TestBytes:
-    def test_a_quantization_reads_bfloat16_and_writes_codes_and_scales(self, kernels):
-        rows, k = 48, 4096
-        x = torch.empty(rows, k, dtype=torch.bfloat16)
-        assert kernels[0].nbytes(rows, k) == x.nbytes + rows * k // 2 + rows * k // 16
-
-    def test_a_gemm_reads_both_operands_and_writes_bfloat16(self, kernels):
-        m, n, k = 16, 384, 512
-        assert kernels[1].bytes_read(m, n, k) == (m + n) * (k // 2 + k // 16)
-        assert kernels[1].bytes_written(m, n) == torch.empty(m, n, dtype=torch.bfloat16).nbytes
-
-    def test_weights_exceed_what_a_cache_holds_and_are_what_is_counted(self, kernels):
-        quantize, gemm = kernels
-        for n, k in (*quantize.FULL.gemm_weights, *quantize.QUICK.gemm_weights):
-            copies = gemm.copies(n, k)
-            assert copies * gemm.bytes_read(0, n, k) > 200_000_000
-            assert (copies - 1) * gemm.bytes_read(0, n, k) <= 200_000_000
-        ((weight, scales),) = gemm._weights(1280, 512, 1, torch.device("cpu"))
-        assert weight.nbytes + scales.nbytes == gemm.bytes_read(0, 1280, 512)
-        values = scales.view(torch.float8_e4m3fn).float()
-        assert values.min() == 0.5
-        assert values.max() < 2
-
-    def test_what_is_measured_has_what_the_targets_need(self, kernels):
-        quantize, _ = kernels
-        for extent in (quantize.FULL, quantize.QUICK):
-            assert extent.rounds % 2 == 1
-            assert 1 in extent.rows
-            assert {4096, 8192} <= {*extent.ks}
-            assert all(rows * k >= 2**25 for rows, k in extent.large)
-            assert (8192, 8192) in extent.gemm_weights
-
-
-class TestHost:
-    """On a CPU, where nothing is launched."""
-
-    @pytest.fixture
-    def host(self):
-        from benchmarks import host
-
-        return host
-
-    def test_all_that_launches_nothing_is_measured_and_the_allocator_is_left_as_it_was(self, host):
-        before, modules = dict(vars(allocator)), dict(sys.modules)
-        told = []
-        result = host.run(torch.device("cpu"), True, lambda what, done: told.append(done))
-        assert vars(allocator) == before
-        assert sys.modules.get("vllm.forward_context") is modules.get("vllm.forward_context")
-        assert told == sorted(told)
-        assert (told[0], told[-1]) == (0.0, 1.0)
-        calls = result["calls"]
-        launched = {host.LAUNCH, host.LAUNCHER, host.QUANTIZE, host.QUANTIZE_DEFAULT, host.LINEAR}
-        assert {host.EMPTY, host.ZEROS, host.ACQUIRE, host.OP, host.HOOK} < calls.keys()
-        assert len(calls) > 5  # vLLM's own, or what stands in for it
-        assert not launched & calls.keys()
-        assert result["not_measured"].keys() == launched
-        for found in calls.values():
-            lower, upper = found["quartiles"]
-            assert 0.05 < lower <= found["us"] <= upper < 1000
-        assert [target["reached"] is None for target in result["targets"]] == [False, False, False, True]
-
-    def test_the_hook_is_served_by_the_pool(self, host):
-        """Not by vLLM's own allocation, to which the allocator turns where it has no reason to serve."""
-        device = torch.device("cpu")
-        pool = default_pool(device)
-        with host.vllm_step(device):
-            tensor = host.vllm_scales(host.ROWS, host.K, device, None)
-            assert pool.spec(tensor) == safealloc.ScaleSpec(host.ROWS, host.K, host.LAYOUT)
-        assert pool.spec(host.vllm_scales(host.ROWS, host.K, device, None)) is None
-
-    @pytest.mark.parametrize("allocate", [torch.empty, torch.zeros])
-    def test_stand_ins_allocate_what_the_pool_does(self, host, allocate):
-        device = torch.device("cpu")
-        for rows, k in ((1, 16), (8, 4096), (129, 1008)):
-            tensor = host._create_fp4_scale_tensor(allocate, rows, k, device, True)
-            assert tensor.view(torch.uint8).shape == host.LAYOUT.padded_shape(rows, k)
-
-    def test_batches_take_turns(self, host):
-        log = []
-        every = [host.Candidate(name, lambda name=name: log.append(name)) for name in "ab"]
-        times = host.alternate(every, 3, 4, torch.device("cpu"), lambda what, done: None)
-        assert {name: len(several) for name, several in times.items()} == {"a": 3, "b": 3}
-        runs = [name + str(len(list(run))) for name, run in itertools.groupby(log)]
-        assert runs == ["a20", "b20"] + 3 * ["a4", "b4"]
-
-    def test_targets(self, host):
-        times = {
-            host.EMPTY: [3.0, 30.0, 3.0],
-            host.ACQUIRE: [0.9, 9.0, 0.9],
-            host.HOOK: [5.9, 59.0, 5.9],
-            host.LAUNCH: [10.0, 100.0, 10.0],
-            host.QUANTIZE: [19.0, 190.0, 19.0],
-        }
-        targets = host.targets(times)
-        assert [target["target"] for target in targets] == [1.0, 0.3333, 2.0, 2.0]
-        assert [target["reached"] for target in targets] == [0.9, 0.3, 1.9667, 1.9]
-        assert all(target["met"] for target in targets)
-        slower = {name: [2 * time for time in several] for name, several in times.items()}
-        slower[host.EMPTY], slower[host.LAUNCH] = times[host.EMPTY], times[host.LAUNCH]
-        assert not any(target["met"] for target in host.targets(slower))
-        few = {name: times[name] for name in (host.EMPTY, host.ACQUIRE)}
-        assert [target["met"] for target in host.targets(few)] == [True, True, False, False]

@@ -1,4 +1,4 @@
-"""``safealloc doctor``: what it finds, and that nothing that is broken breaks it."""
+"""``safealloc doctor``: what it finds, also in broken installations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from test_cli import ROOT, run_safealloc
-from test_vllm_targets import VERSION, stand_in
+from support.command_line import ROOT, run_safealloc
+from support.vllm_source import VERSION, stand_in
 
-from safealloc import _optional
+from safealloc import _optional, settings
 from safealloc.cli import main
 from safealloc.commands import doctor_vllm
 from safealloc.integrations.vllm import kernel, plugin, targets
@@ -66,16 +66,61 @@ def test_the_cpu(result):
     assert "CPU" in cpu["graph_lifetimes"]
 
 
-def test_inductor_is_told_or_the_reason_is(result):
+def test_every_setting_is_listed_with_its_meaning(result):
+    assert {name: entry["meaning"] for name, entry in result["settings"].items()} == settings.MEANINGS
+
+
+def test_values_of_settings_are_shown(monkeypatch, tmp_path, capsys):
+    values = {
+        "SAFEALLOC_VERIFY": "100",
+        "SAFEALLOC_VERIFY_REPAIR": "1",
+        "SAFEALLOC_STRICT": "1",
+        "SAFEALLOC_MAX_ROWS": "64",
+    }
+    for name in settings.MEANINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "result.json"
+    assert main(["doctor", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["settings"]
+    assert {name: entry["value"] for name, entry in found.items() if entry["value"] is not None} == values
+    assert {entry["problem"] for entry in found.values()} == {None}
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"SAFEALLOC_VERIFY 100 {settings.MEANINGS['SAFEALLOC_VERIFY']}" in lines
+    assert f"SAFEALLOC_POISON not set {settings.MEANINGS['SAFEALLOC_POISON']}" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("SAFEALLOC_VERIFY", "often", "No default pool can be made: SAFEALLOC_VERIFY must be a whole number"),
+        ("SAFEALLOC_VERIFY_REPAIR", "yes", "No default pool can be made: SAFEALLOC_VERIFY_REPAIR must be 0 or 1"),
+        ("SAFEALLOC_POISON", "2", "No default pool can be made: SAFEALLOC_POISON must be 0 or 1"),
+        ("SAFEALLOC_MAX_ROWS", "many", "SAFEALLOC_MAX_ROWS must be a positive integer, got 'many': it is ignored"),
+        ("SAFEALLOC_MAX_ROWS", "0", "SAFEALLOC_MAX_ROWS must be a positive integer, got '0': it is ignored"),
+    ],
+)
+def test_a_setting_with_a_bad_value_is_reported(monkeypatch, tmp_path, capsys, name, value, problem):
+    monkeypatch.setenv(name, value)
+    path = tmp_path / "result.json"
+    assert main(["doctor", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["settings"]
+    assert found[name]["problem"].startswith(problem)
+    assert [other for other, entry in found.items() if entry["problem"] is not None] == [name]
+    assert f"\n{problem}" in capsys.readouterr().out
+
+
+def test_inductor_leaves_buffers_alone_or_there_is_a_reason(result):
     assert result["inductor"] is None or "torch" in result["inductor"]
 
 
 @pytest.mark.gpu
-def test_a_gpu_tells_when_its_graphs_are_gone(result):
+def test_graph_lifetimes_are_tracked_on_a_gpu(result):
     assert result["devices"][1]["graph_lifetimes"] is None
 
 
-def test_an_import_that_fails_in_its_own_way_is_a_reason(tmp_path):
+def test_a_package_whose_import_fails_has_a_reason(tmp_path):
     package = tmp_path / "flashinfer"
     package.mkdir()
     (package / "__init__.py").write_text("print('noise')\nassert False, 'no CUDA toolkit'\n")
@@ -92,7 +137,7 @@ def test_an_import_that_fails_in_its_own_way_is_a_reason(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_an_inductor_without_what_is_needed_is_a_reason(monkeypatch, tmp_path):
+def test_an_unsuitable_inductor_has_a_reason(monkeypatch, tmp_path):
     from safealloc.errors import SafeAllocError
 
     def refuse(op):
@@ -122,7 +167,7 @@ def install(tmp_path, monkeypatch):
     """Puts a vLLM of some version and sources first on the path."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("SAFEALLOC", "SAFEALLOC_STRICT", "SAFEALLOC_LINEAR", "SAFEALLOC_MAX_ROWS", "VLLM_PLUGINS"):
+    for name in (*settings.MEANINGS, "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
     def install(version=VERSION, sources=None, init="raise RuntimeError('imported')\n"):
@@ -163,13 +208,13 @@ def test_a_vllm_that_every_hook_fits_is_not_imported(install):
     assert len(text.splitlines()) < 40
 
 
-def test_hooks_that_need_flashinfer_say_so(install, monkeypatch):
+def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
     install()
     for reason in ("flashinfer is not installed", None):
         monkeypatch.setattr(_optional, "missing", lambda name, reason=reason: reason)
         hooks = {hook.name: hook for hook in doctor_vllm.look(None).hooks}
         assert hooks[targets.MM.name].status == "hooked"
-        expected = None if reason is None else f"there to be replaced with FlashInfer only: {reason}"
+        expected = None if reason is None else f"exists only with FlashInfer: {reason}"
         assert hooks[targets.MM.name].reason == hooks[targets.MM_OP.name].reason == expected
         assert hooks[targets.SCALES.name].reason is None
 
@@ -193,10 +238,10 @@ def test_a_hook_that_does_not_fit_has_a_reason(install):
     text = shown(found)
     assert f"\n{targets.LOAD.name} no: changed its parameters are (model)\n" in text
     assert f"\n{targets.LINEAR.name} no: missing {targets.LINEAR.module} has no " in text
-    assert "torch.empty its sources do not say that anything zeroes it\n" in text
+    assert "torch.empty its sources do not mention any zeroing\n" in text
 
 
-def test_a_kernel_that_zeroes_padding_is_told(install):
+def test_a_kernel_that_zeroes_padding_is_reported(install):
     sources = stand_in()
     comment = "# The NVFP4 quant kernel explicitly zeroes every padded scale entry.\n"
     sources[targets.SCALES.module] = re.sub("# Must be.*\n", comment, sources[targets.SCALES.module])
@@ -213,10 +258,10 @@ def test_a_kernel_that_zeroes_padding_is_told(install):
         ("9.0.0", f"newer than {targets.SUPPORTED[1]}, the newest release that was checked"),
         (f"{targets.SUPPORTED[1]}+cu130", None),
         ("0.25.1rc1", None),
-        ("dev", "its version tells no release"),
+        ("dev", "its version is not a release number"),
     ],
 )
-def test_a_version_that_was_not_checked_is_told(install, version, note):
+def test_a_version_that_was_not_checked_is_noted(install, version, note):
     install(version)
     found = doctor_vllm.look(None)
     assert found.version == version
@@ -225,12 +270,12 @@ def test_a_version_that_was_not_checked_is_told(install, version, note):
         assert f"vLLM {version}: {note}" in shown(found)
 
 
-def test_a_vllm_without_metadata_or_package_is_a_reason(install, monkeypatch):
+def test_a_vllm_without_metadata_or_package_has_a_reason(install, monkeypatch):
     monkeypatch.setattr(targets.importlib.metadata, "version", _not_installed)
     install(version=None)
     found = doctor_vllm.look(None)
     assert (found.version, found.hooks) == (None, [])
-    assert shown(found) == "vLLM: it is there without a version that could be told.\n\n"
+    assert shown(found) == "vLLM: it is there, but its version cannot be found.\n\n"
     assert doctor_vllm.look("vllm is not installed").reason == "vllm is not installed"
 
 
@@ -238,19 +283,19 @@ def _not_installed(name):
     raise importlib.metadata.PackageNotFoundError(name)
 
 
-def test_whatever_looking_raises_is_a_reason(install, monkeypatch):
+def test_an_error_while_reading_sources_is_the_reason(install, monkeypatch):
     install()
 
     def fail(*arguments):
-        raise RuntimeError("no such luck")
+        raise RuntimeError("no such file")
 
     monkeypatch.setattr(targets, "check", fail)
     found = doctor_vllm.look(None)
-    assert (found.version, found.reason) == (VERSION, "looking at its sources failed: RuntimeError: no such luck")
+    assert (found.version, found.reason) == (VERSION, "looking at its sources failed: RuntimeError: no such file")
     assert found.reason in shown(found)
 
 
-def test_a_broken_vllm_is_a_reason_and_its_sources_are_read(install, tmp_path):
+def test_sources_of_a_vllm_that_cannot_be_imported_are_read(install, tmp_path):
     install(init="print('noise')\nraise SystemError('no CUDA')\n")
     path = tmp_path / "result.json"
     done = run_safealloc("doctor", "--json", str(path), PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
@@ -264,44 +309,31 @@ def test_a_broken_vllm_is_a_reason_and_its_sources_are_read(install, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_settings(install, monkeypatch):
+def test_a_hook_that_needs_a_setting_has_a_reason(install, monkeypatch):
     install()
-    state = doctor_vllm.look(None).plugin
-    assert (state.enabled, state.allowed, state.strict, state.linear_first, state.max_rows) == (
-        True,
-        True,
-        False,
-        False,
-        None,
+    assert f"\n{targets.STEP.name} - registered only with SAFEALLOC_VERIFY, which is not set\n" in shown(
+        doctor_vllm.look(None)
     )
-    assert state.environment == {}
-    settings = {
-        "SAFEALLOC": "0",
-        "SAFEALLOC_STRICT": "1",
-        "SAFEALLOC_LINEAR": "1",
-        "SAFEALLOC_MAX_ROWS": "64",
-        "VLLM_PLUGINS": "lora,other",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SAFEALLOC_VERIFY", "100")
+    assert f"\n{targets.STEP.name} yes\n" in shown(doctor_vllm.look(None))
+
+
+def test_what_keeps_the_plugin_off(install, monkeypatch):
+    install()
+    monkeypatch.setattr(doctor_vllm, "_entry_point", lambda: None)
     found = doctor_vllm.look(None)
-    state = found.plugin
-    assert (state.enabled, state.allowed, state.strict, state.linear_first, state.max_rows) == (
-        False,
-        False,
-        True,
-        True,
-        64,
-    )
-    assert state.environment == settings
-    text = shown(found)
-    assert "\nSAFEALLOC 0 the plugin is off\n" in text
-    assert "\nSAFEALLOC_MAX_ROWS 64 the pool serves up to 64 rows\n" in text
+    assert (found.plugin.enabled, found.plugin.allowed, found.plugin.vllm_plugins) == (True, True, None)
+    assert "\nloaded by vLLM yes\n" in shown(found)
+    monkeypatch.setenv("SAFEALLOC", "0")
+    found = doctor_vllm.look(None)
+    assert not found.plugin.enabled
+    assert "\nloaded by vLLM no SAFEALLOC=0 keeps it off\n" in shown(found)
+    monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
+    found = doctor_vllm.look(None)
+    assert (found.plugin.allowed, found.plugin.vllm_plugins) == (False, "lora,other")
+    assert "\nloaded by vLLM no VLLM_PLUGINS=lora,other leaves it out\n" in shown(found)
     monkeypatch.setenv("VLLM_PLUGINS", "other,safealloc")
-    monkeypatch.setenv("SAFEALLOC_MAX_ROWS", "many")
-    found = doctor_vllm.look(None)
-    assert (found.plugin.allowed, found.plugin.max_rows) == (True, None)
-    assert "SAFEALLOC_MAX_ROWS many it is no positive number, and ignored; " in shown(found)
+    assert doctor_vllm.look(None).plugin.allowed
 
 
 @pytest.mark.parametrize(
@@ -309,7 +341,7 @@ def test_the_settings(install, monkeypatch):
     [
         (["safealloc.integrations.vllm.plugin:load"], None),
         ([], "safealloc is on the path, not installed"),
-        (["elsewhere:load"], "is another one: elsewhere:load"),
+        (["elsewhere:load"], "is another package's: elsewhere:load"),
     ],
 )
 def test_the_entry_point(install, monkeypatch, values, reason):
@@ -325,7 +357,7 @@ def test_the_entry_point(install, monkeypatch, values, reason):
         assert f"\nloaded by vLLM no {found.plugin.entry_point}\n" in shown(found)
 
 
-def test_entry_points_that_cannot_be_read_are_a_reason(install, monkeypatch):
+def test_entry_points_that_cannot_be_read_have_a_reason(install, monkeypatch):
     install()
 
     def fail(**of):

@@ -10,67 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.model_configs import DEEPSEEK_R1, LLAMA_70B, MIXTRAL_8X7B, QWEN3_235B
 
 from safealloc import ScalePool
 from safealloc.cli import main
 from safealloc.commands import plan
 from safealloc.commands.models import ExpertSite, Site, expert_sites, sites
-from safealloc.commands.plan import vllm_sizes
 from safealloc.commands.report import UsageError
 from safealloc.formats.layout import SfLayout
-
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 80,
-}
-DEEPSEEK_R1 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "num_hidden_layers": 61,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-QWEN3_235B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_hidden_layers": 94,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
+from safealloc.integrations.vllm.sizes import capture_sizes
 
 
 def planned(
@@ -82,43 +30,35 @@ def planned(
 
 def planned_experts(tmp_path: Path, fields: Any, ranks: int = 1, *, expert_parallel: bool = False) -> plan.Experts:
     """At vLLM's default sizes up to 512."""
-    found = planned(tmp_path, fields, ranks, vllm_sizes(512), expert_parallel=expert_parallel).experts
+    found = planned(tmp_path, fields, ranks, capture_sizes(512), expert_parallel=expert_parallel).experts
     assert found is not None
     return found
 
 
 def test_vllms_default_sizes():
-    assert len(vllm_sizes(512)) == 51
-    assert len(vllm_sizes(1024)) == 83
-    assert vllm_sizes(512)[:6] == (1, 2, 4, 8, 16, 24)
-    assert vllm_sizes(512)[-2:] == (496, 512)
-    assert vllm_sizes(3) == (1, 2)
+    assert len(capture_sizes(512)) == 51
+    assert len(capture_sizes(1024)) == 83
+    assert capture_sizes(512)[:6] == (1, 2, 4, 8, 16, 24)
+    assert capture_sizes(512)[-2:] == (496, 512)
+    assert capture_sizes(3) == (1, 2)
 
 
-@pytest.mark.parametrize(("largest", "mebibytes", "compact"), [(512, 30.1, 2.8), (1024, 88.6, 10.1)])
-def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes, compact):
-    """One buffer a batch size and k, on one rank; a compact pool has one for 128 batch sizes."""
-    result = planned(tmp_path, LLAMA_70B, sizes=vllm_sizes(largest))
+@pytest.mark.parametrize(("largest", "mebibytes"), [(512, 30.1), (1024, 88.6)])
+def test_llama_70b_at_vllms_default_sizes(tmp_path, largest, mebibytes):
+    """One buffer per batch size and k, on one rank."""
+    result = planned(tmp_path, LLAMA_70B, sizes=capture_sizes(largest))
     assert round(result.nbytes / 2**20, 1) == mebibytes
-    assert len(result.buffers) == 2 * len(vllm_sizes(largest))
+    assert len(result.buffers) == 2 * len(capture_sizes(largest))
     assert result.per_call_nbytes == largest * 28672 // 16
-    assert round(result.compact_nbytes / 2**20, 1) == compact
-    assert len(result.compact) == 2 * largest // 128
-    scales = sum(range(128, largest + 1, 128)) * (8192 + 28672) // 16
-    assert (
-        result.compact_nbytes - scales == largest // 128 * 4 * (8192 + 28672) // 512
-    )  # counts, 4 bytes for 32 columns
-    assert result.as_dict()["compact"] == {"buffers": len(result.compact), "bytes": result.compact_nbytes}
 
 
-def test_a_compact_pool_holds_what_was_planned(tmp_path):
+def test_a_pool_holds_what_was_planned(tmp_path):
     result = planned(tmp_path, LLAMA_70B, sizes=(1, 8, 9, 32, 40, 300), rule="trtllm")
-    with ScalePool("cpu", compact=True) as pool:
+    with ScalePool("cpu") as pool:
         for spec in result.buffers:
             pool.reserve(spec.rows, spec.k, spec.layout)
         stats = pool.stats()
-    assert (stats.buffers, stats.bytes) == (len(result.compact), result.compact_nbytes)
-    assert len(result.compact) == 2 * (3 + 2)
+    assert (stats.buffers, stats.bytes) == (len(result.buffers), result.nbytes)
     assert result.experts is None
     assert result.as_dict()["experts"] is None
 
@@ -127,7 +67,7 @@ def layers(first: int, end: int) -> tuple[int, ...]:
     return tuple(range(first, end))
 
 
-def test_tensor_parallel_ranks_split_what_is_split(tmp_path):
+def test_tensor_parallel_ranks_split_heads_and_columns(tmp_path):
     result = planned(tmp_path, LLAMA_70B, ranks=8)
     assert result.sites == [
         Site("qkv_proj", 8192, 1280, layers(0, 80)),  # 8 of 64 heads, 1 of 8 key and 1 of 8 value heads, of 128
@@ -144,7 +84,7 @@ def test_more_ranks_than_key_value_heads_have_copies_of_them(ranks, n):
     assert (qkv.k, qkv.n) == (8192, n)
 
 
-def test_without_a_number_of_key_value_heads_each_head_has_its_own():
+def test_the_default_of_key_value_heads_is_all_heads():
     """Multi-head attention, as ``transformers`` reads such a configuration."""
     fields = {name: value for name, value in LLAMA_70B.items() if name != "num_key_value_heads"}
     assert sites(fields, 1)[0].n == sites(fields | {"num_key_value_heads": None}, 1)[0].n == 3 * 8192
@@ -164,7 +104,7 @@ def test_latent_attention_and_shared_experts(tmp_path):
     ]
 
 
-def test_latent_attention_whose_queries_are_not_compressed():
+def test_latent_attention_without_compressed_queries():
     """DeepSeek-V2-Lite has no q_lora_rank."""
     found = sites(DEEPSEEK_R1 | {"q_lora_rank": None}, 8)
     assert [(site.name, site.k, site.n) for site in found[:3]] == [
@@ -174,8 +114,8 @@ def test_latent_attention_whose_queries_are_not_compressed():
     ]
 
 
-def test_a_model_of_experts_only(tmp_path):
-    """Qwen3-235B-A22B: what is left beside them is attention."""
+def test_a_model_whose_mlps_are_all_moe(tmp_path):
+    """Qwen3-235B-A22B: only attention is left."""
     result = planned(tmp_path, QWEN3_235B, ranks=4)
     assert result.sites == [
         Site("qkv_proj", 4096, (16 + 2) * 128, layers(0, 94)),
@@ -185,7 +125,7 @@ def test_a_model_of_experts_only(tmp_path):
     assert {spec.experts for spec in result.buffers} == {None}
 
 
-def test_some_layers_without_experts(tmp_path):
+def test_some_layers_are_dense(tmp_path):
     fields = QWEN3_235B | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [7]}
     result = planned(tmp_path, fields)
     found = {site.name: site.layers for site in result.sites}
@@ -194,7 +134,7 @@ def test_some_layers_without_experts(tmp_path):
     assert [site.layers for site in result.experts.sites] == [(1, 3, 5)] * 2
 
 
-def test_a_model_whose_layers_all_go_without_its_experts(tmp_path):
+def test_a_moe_model_whose_layers_are_all_dense(tmp_path):
     fields = QWEN3_235B | {"num_hidden_layers": 2, "mlp_only_layers": [0, 1]}
     assert planned(tmp_path, fields).experts is None
 
@@ -212,18 +152,18 @@ def test_expert_sites_of_deepseek_r1(ranks, expert_parallel, experts, width):
     assert (shared.name, shared.k) == ("shared_experts.down_proj", 2048 // ranks)  # never whole
 
 
-def test_an_expert_without_a_width_of_its_own_is_as_wide_as_an_mlp():
+def test_the_default_width_of_an_expert_is_that_of_an_mlp():
     assert [(site.k, site.experts, site.topk) for site in expert_sites(MIXTRAL_8X7B, 2)] == [(4096, 8, 2), (7168, 8, 2)]
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"])
-def test_experts_a_token_have_several_names(name):
+def test_names_of_experts_per_token(name):
     fields = QWEN3_235B | {"num_experts_per_tok": None, name: 5}
     assert [site.topk for site in expert_sites(fields, 1)] == [5, 5]
 
 
 ROUTED = 512 * 8
-RECORD = 4 * ROUTED  # an int32 a row
+RECORD = 4 * ROUTED  # an int32 per row
 VLLM_ROWS = 163840 * 8
 
 
@@ -239,7 +179,7 @@ VLLM_ROWS = 163840 * 8
     ],
 )
 def test_expert_bytes_at_vllms_default_sizes(tmp_path, fields, ranks, expert_parallel, stored, right, columns):
-    """One buffer a k, of whole tiles; vLLM holds the wider of its two."""
+    """One buffer per k, of whole tiles; vLLM holds the wider of its two."""
     experts = planned_experts(tmp_path, fields, ranks, expert_parallel=expert_parallel)
     assert stored == right // 128 * 128
     assert [spec.padded_shape for spec in experts.buffers] == [(stored, count) for count in columns]
@@ -268,7 +208,7 @@ def test_columns_round_up_to_a_tile_as_vllms_do(tmp_path):
     assert experts.as_dict()["buffers"][0]["vllm_bytes"] == VLLM_ROWS * 8
 
 
-def test_both_calls_share_a_buffer_where_their_k_is_one(tmp_path):
+def test_both_calls_share_a_buffer_where_k_is_equal(tmp_path):
     experts = planned_experts(tmp_path, QWEN3_235B | {"moe_intermediate_size": 4096})
     assert [spec.k for spec in experts.buffers] == [4096]
     assert experts.nbytes == 20352 * 256 + RECORD
@@ -281,7 +221,7 @@ def test_both_calls_share_a_buffer_where_their_k_is_one(tmp_path):
 def test_a_pool_holds_what_was_planned_for_experts(tmp_path, fields, ranks, expert_parallel):
     """Once reserved, every captured batch size gets that memory, and there is never more of it."""
     experts = planned_experts(tmp_path, fields, ranks, expert_parallel=expert_parallel)
-    sizes = vllm_sizes(512)
+    sizes = capture_sizes(512)
     with ScalePool("cpu") as pool:
         for site in experts.sites:
             pool.reserve([size * site.topk for size in sizes], site.k, experts=site.experts)
@@ -294,7 +234,7 @@ def test_a_pool_holds_what_was_planned_for_experts(tmp_path, fields, ranks, expe
 
 
 def scale_rows(counts: list[int]) -> int:
-    """What groups of so many rows take, each of whole tiles."""
+    """Rows of scales for groups of so many rows, each padded to whole tiles."""
     return sum(-(-count // 128) * 128 for count in counts)
 
 
@@ -307,7 +247,7 @@ def test_some_routing_takes_every_planned_row(tmp_path):
 
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[int, int, int, list[int]]:
-    """Ranks, experts a token, tokens, and how many rows each expert got: all the same, a few most, or some none."""
+    """Ranks, experts per token, tokens, and rows of each expert: even, skewed to a few experts, or with experts unused."""
     ranks = draw(st.sampled_from([1, 2, 8]))
     experts = ranks * draw(st.integers(1, 32))
     topk = draw(st.integers(1, min(experts, 10)))
@@ -327,7 +267,7 @@ def routings(draw: st.DrawFn) -> tuple[int, int, int, list[int]]:
 
 @given(routings(), st.integers(0, 400), st.sampled_from([256, 768, 4096]))
 def test_no_routing_takes_more_rows_than_planned(routing, more, width):
-    """Nor is there more than the right-sized bound has, whether a rank has all experts or some."""
+    """Planned scales are also within the right-sized bound, whether a rank has all experts or some."""
     ranks, topk, tokens, counts = routing
     fields = QWEN3_235B | {
         "num_experts": len(counts),
@@ -365,9 +305,6 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**LLAMA_70B, "hidden_size": 8200}, 1, "not a multiple of 16"),
         ({**LLAMA_70B, "num_attention_heads": 0}, 1, "at least 1"),
         ({**LLAMA_70B, "num_hidden_layers": True}, 1, "num_hidden_layers"),
-        ({**LLAMA_70B, "num_hidden_layers": 10**5}, 1, "at most 65536"),
-        ({**LLAMA_70B, "hidden_size": 2**31}, 1, "hidden_size must be a whole number of at most 2147483647"),
-        ({**LLAMA_70B, "head_dim": 16 * 10**4000}, 1, "head_dim must be a whole number of at most"),
         ({**LLAMA_70B, "hidden_size": float("nan")}, 1, "hidden_size must be a whole number"),
         (LLAMA_70B, 3, "64 heads, which 3 ranks cannot share evenly"),
         ({**LLAMA_70B, "num_key_value_heads": 6}, 4, "6 key and value heads, which 4 ranks cannot share evenly"),
@@ -391,7 +328,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ({**QWEN3_235B, "moe_intermediate_size": 1600}, 8, "200 columns on each of 8 ranks, not a multiple of 16"),
     ],
 )
-def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
+def test_a_bad_configuration_has_a_reason(tmp_path, fields, ranks, says):
     with pytest.raises(UsageError, match=says):
         planned(tmp_path, fields, ranks)
 
@@ -408,32 +345,11 @@ def test_what_is_no_configuration_says_why(tmp_path, fields, ranks, says):
         ([None], "unknown"),
     ],
 )
-def test_a_model_whose_architecture_is_no_name(tmp_path, architectures, model):
+def test_a_model_without_a_named_architecture(tmp_path, architectures, model):
     assert planned(tmp_path, LLAMA_70B | {"architectures": architectures, "model_type": "llama"}).model == model
 
 
-def test_a_name_cannot_steer_the_terminal(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"architectures": ["A\x1b]0;B\a\nC\ud800"]}))
-    assert main(["plan", str(tmp_path), "--sizes", "1"]) == 0
-    assert capsys.readouterr().out.startswith(r"A\x1b]0;B\x07\nC\ud800 on 1 ranks: sites")
-
-
-@pytest.mark.parametrize("name", ["config.json", "link.json", "hard.json", "folder/../config.json"])
-def test_the_configuration_is_not_written_over(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    Path("config.json").write_text(json.dumps(LLAMA_70B))
-    Path("link.json").symlink_to("config.json")
-    Path("hard.json").hardlink_to("config.json")
-    for config in (".", "config.json"):
-        with pytest.raises(SystemExit) as exit_:
-            main(["plan", config, "--json", name])
-        assert exit_.value.code == 2
-        assert capsys.readouterr().err.startswith(f"safealloc plan: --json {name}: CONFIG is the same")
-    assert json.loads(Path("config.json").read_text()) == LLAMA_70B
-
-
-def test_experts_that_ranks_cannot_share(tmp_path):
+def test_experts_that_ranks_cannot_share_evenly(tmp_path):
     with pytest.raises(UsageError, match="the model has 100 experts, which 8 ranks cannot share evenly"):
         planned(tmp_path, QWEN3_235B | {"num_experts": 100}, 8, expert_parallel=True)
     assert planned(tmp_path, QWEN3_235B | {"num_experts": 100}, 8).experts is not None
@@ -443,7 +359,7 @@ def test_experts_that_ranks_cannot_share(tmp_path):
         planned(tmp_path, LLAMA_70B, 8, expert_parallel=True)
 
 
-def test_batches_beyond_what_vllm_has_room_for(tmp_path):
+def test_batches_at_and_beyond_vllms_limit(tmp_path):
     """At its limit the two buffers of a pool are more than the larger of vLLM's."""
     experts = planned(tmp_path, DEEPSEEK_R1, sizes=(1, 163840)).experts
     assert experts is not None
@@ -459,9 +375,8 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(config), "--max-size", "1024", "--json", str(result)]) == 0
     printed = capsys.readouterr().out
     assert "166 buffers, 88.6 MiB" in printed
-    assert "16 buffers, 10.1 MiB with their counts" in printed
     row = next(line for line in printed.splitlines() if line.startswith("8192") and "128 x 512" in line)
-    assert row.split()[-2:] == ["64.1", "KiB"]  # one instead of 19
+    assert " ".join(row.split()) == "8192 1 to 128 128x4 128 x 512 19 1.2 MiB"
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])
     assert written["sites"][0] == {"name": "qkv_proj", "k": 8192, "n": 10240, "layers": 80}
@@ -477,13 +392,13 @@ def test_the_command_for_experts(tmp_path, capsys):
     config.write_text(json.dumps(DEEPSEEK_R1))
     assert main(["plan", str(config), "--json", str(result)]) == 0
     printed = capsys.readouterr().out
-    assert "Expert scales: 256 experts on each rank, 8 a token, in 58 layers" in printed
+    assert "Expert scales: 256 experts on each rank, 8 per token, in 58 layers" in printed
     rows = [" ".join(line.split()) for line in printed.splitlines() if line.startswith("experts.")]
     assert rows == [
         "experts.w2 2048 4096 36608 x 128 4.5 MiB 4.5 MiB 160.0 MiB",
         "experts.w13 7168 4096 36608 x 448 15.7 MiB 15.6 MiB 560.0 MiB",
     ]
-    assert "In all 20.1 MiB with their records" in printed
+    assert "In all 20.1 MiB with row records" in printed
     assert "hold 560.0 MiB at once: 539.9 MiB are freed." in printed
     written = json.loads(result.read_text())
     assert written["bytes"] == sum(buffer["bytes"] for buffer in written["buffers"])

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_cli import run_safealloc
+from support.command_line import run_safealloc
 
 import safealloc
 from safealloc import SfLayout
@@ -20,13 +20,39 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def run(tmp_path_factory):
+    """The whole command, once: what it printed, and its JSON."""
     path = tmp_path_factory.mktemp("repro") / "result.json"
-    assert main(["repro", "--device", "cpu", "--backend", "reference", "--json", str(path)]) == 0
-    return json.loads(path.read_text())
+    done = run_safealloc("repro", "--device", "cpu", "--backend", "reference", "--json", str(path))
+    return done, json.loads(path.read_text())
 
 
-def test_the_whole_is_as_stated_and_says_what_it_ran_on(result):
+@pytest.fixture(scope="module")
+def result(run):
+    return run[1]
+
+
+def test_piped_output_is_plain_and_whole(run):
+    done, _ = run
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "…" not in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["16", "trtllm", "128x4", "8x4", "14/16", "14/16"] in [line[:6] for line in lines]
+    assert sum(line[1:2] == ["cutlass"] and "0/64" in line for line in lines) == 1
+    assert ["33", "720", "8x4", "3", "33/33", "0/33", "yes"] in lines
+    assert sum(line[-1:] == ["yes"] for line in lines) == 14 + 40 + 22
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Two row counts and one k per section, for tests that run all of them again."""
+    monkeypatch.setattr(published, "ROWS", (1, 16))
+    monkeypatch.setattr(columns, "K", (48,))
+    monkeypatch.setattr(through_pool, "ROWS", (1, 16))
+
+
+def test_every_section_is_as_stated_and_the_machine_is_named(result):
     assert result["as_stated"] is True
     assert list(result["sections"]) == ["published", "columns", "safealloc"]
     assert all(section["as_stated"] for section in result["sections"].values())
@@ -65,6 +91,7 @@ def test_published_nan_rows_follow_from_the_layouts_alone():
         assert int(read[:m].any(1).sum()) == expected
 
 
+@pytest.mark.slow
 def test_medians_of_the_simulation_in_the_literature():
     """Over seeds at m = 1: padding of 1.0 moves an output by about 537, zeroed padding leaves errors of about 182."""
     finite, zeroed, largest = [], [], []
@@ -89,7 +116,7 @@ def test_columns(result):
         assert row["nan_rows_zeroed"] == row["nan_rows_zeroed_expected"] == 0
 
 
-def test_columns_are_all_that_is_stale():
+def test_only_padding_columns_are_stale():
     mask = columns._padding_columns(5, 48, SfLayout.layout_8x4)
     logical = SfLayout.layout_8x4.logical(mask.to(torch.uint8), 5, 48)
     assert logical.tolist() == [[0, 0, 0, 1]] * 8
@@ -106,11 +133,13 @@ def test_through_safealloc(result):
         assert row["max_error"] < 0.02 * row["largest_correct"]
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_a_seed_is_the_same_numbers_and_another_seed_others():
     one, same, other = (published.published(CPU, "reference", seed).as_dicts() for seed in (0, 0, 1))
     assert one == same != other
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize(("backend", "m"), [("trtllm", 16), ("cutlass", 1)])
 def test_a_count_that_is_not_the_published_one_exits_1(monkeypatch, tmp_path, capsys, backend, m):
     monkeypatch.setitem(PUBLISHED_NAN_ROWS[backend], m, PUBLISHED_NAN_ROWS[backend][m] + 1)
@@ -124,12 +153,14 @@ def test_a_count_that_is_not_the_published_one_exits_1(monkeypatch, tmp_path, ca
     assert "NOT as stated: published." in capsys.readouterr().out
 
 
-def test_a_gemm_that_takes_the_flag_over_the_buffer_is_seen(monkeypatch):
+@pytest.mark.usefixtures("few_rows")
+def test_a_gemm_that_believes_the_flag_instead_of_the_buffer_is_detected(monkeypatch):
     monkeypatch.setattr("safealloc.ops.gemm._check_spec", lambda *arguments: None)
     assert not through_pool.through_pool(CPU, "reference", "reference", 0).as_stated
 
 
-def test_a_pool_with_dirty_padding_is_seen(monkeypatch):
+@pytest.mark.usefixtures("few_rows")
+def test_a_pool_with_dirty_padding_is_detected(monkeypatch):
     acquire = safealloc.ScalePool.acquire
 
     def dirty(self, *arguments, **keywords):
@@ -140,12 +171,14 @@ def test_a_pool_with_dirty_padding_is_seen(monkeypatch):
     assert {row.section for row in section.rows if not row.as_stated} == {"columns"}
 
 
-def test_a_padding_that_stays_stale_is_seen(monkeypatch):
+@pytest.mark.usefixtures("few_rows")
+def test_padding_that_stays_stale_is_detected(monkeypatch):
     monkeypatch.setattr("safealloc.ops.gemm.zero_padding", lambda *arguments: None)
     section = columns.columns(CPU, "reference", 0)
     assert not any(row.as_stated for row in section.rows)
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_the_mode_for_foreign_scales_is_restored():
     before = safealloc.set_foreign_scales("error")
     try:
@@ -158,6 +191,7 @@ def test_the_mode_for_foreign_scales_is_restored():
         safealloc.set_foreign_scales(before)
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_a_difference_that_is_nan_is_never_as_stated():
     nan = torch.full((1, 2), float("nan"))
     row = published.published(CPU, "reference", 0).rows[0]
@@ -168,7 +202,7 @@ def test_a_difference_that_is_nan_is_never_as_stated():
 # --- replay: what can be checked without a GPU ------------------------------------------------------------------------
 
 
-def test_replay_says_why_it_is_not_run():
+def test_replay_names_the_reason_why_it_cannot_run():
     assert "CUDA" in replay.refusal(CPU)
 
 
@@ -191,7 +225,7 @@ def test_the_adversary_takes_every_free_block_of_one_memory_pool():
     assert replay._free_blocks(segments, device, (0, 3)) == [mib, mib]
 
 
-def test_ranges_that_touch_are_one():
+def test_ranges_that_touch_are_merged():
     assert replay._merged([(8, 16), (0, 8), (20, 24), (4, 6)]) == [(0, 16), (20, 24)]
 
 
@@ -213,7 +247,7 @@ def test_which_replay_rows_are_as_stated():
 
 @pytest.mark.gpu
 def test_replay_on_a_gpu(tmp_path):
-    """As its user runs it."""
+    """In a process of its own, as a user runs it."""
     path = tmp_path / "result.json"
     done = run_safealloc("repro", "--device", "cuda", "--replays", "20", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr

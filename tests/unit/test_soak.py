@@ -1,4 +1,4 @@
-"""The random walk of ``soak.py`` on a CPU, and faults in the package that it has to find."""
+"""The random walk of ``support.soak`` on a CPU, and faults in the package that it has to find."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import soak_state
 import torch
-from soak import run
-from soak_actions import actions
-from soak_state import Soak
+from support.soak import work
+from support.soak.registry import actions
+from support.soak.walk import Soak, run
 
 from safealloc import ScalePool, nvfp4_quantize, set_foreign_scales
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops import gemm
-from safealloc.pool import buffer, guard, inventory, pool, verify
+from safealloc.pool import buffer, guard, inventory, pool, verify, watch
 from safealloc.pool.inventory import Inventory
 
 CPU = torch.device("cpu")
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +33,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_nothing_is_lost():
+def test_all_actions_without_a_loss():
     result = run(Soak(CPU, 1, actions(CPU)), steps=160)
     assert result["losses"] == []
     assert set(result["actions"]) == set(actions(CPU))
     for name, tally in result["actions"].items():
         assert tally["done"] >= 3, name
         assert tally["tried"] == tally["done"] + tally["refused"]
-    assert result["counts"]["looks"] > 120
+    assert result["counts"]["inspections"] > 120
     assert result["counts"]["planted and named"] > 3
     json.dumps(result)
 
@@ -52,69 +52,69 @@ def losses(*only: str, steps: int = 12) -> list[str]:
     return [f"{loss['action']}: {loss['what']}" for loss in result["losses"]]
 
 
-def test_padding_that_is_not_zeroed(monkeypatch):
+def test_finds_padding_that_is_not_zeroed(monkeypatch):
     monkeypatch.setattr(ScaleSpec, "zero_padding", lambda self, buffer: None)
     assert any("eager: " in loss and ("not zero" in loss or "scale bytes" in loss) for loss in losses("eager"))
 
 
-def test_buffers_that_are_handed_out_twice(monkeypatch):
-    for module in (buffers, pool):
+def test_finds_buffers_that_are_handed_out_twice(monkeypatch):
+    for module in (buffer, pool):
         monkeypatch.setattr(module, "_use_count", lambda address: 1)
         monkeypatch.setattr(module, "_references", lambda storage: 1)
     assert "hold: two tensors that are alive share memory" in losses("hold", steps=3)
 
 
-def test_a_failed_reserve_that_leaves_buffers(monkeypatch):
+def test_finds_buffers_that_a_failed_reserve_leaves(monkeypatch):
     forget = Inventory.forget
 
-    def careless(self, buffer):
-        if sys._getframe(1).f_code.co_name != "reserve":
+    def forget_unless_reserving(self, buffer):
+        if sys._getframe(1).f_code.co_name != "make_all":
             forget(self, buffer)
 
-    monkeypatch.setattr(Inventory, "forget", careless)
+    monkeypatch.setattr(Inventory, "forget", forget_unless_reserving)
     assert any("out_of_memory: a failure changed the pool" in loss for loss in losses("out_of_memory", steps=3))
 
 
-def test_a_limit_that_is_none(monkeypatch):
+def test_finds_a_limit_that_is_ignored(monkeypatch):
     monkeypatch.setattr(Inventory, "make_room", lambda self, nbytes: None)
     found = losses("beyond_max_bytes", steps=2)
     assert any("a reserve went beyond max_bytes" in loss for loss in found)
 
 
-def test_a_verify_that_is_blind(monkeypatch):
-    monkeypatch.setattr(pool, "find_corruptions", lambda buffers: [])
-    assert any("dirtied: verify did not see" in loss for loss in losses("eager", "dirtied"))
+def test_finds_a_verify_that_misses_corruption(monkeypatch):
+    monkeypatch.setattr(watch, "find_corruptions", lambda buffers: [])
+    assert any("written_padding: verify did not find" in loss for loss in losses("eager", "written_padding"))
 
 
-def test_a_verify_that_names_the_wrong_place(monkeypatch):
+def test_finds_a_verify_that_names_the_wrong_place(monkeypatch):
     describe = verify._describe
 
-    def beside(spec, buffer):
+    def one_column_off(spec, buffer):
         found = describe(spec, buffer)
         return found and dataclasses.replace(found, column=found.column + 1)
 
-    monkeypatch.setattr(verify, "_describe", beside)
-    assert any("dirtied: named" in loss for loss in losses("eager", "dirtied"))
+    monkeypatch.setattr(verify, "_describe", one_column_off)
+    assert any("written_padding: named" in loss for loss in losses("eager", "written_padding"))
 
 
-def test_a_repair_that_does_nothing(monkeypatch):
-    monkeypatch.setattr(pool, "heal", lambda buffers, corruptions: None)
-    assert any("padding bytes are not zero" in loss for loss in losses("eager", "dirtied"))
+def test_finds_a_repair_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(watch, "repair_padding", lambda buffers, corruptions: None)
+    assert any("padding bytes are not zero" in loss for loss in losses("eager", "written_padding"))
 
 
-def test_a_guard_that_is_deaf(monkeypatch):
+def test_finds_a_guard_that_raises_no_alarm(monkeypatch):
     monkeypatch.setattr(guard.Guard, "alarmed", property(lambda self: False))
     found = losses("guarded")
     assert any("'raising' did not raise" in loss for loss in found)
     assert any("not zero" in loss for loss in found)
 
 
-def test_a_gemm_that_takes_any_layout(monkeypatch):
+def test_finds_a_gemm_that_takes_any_layout(monkeypatch):
     monkeypatch.setattr(gemm, "check_agrees", lambda *given: None)
     assert any("LayoutMismatchError went through" in loss for loss in losses("wrong_calls"))
 
 
-def test_foreign_scales_that_are_trusted():
+def test_finds_foreign_scales_that_are_trusted():
     before = set_foreign_scales("trust")
     try:
         assert any("foreign: not the reference's" in loss for loss in losses("foreign"))
@@ -122,13 +122,13 @@ def test_foreign_scales_that_are_trusted():
         set_foreign_scales(before)
 
 
-def test_a_quantizer_that_is_wrong(monkeypatch):
+def test_finds_a_wrong_quantizer(monkeypatch):
     def one_more(*given, **named):
         x_fp4, scales = nvfp4_quantize(*given, **named)
         scales.view(-1)[:1] += 1
         return x_fp4, scales
 
-    monkeypatch.setattr(soak_state, "nvfp4_quantize", one_more)
+    monkeypatch.setattr(work, "nvfp4_quantize", one_more)
     assert any("1 of " in loss and "scale bytes" in loss for loss in losses("eager"))
 
 
@@ -141,16 +141,24 @@ def without_padded_k(self, buffer):
     return self.layout.padding_views(buffer, self.stored_rows, k, padded_k=self.padded_k)
 
 
-def give_up(inventory):
-    for buffer in list(inventory.recent):
-        inventory.forget(buffer)
+def evict_held_too(inventory):
+    for cached in [one for one in inventory.by_address.values() if not one.kept]:
+        inventory.forget(cached)
+
+
+def unlimited_cache(inventory, spec, owner):
+    return inventory.make(spec, owner, kept=False)
+
+
+def any_rows(spec, m, *given, check=gemm.check_agrees):
+    check(spec, spec.rows, *given)
 
 
 def all_zero(given, corruptions):
     dirty = {corruption.address for corruption in corruptions}
-    for _, buffer in given:
-        if buffer.data_ptr() in dirty:
-            buffer.zero_()
+    for _, scales in given:
+        if scales.data_ptr() in dirty:
+            scales.zero_()
 
 
 def keeping(clear):
@@ -168,32 +176,33 @@ def columns_only(scales, layout, rows, k):
 
 
 @pytest.mark.parametrize(
-    ("where", "what", "fault", "only", "said"),
+    ("where", "what", "fault", "only", "loss"),
     [
         (ScalePool, "acquire", rounded_up(ScalePool.acquire), "eager", "LayoutMismatchError"),
         (ScaleSpec, "padding_views", without_padded_k, "padded_columns", "padding"),
         (ScalePool, "spec", lambda self, tensor: None, "eager", "does not know"),
-        (Inventory, "_forget_idle", give_up, "hold", "gave up a buffer that somebody holds"),
+        (Inventory, "_forget_idle", evict_held_too, "hold", "gave up a buffer that somebody holds"),
         (Inventory, "clear", keeping(Inventory.clear), "eager,reopen", "outlive their pool"),
-        (Inventory, "make_room_in_cache", lambda self, nbytes: True, "beyond_the_cache", "the cache of the pool"),
-        (inventory, "make_base", lambda *given, poison: buffer.make_base(*given), "reserve", "not poisoned"),
-        (pool, "heal", all_zero, "eager,dirtied", "a repair changed more than the padding"),
+        (Inventory, "make_cached", unlimited_cache, "beyond_the_cache", "the cache of the pool"),
+        (inventory, "zero_padded", lambda *given, poison: buffer.zero_padded(*given), "reserve", "not poisoned"),
+        (watch, "repair_padding", all_zero, "eager,written_padding", "a repair changed more than the padding"),
         (gemm, "zero_padding", columns_only, "foreign", "padding of foreign scales was not zeroed in place"),
-        (ScaleSpec, "holds_rows", lambda self, rows: True, "wrong_calls", "LayoutMismatchError went through"),
+        (gemm, "check_agrees", any_rows, "wrong_calls", "LayoutMismatchError went through"),
         (guard, "_caller", lambda: "somebody", "guarded", "blamed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_fault(monkeypatch, where, what, fault, only, said):
+def test_finds_a_fault(monkeypatch, where, what, fault, only, loss):
     monkeypatch.setattr(where, what, fault)
-    assert any(said in loss for loss in losses(*only.split(",")))
+    assert any(loss in found for found in losses(*only.split(",")))
 
 
-def test_the_command(tmp_path):
+def test_the_command_writes_json_and_prints_a_summary(tmp_path):
     file = tmp_path / "soak.json"
-    program = Path(__file__).with_name("soak.py")
-    arguments = ["--device", "cpu", "--steps", "4", "--only", "eager,hold", "--json", str(file)]
-    done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "support.soak", "--device", "cpu", "--steps", "4", "--only", "eager,hold"]
+    done = subprocess.run(
+        [*command, "--json", str(file)], cwd=TESTS, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert (found["steps"], found["lost"], set(found["actions"])) == (4, 0, {"eager", "hold"})

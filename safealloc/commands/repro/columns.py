@@ -1,10 +1,9 @@
-"""Padding columns: k whose scale columns are no multiple of 4, in a buffer that is read in the layout it was written in."""
+"""Padding columns: k whose scale columns are not a multiple of 4, in a buffer that is written and read in one layout."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,35 +28,16 @@ LAYOUTS = (SfLayout.layout_128x4, SfLayout.layout_8x4)
 
 @dataclass(frozen=True, slots=True)
 class ColumnsRow:
-    """One shape.
+    """One shape."""
 
-    Attributes:
-        rows, k: of the activation.
-        layout: of its scales, written and read.
-        padding_columns: scale columns beyond k / 16.
-        nan_rows_stale: rows with NaN, with 0x7F in the padding columns only.
-        nan_rows_stale_expected: all of them, since the tile multiplies them by zero data and NaN * 0 is NaN.
-        nan_rows_zeroed: the same call with the padding zeroed.
-        nan_rows_zeroed_expected: none.
-    """
-
-    rows: int
-    k: int
-    layout: str
-    padding_columns: int
-    nan_rows_stale: int
-    nan_rows_stale_expected: int
-    nan_rows_zeroed: int
-    nan_rows_zeroed_expected: int
-
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "rows",
-        "k",
-        "layout",
-        "padding columns",
-        "NaN rows, stale",
-        "NaN rows, zeroed",
-    )
+    rows: int  # of the activation
+    k: int  # columns of the activation
+    layout: str  # of its scales, written and read
+    padding_columns: int  # scale columns beyond k / 16
+    nan_rows_stale: int  # rows with NaN, with 0x7F in the padding columns only
+    nan_rows_stale_expected: int  # all of them, since the tile multiplies them by zero data and NaN * 0 is NaN
+    nan_rows_zeroed: int  # the same call with the padding zeroed
+    nan_rows_zeroed_expected: int  # none
 
     @property
     def as_stated(self) -> bool:
@@ -66,15 +46,15 @@ class ColumnsRow:
             and self.nan_rows_zeroed == self.nan_rows_zeroed_expected
         )
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            str(self.rows),
-            str(self.k),
-            self.layout,
-            str(self.padding_columns),
-            f"{self.nan_rows_stale}/{self.rows}",
-            f"{self.nan_rows_zeroed}/{self.rows}",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "rows": str(self.rows),
+            "k": str(self.k),
+            "layout": self.layout,
+            "padding columns": str(self.padding_columns),
+            "NaN rows, stale": f"{self.nan_rows_stale}/{self.rows}",
+            "NaN rows, zeroed": f"{self.nan_rows_zeroed}/{self.rows}",
+        }
 
 
 def columns(device: torch.device, backend: str, seed: int) -> Section:

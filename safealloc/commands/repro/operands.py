@@ -1,18 +1,19 @@
-"""What the sections of ``repro`` share: operands, quantization into memory that no pool made, and what a section is."""
+"""What the sections of ``repro`` share: operands, quantization into memory that no pool made, and the type of a section."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from safealloc import _optional, mm_fp4, set_foreign_scales
+from safealloc import mm_fp4, set_foreign_scales
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
+from safealloc.kernels import vendors
 from safealloc.ops.backends import QUANTIZERS, Call, triton_refusal
 
 ONE = 0x38
@@ -22,35 +23,24 @@ ONE = 0x38
 class Row(Protocol):
     """One row of a section: a dataclass whose fields are what was measured and what was stated."""
 
-    HEADINGS: ClassVar[tuple[str, ...]]
-
     @property
     def as_stated(self) -> bool:
         """Whether what was measured is what was stated."""
 
-    def cells(self) -> Sequence[str]:
-        """The row as printed, a cell a heading."""
+    def cells(self) -> Mapping[str, str]:
+        """The row as printed, by heading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section of ``repro``.
+    """One section of ``repro``."""
 
-    Attributes:
-        name: its key in the JSON.
-        title: its headline.
-        backend: what multiplied.
-        text: one or two sentences: what the rows show.
-        rows: what was measured.
-        failure: what went wrong apart from any row, or ``None``.
-    """
-
-    name: str
-    title: str
-    backend: str
-    text: str
-    rows: Sequence[Row]
-    failure: str | None = None
+    name: str  # its key in the JSON
+    title: str  # its headline
+    backend: str  # of the products
+    text: str  # one or two sentences: what the rows show
+    rows: Sequence[Row]  # what was measured
+    failure: str | None = None  # what went wrong apart from any row, or ``None``
 
     @property
     def as_stated(self) -> bool:
@@ -63,17 +53,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """An NVFP4 weight: random values, scales of 1.0.
+    """An NVFP4 weight: random values, scales of 1.0."""
 
-    Attributes:
-        fp4: uint8 ``[n, k // 2]``.
-        scales: uint8, layout_128x4 for ``[n, k]``.
-        alpha: float32, one element.
-    """
-
-    fp4: Tensor
-    scales: Tensor
-    alpha: Tensor
+    fp4: Tensor  # uint8 ``[n, k // 2]``
+    scales: Tensor  # uint8, layout_128x4 for ``[n, k]``
+    alpha: Tensor  # float32, one element
 
     @classmethod
     def random(cls, n: int, k: int, device: torch.device, generator: torch.Generator) -> Weight:
@@ -84,12 +68,8 @@ class Weight:
         return cls(fp4.to(device), scales.to(device), torch.ones(1, device=device))
 
     def shuffled(self) -> Weight:
-        """As FlashInfer's trtllm takes it: rows shuffled for an epilogue of 128 rows (vLLM's weight preparation)."""
-        flashinfer = _optional.require("flashinfer")
-        n, k = self.fp4.shape[0], 2 * self.fp4.shape[1]
-        linear = SfLayout.layout_128x4.unswizzle(self.scales, n, k)
-        scales = flashinfer.shuffle_matrix_sf_a(linear, 128).view(torch.uint8).reshape(self.scales.shape)
-        return Weight(flashinfer.shuffle_matrix_a(self.fp4, 128), scales, self.alpha)
+        """As FlashInfer's trtllm takes it."""
+        return Weight(*vendors.shuffle_for_trtllm(self.fp4, self.scales), self.alpha)
 
     def multiply(self, x_fp4: Tensor, scales: Tensor, backend: str, *, use_8x4: bool | None) -> Tensor:
         """``mm_fp4`` of an activation and this weight, bfloat16 ``[m, n]``."""
@@ -104,7 +84,7 @@ def random_activation(rows: int, k: int, device: torch.device, generator: torch.
 def quantize_into(
     x: Tensor, scales: Tensor, layout: SfLayout, backend: str, global_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with scales in a buffer of the caller's; the real bytes are written and nothing else."""
+    """Quantize with scales in a buffer of the caller's; only valid scales are written."""
     x_fp4 = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8, device=x.device)
     QUANTIZERS[backend].run(x, global_scale, x_fp4, scales, layout, None)
     return x_fp4, scales

@@ -1,14 +1,13 @@
-"""vLLM issue 37563, step by step: where its NaN comes from, and what is left once the padding is zero.
+"""vLLM issue 37563, step by step: where its NaN come from, and what is still wrong once the padding is zero.
 
-The script pads an activation to 128 rows, quantizes it twice with different padding, takes for padding the scale bytes that
-differ, poisons them with 0x7F and multiplies. What it quantizes has 128 rows, so the scales are in layout_128x4; which
-layout the GEMM is told it decides by the number of rows before padding.
+The published script pads an activation to 128 rows, quantizes it twice with different padding, treats the scale bytes that
+differ as padding, poisons them with 0x7F and multiplies. What it quantizes has 128 rows, so the scales are in layout_128x4;
+the layout that it tells the GEMM depends on the number of rows before padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -30,64 +29,41 @@ K, N, PADDED_ROWS = 512, 256, 128
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 BACKENDS = ("cutlass", "trtllm")
 OTHER_PADDING = 448.0
-"""What the padding rows hold the second time. Against zeros each of their scales differs, so that none is missed."""
+"""What the padding rows hold the second time: each of their scales differs from that of zeros."""
 
 PUBLISHED_NAN_ROWS = {
     "cutlass": {1: 0, 2: 0, 4: 0, 8: 0, 16: 0, 32: 0, 64: 0},
     "trtllm": {1: 1, 2: 2, 4: 4, 8: 8, 16: 14, 32: 24, 64: 0},
 }
-"""Rows with NaN of the m rows that are no padding, as the issue has them; compared with, never used."""
+"""Rows with NaN among the m rows that are not padding, as in the issue; compared with, never used."""
 
 
 def layout_read(backend: str, rows: int) -> SfLayout:
-    """The layout that vLLM has the backend read: 8x4 for trtllm up to 32 rows (``flashinfer_scaled_fp4_mm``)."""
+    """The layout that vLLM makes the backend read: 8x4 for trtllm up to 32 rows (``flashinfer_scaled_fp4_mm``)."""
     return SfLayout.layout_8x4 if backend == "trtllm" and rows <= MAX_ROWS_8X4 else SfLayout.layout_128x4
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedRow:
-    """One row of the published table.
+    """One row of the published table."""
 
-    Attributes:
-        m: rows that are no padding.
-        backend: of the published run; it decides only the layout that is read.
-        layout_written, layout_read: of the scales.
-        padding_bytes: scale bytes that the comparison took for padding.
-        padding_bytes_expected: those of the 128 - m padding rows.
-        nan_rows: of the m rows, with 0x7F in the padding.
-        published_nan_rows: the same, as published.
-        max_diff_finite: largest change of an output of the m rows, with 1.0 in the padding instead of the original 0.
-        max_diff_zeroed: largest error of an output of the m rows, with zero in the padding, against the exact product.
-        largest_correct: largest magnitude of the exact product, to hold the errors against.
-    """
-
-    m: int
-    backend: str
-    layout_written: str
-    layout_read: str
-    padding_bytes: int
-    padding_bytes_expected: int
-    nan_rows: int
-    published_nan_rows: int
+    m: int  # rows that are not padding
+    backend: str  # of the published run; it decides only the layout that is read
+    layout_written: str  # of the scales
+    layout_read: str  # of the scales
+    padding_bytes: int  # scale bytes that the comparison found to be padding
+    padding_bytes_expected: int  # those of the 128 - m padding rows
+    nan_rows: int  # of the m rows, with 0x7F in the padding
+    published_nan_rows: int  # the same, as published
+    # largest change of an output of the m rows, with 1.0 in the padding instead of the original 0
     max_diff_finite: float
+    # largest error of an output of the m rows, with zero in the padding, against the exact product
     max_diff_zeroed: float
-    largest_correct: float
-
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "m",
-        "backend",
-        "written",
-        "read",
-        "NaN rows",
-        "issue",
-        "diff, pad 1.0",
-        "error, pad 0",
-        "largest correct",
-    )
+    largest_correct: float  # largest magnitude of the exact product, to compare the errors with
 
     @property
     def as_stated(self) -> bool:
-        """The NaN counts are the published ones, and wrong numbers are where the layouts disagree, only there."""
+        """The NaN counts are the published ones, and numbers are wrong exactly where the layouts disagree."""
         disagree = self.layout_written != self.layout_read
         return (
             self.nan_rows == self.published_nan_rows
@@ -96,18 +72,18 @@ class PublishedRow:
             and (self.max_diff_zeroed != 0) == disagree
         )
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            str(self.m),
-            self.backend,
-            self.layout_written,
-            self.layout_read,
-            f"{self.nan_rows}/{self.m}",
-            f"{self.published_nan_rows}/{self.m}",
-            f"{self.max_diff_finite:g}",
-            f"{self.max_diff_zeroed:g}",
-            f"{self.largest_correct:g}",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "m": str(self.m),
+            "backend": self.backend,
+            "written": self.layout_written,
+            "read": self.layout_read,
+            "NaN rows": f"{self.nan_rows}/{self.m}",
+            "issue": f"{self.published_nan_rows}/{self.m}",
+            "diff, pad 1.0": f"{self.max_diff_finite:g}",
+            "error, pad 0": f"{self.max_diff_zeroed:g}",
+            "largest correct": f"{self.largest_correct:g}",
+        }
 
 
 def published(device: torch.device, backend: str, seed: int) -> Section:
@@ -134,11 +110,11 @@ def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedR
     global_scale = torch.ones(1, device=x.device)
     padded = x.new_zeros(PADDED_ROWS, K)
     padded[:m] = x
-    otherwise_padded = padded.clone()
-    otherwise_padded[m:] = OTHER_PADDING
+    differently_padded = padded.clone()
+    differently_padded[m:] = OTHER_PADDING
     x_fp4, original = quantize_into(padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale)
     _, other = quantize_into(
-        otherwise_padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale
+        differently_padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale
     )
     padding = original != other
 
@@ -147,7 +123,7 @@ def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedR
 
     with foreign_scales("trust"):
         exact = multiply(original, written)
-        as_it_was = multiply(original, read)
+        unpoisoned = multiply(original, read)
         poisoned = multiply(original.masked_fill(padding, NAN_SCALE), read)
         finite = multiply(original.masked_fill(padding, ONE), read)
         zeroed_padding = multiply(original.masked_fill(padding, 0), read)
@@ -160,7 +136,7 @@ def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedR
         padding_bytes_expected=(PADDED_ROWS - m) * (K // BLOCK_SIZE),
         nan_rows=nan_rows(poisoned),
         published_nan_rows=PUBLISHED_NAN_ROWS[name][m],
-        max_diff_finite=max_diff(finite, as_it_was),
+        max_diff_finite=max_diff(finite, unpoisoned),
         max_diff_zeroed=max_diff(zeroed_padding, exact),
         largest_correct=float(exact.float().abs().max()),
     )

@@ -1,10 +1,10 @@
 """Scale buffers in real CUDA graphs, replayed while everything around them is filled with stale NaN bytes.
 
 Each shape is captured twice: with scales in a ``torch.empty`` buffer, which is memory of the graph's private pool, and with
-scales from a safealloc pool. The quantizer writes real bytes only, as vLLM's fused producers do. All graphs share one
-memory-pool handle, as a serving engine's do, and the adversary works wherever PyTorch lets it:
+scales from a safealloc pool. The quantizer writes valid scales only, as vLLM's fused producers do. All graphs share one
+memory-pool handle, as a serving engine's do, and the adversary writes wherever PyTorch lets it:
 
-- in each graph, before the quantizer: a temporary full of 0x7F that is freed again, as any model's graph has them;
+- in each graph, before the quantizer: a temporary full of 0x7F that is freed again, as in any model's graph;
 - in a graph of its own with the same handle: every free block of the private pool is filled with 0x7F;
 - in eager work: every free block of the caching allocator is filled with 0x7F;
 - through the pool itself: an eager caller quantizes NaN in the shapes that the graphs use.
@@ -16,13 +16,13 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safealloc import PaddingCorruptionError, ScalePool, capture, nvfp4_quantize
-from safealloc.commands.report import Say
+from safealloc.commands.report import Progress
 from safealloc.commands.repro.operands import Section, Weight, foreign_scales, quantize_into, random_activation, zeroed
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import SfLayout, short
@@ -31,54 +31,32 @@ from safealloc.ops.backends import Call, triton_refusal
 N = 256
 ROWS = (1, 3, 8, 17, 32, 48)
 K = (1008, 1024)
-"""63 scale columns, so one of padding, and 64, so none."""
+"""63 scale columns and so one of padding, and 64 and so none."""
 LAYOUTS = (SfLayout.layout_128x4, SfLayout.layout_8x4)
 BACKEND = "triton"
 
 _SMALL = 1 << 20  # kSmallSize of PyTorch's CUDACachingAllocator: up to here blocks come from segments of their own
-_REFRESH = 256  # strikes before the list of free blocks is read anew
+_REFRESH = 256  # strikes until the list of free blocks is read again
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayRow:
-    """One shape.
+    """One shape."""
 
-    Attributes:
-        m, k: of the activation.
-        layout: of its scales.
-        padding_columns: scale columns beyond k / 16.
-        replays: of each of the two graphs.
-        nan_rows_empty: rows with NaN over all replays of the graph with ``torch.empty``; some where there are padding
-            columns. (Our GEMM never reads padding rows, so none are stated elsewhere.)
-        nan_rows_pool: the same with the pool: none.
-        wrong_rows_pool: rows over all replays that differ by any bit from the product over a fresh zeroed buffer: none.
-        adversary_reached: whether the adversary's graph filled the memory of the ``torch.empty`` buffer.
-        nodes_empty, nodes_pool: of each graph, or ``None`` without ``cuda.bindings``.
-    """
-
-    m: int
-    k: int
-    layout: str
-    padding_columns: int
-    replays: int
+    m: int  # rows of the activation
+    k: int  # columns of the activation
+    layout: str  # of its scales
+    padding_columns: int  # scale columns beyond k / 16
+    replays: int  # of each of the two graphs
+    # rows with NaN over all replays of the graph with ``torch.empty``; some where there are padding columns.
+    # (Our GEMM never reads padding rows, so none are stated elsewhere.)
     nan_rows_empty: int
-    nan_rows_pool: int
+    nan_rows_pool: int  # the same with the pool: none
+    # rows over all replays that differ by any bit from the product over a fresh zeroed buffer: none
     wrong_rows_pool: int
-    adversary_reached: bool
-    nodes_empty: int | None
-    nodes_pool: int | None
-
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "m",
-        "k",
-        "layout",
-        "padding columns",
-        "NaN rows, empty",
-        "NaN rows, pool",
-        "wrong rows, pool",
-        "nodes, empty",
-        "nodes, pool",
-    )
+    adversary_reached: bool  # whether the adversary's graph filled the memory of the ``torch.empty`` buffer
+    nodes_empty: int | None  # of the graph with ``torch.empty``, or ``None`` without ``cuda.bindings``
+    nodes_pool: int | None  # of the graph with the pool
 
     @property
     def as_stated(self) -> bool:
@@ -89,19 +67,19 @@ class ReplayRow:
             and self.nodes_empty == self.nodes_pool
         )
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self) -> dict[str, str]:
         total = self.m * self.replays
-        return (
-            str(self.m),
-            str(self.k),
-            self.layout,
-            str(self.padding_columns),
-            f"{self.nan_rows_empty}/{total}",
-            f"{self.nan_rows_pool}/{total}",
-            f"{self.wrong_rows_pool}/{total}",
-            "-" if self.nodes_empty is None else str(self.nodes_empty),
-            "-" if self.nodes_pool is None else str(self.nodes_pool),
-        )
+        return {
+            "m": str(self.m),
+            "k": str(self.k),
+            "layout": self.layout,
+            "padding columns": str(self.padding_columns),
+            "NaN rows, empty": f"{self.nan_rows_empty}/{total}",
+            "NaN rows, pool": f"{self.nan_rows_pool}/{total}",
+            "wrong rows, pool": f"{self.wrong_rows_pool}/{total}",
+            "nodes, empty": "-" if self.nodes_empty is None else str(self.nodes_empty),
+            "nodes, pool": "-" if self.nodes_pool is None else str(self.nodes_pool),
+        }
 
 
 def refusal(device: torch.device) -> str | None:
@@ -111,14 +89,14 @@ def refusal(device: torch.device) -> str | None:
     return triton_refusal(Call(device, SfLayout.layout_128x4))
 
 
-def replay(device: torch.device, seed: int, replays: int, say: Say) -> Section:
+def replay(device: torch.device, seed: int, replays: int, progress: Progress) -> Section:
     """Capture, then replay in random order between the adversary's strikes.
 
     Args:
         device: a CUDA device, the current one.
         seed: of the operands and the order.
         replays: of each graph.
-        say: told how far it is.
+        progress: told the share of the replays that is done.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {k: Weight.random(N, k, device, generator) for k in K}
@@ -133,11 +111,11 @@ def replay(device: torch.device, seed: int, replays: int, say: Say) -> Section:
             torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=device)
         for layout in LAYOUTS:
             pool.reserve(ROWS, K, layout)
-        say("replay: capturing")
+        progress("replay: capturing", 0.0)
         handle = torch.cuda.graph_pool_handle()
         captured = [_capture(case, pool, handle, from_pool=from_pool) for case in cases for from_pool in (False, True)]
         adversary = _Adversary(cases, pool, handle, device, seed)
-        nan, wrong = _replay_all(captured, adversary, seed, replays, say)
+        nan, wrong = _replay_all(captured, adversary, seed, replays, progress)
         failure = None
         try:
             checked = pool.verify()
@@ -168,7 +146,7 @@ def replay(device: torch.device, seed: int, replays: int, say: Say) -> Section:
 
 
 class _Case:
-    """One shape: operands, and the right product."""
+    """One shape: operands, and the correct product."""
 
     def __init__(self, x: Tensor, layout: SfLayout, weight: Weight) -> None:
         self.x, self.layout, self.weight = x, layout, weight
@@ -186,13 +164,13 @@ class _Case:
         nvfp4_quantize(self._nan, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
 
     def product_with_empty(self) -> tuple[Tensor, int]:
-        """The product with scales in whatever memory ``torch.empty`` gives, and where that is."""
+        """The product with scales in memory from ``torch.empty``, and their address."""
         scales = torch.empty(self.layout.padded_shape(*self.x.shape), dtype=torch.uint8, device=self.x.device)
         x_fp4, _ = quantize_into(self.x, scales, self.layout, BACKEND, self._global_scale)
         return self._multiply(x_fp4, scales), scales.data_ptr()
 
     def product_with_pool(self, pool: ScalePool) -> tuple[Tensor, int]:
-        """The product with scales from a pool, and where they are."""
+        """The product with scales from a pool, and their address."""
         x_fp4, scales = nvfp4_quantize(self.x, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
         return self._multiply(x_fp4, scales), scales.data_ptr()
 
@@ -212,16 +190,16 @@ class _Captured:
 def _capture(case: _Case, pool: ScalePool, handle: Any, *, from_pool: bool) -> _Captured:
     with capture(pool=pool, graph_pool=handle) as graph:
         temporary = torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=case.x.device)
-        del temporary  # back to the private pool, where the next block of this size comes from
+        del temporary  # back to the private pool, which hands it out as the next block of this size
         y, scales_address = case.product_with_pool(pool) if from_pool else case.product_with_empty()
     nodes = pool.graph_report(graph).nodes
     return _Captured(graph, y, case.expected, scales_address, None if nodes is None else sum(nodes.values()))
 
 
 def _replay_all(
-    captured: Sequence[_Captured], adversary: _Adversary, seed: int, replays: int, say: Say
+    captured: Sequence[_Captured], adversary: _Adversary, seed: int, replays: int, progress: Progress
 ) -> tuple[list[int], list[int]]:
-    """Rows with NaN, and rows that differ from the right product, over all replays of each graph."""
+    """Rows with NaN, and rows that differ from the correct product, over all replays of each graph."""
     device = captured[0].y.device
     nan = torch.zeros(len(captured), dtype=torch.int64, device=device)
     wrong = torch.zeros_like(nan)
@@ -229,7 +207,7 @@ def _replay_all(
     random.Random(seed).shuffle(order)
     for step, number in enumerate(order):
         if step % _REFRESH == 0:
-            say(f"replay: {step} of {len(order)}")
+            progress(f"replay: {step} of {len(order)}", step / len(order))
         adversary.strike()
         one = captured[number]
         one.graph.replay()
@@ -260,7 +238,7 @@ class _Adversary:
         if self._strikes % _REFRESH == 0:
             torch.cuda.synchronize(self._device)
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            self._filled(64 << 20)  # so that there is a cache worth filling
+            self._filled(64 << 20)  # so that the allocator has a cache to fill
             self._eager_sizes = _free_blocks(torch.cuda.memory_snapshot(), self._device, (0, 0), stream)
             self.eager_bytes = sum(self._eager_sizes)
         self._strikes += 1
@@ -282,8 +260,8 @@ def _free_blocks(
 ) -> list[int]:
     """Bytes of each allocation that together take every free block of a memory pool, in the order to make them.
 
-    Largest first, each then finds a block of exactly its size, or the rest of one that was cut before: the allocator takes
-    the smallest block that fits.
+    Largest first, so that each gets a block of exactly its size, or the rest of one that was split before: the allocator
+    takes the smallest block that fits.
 
     Args:
         segments: ``torch.cuda.memory_snapshot()``.
@@ -302,7 +280,7 @@ def _free_blocks(
             if block["state"] != "inactive":
                 continue
             size = block["size"]
-            if small:  # larger allocations do not look here
+            if small:  # larger allocations never come from here
                 sizes += [_SMALL] * (size // _SMALL) + ([size % _SMALL] if size % _SMALL else [])
             elif size > _SMALL:
                 sizes.append(size)
@@ -310,7 +288,7 @@ def _free_blocks(
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges with those that touch made one."""
+    """The ranges, with those that touch merged."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if merged and start <= merged[-1][1]:

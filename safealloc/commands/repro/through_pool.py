@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,47 +29,25 @@ from safealloc.ops.backends import GEMMS, Call
 COLUMNS_K = (48, 496)
 COLUMNS_ROWS = (1, 33)
 ROUNDING = 2.0**-8
-"""Half a step of bfloat16, relative to the value; what a correct float32 product may be off after rounding."""
+"""Half a step of bfloat16, relative to the value: how far a correct float32 product may be off after rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class SafeallocRow:
-    """One call.
+    """One call."""
 
-    Attributes:
-        section: whose row this is again.
-        backend: of the published run, or "-".
-        m, k: of the activation.
-        layout: written, and read without being told.
-        nan_rows: of the m rows. The buffer's real bytes were 0x7F before this call: it served a matrix of NaN.
-        bitwise_equal: to the same GEMM over a fresh zeroed buffer with the same real scales.
-        max_error: of an output, against the float32 product of the dequantized operands.
-        largest_correct: largest magnitude of that product.
-        refused: the call with the contradicting flag raised LayoutMismatchError, and so did the published call (the scales
-            of the matrix padded to 128 rows, told 8x4).
-    """
-
-    section: str
-    backend: str
-    m: int
-    k: int
-    layout: str
-    nan_rows: int
-    bitwise_equal: bool
-    max_error: float
-    largest_correct: float
+    section: str  # whose row this is again
+    backend: str  # of the published run, or "-"
+    m: int  # rows of the activation
+    k: int  # columns of the activation
+    layout: str  # written, and read without a flag
+    nan_rows: int  # of the m rows. The buffer's valid scales were 0x7F before this call: it served a matrix of NaN
+    bitwise_equal: bool  # to the same GEMM over a fresh zeroed buffer with the same valid scales
+    max_error: float  # of an output, against the float32 product of the dequantized operands
+    largest_correct: float  # largest magnitude of that product
+    # the call with the contradicting flag raised LayoutMismatchError, and so did the published call (the
+    # scales of the matrix padded to 128 rows, told 8x4)
     refused: bool
-
-    HEADINGS: ClassVar[tuple[str, ...]] = (
-        "backend",
-        "m",
-        "k",
-        "layout",
-        "NaN rows",
-        "bitwise equal",
-        "max error",
-        "refused",
-    )
 
     @property
     def as_stated(self) -> bool:
@@ -77,17 +55,17 @@ class SafeallocRow:
         correct = self.max_error <= 2 * ROUNDING * self.largest_correct
         return self.nan_rows == 0 and self.bitwise_equal and correct and self.refused
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            self.backend if self.section == "published" else self.section,
-            str(self.m),
-            str(self.k),
-            self.layout,
-            f"{self.nan_rows}/{self.m}",
-            "yes" if self.bitwise_equal else "NO",
-            f"{self.max_error:.2g}",
-            "yes" if self.refused else "NO",
-        )
+    def cells(self) -> dict[str, str]:
+        return {
+            "backend": self.backend if self.section == "published" else self.section,
+            "m": str(self.m),
+            "k": str(self.k),
+            "layout": self.layout,
+            "NaN rows": f"{self.nan_rows}/{self.m}",
+            "bitwise equal": "yes" if self.bitwise_equal else "NO",
+            "max error": f"{self.max_error:.2g}",
+            "refused": "yes" if self.refused else "NO",
+        }
 
 
 def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) -> Section:
@@ -122,14 +100,7 @@ def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) 
 
 
 def _row(
-    section: str,
-    name: str,
-    x: Tensor,
-    layout: SfLayout,
-    weight: Weight,
-    backend: str,
-    quantizer: str,
-    pool: ScalePool,
+    section: str, name: str, x: Tensor, layout: SfLayout, weight: Weight, backend: str, quantizer: str, pool: ScalePool
 ) -> SafeallocRow:
     m, k = x.shape
     global_scale = torch.ones(1, device=x.device)
@@ -145,14 +116,14 @@ def _row(
     fresh = zeroed(m, k, layout, x.device)
     offsets = layout.offsets(m, k, x.device)
     fresh.view(-1)[offsets] = scales.view(-1)[offsets]
-    eight_by_four = layout is SfLayout.layout_8x4
+    use_8x4 = layout is SfLayout.layout_8x4
     with foreign_scales("trust"):
-        same = given.multiply(x_fp4, fresh, backend, use_8x4=eight_by_four)
+        same = given.multiply(x_fp4, fresh, backend, use_8x4=use_8x4)
 
     dense = reference.dequantize(weight.fp4, weight.scales, SfLayout.layout_128x4)
     exact = reference.dequantize(x_fp4, fresh, layout) @ dense.T
-    refused = _refuses(lambda: given.multiply(x_fp4, scales, backend, use_8x4=not eight_by_four))
-    if section == "published" and eight_by_four:
+    refused = _refuses(lambda: given.multiply(x_fp4, scales, backend, use_8x4=not use_8x4))
+    if section == "published" and use_8x4:
         padded = x.new_zeros(PADDED_ROWS, k)
         padded[:m] = x
         padded_fp4, padded_scales = quantize(padded, SfLayout.layout_128x4)
@@ -172,11 +143,10 @@ def _row(
 
 
 def _refuses(call: Callable[[], Tensor]) -> bool:
-    try:
+    with contextlib.suppress(LayoutMismatchError):
         call()
-    except LayoutMismatchError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _text(rows: list[SafeallocRow], refusals: list[str]) -> str:

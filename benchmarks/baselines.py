@@ -1,8 +1,7 @@
-"""Every way in which padding is kept clean today, as one call each: the pool, and what it is measured against."""
+"""The pool, and the baselines: every way in which padding is kept zero today, as one call each."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,15 +15,15 @@ from safealloc.pool.pool import ScalePool
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
-    """One way to quantize.
+class Baseline:
+    """One way to quantize; the pool counts as one.
 
     Attributes:
         name: in tables, JSON and pictures.
         about: one sentence.
-        quantize: of x ``[rows, k]``, the global scale and a layout; returns data and scales, all on the current stream,
-            legal in a capture.
-        layout: the layout it always writes; ``None``: the one it is asked for.
+        quantize: called with x ``[rows, k]``, the global scale and a layout; returns data and scales. It runs on the
+            current stream and is legal in a capture.
+        layout: the layout it always writes; ``None`` where it writes the requested one.
     """
 
     name: str
@@ -33,9 +32,8 @@ class Peer:
     layout: SfLayout | None = None
 
 
-POOL, COMPACT, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
+POOL, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
     "pool",
-    "pool, compact",
     "empty",
     "zeros",
     "padding in the kernel",
@@ -45,13 +43,8 @@ POOL, COMPACT, EMPTY, ZEROS, IN_KERNEL, WIDE_STORES, RETURNED, LINEAR = (
 )
 
 
-def peers(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Peer]:
-    """All peers by name, the pool first; all write with our Triton quantizer.
-
-    Args:
-        pool: not compact.
-        compact: a compact one, if that is a peer.
-    """
+def baselines(pool: ScalePool) -> dict[str, Baseline]:
+    """All of them by name, the pool first; all use our Triton quantizer."""
 
     def from_pool(x: Tensor, global_scale: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
         rows, k = x.shape
@@ -75,28 +68,23 @@ def peers(pool: ScalePool, compact: ScalePool | None = None) -> dict[str, Peer]:
         triton_padding.zero_padding(scales, layout, *x.shape)
         return x_fp4, scales
 
-    def from_compact(x: Tensor, global_scale: Tensor, layout: SfLayout) -> tuple[Tensor, Tensor]:
-        rows, k = x.shape
-        assert compact is not None
-        scales, counts = compact.acquire_compact(rows, k, layout)
-        return _quantize(x, global_scale, layout, scales, functools.partial(triton_quantize.quantize, counts=counts))
-
     every = (
-        Peer(POOL, "a pool buffer, padding zeroed when it was made", from_pool),
-        Peer(COMPACT, "a buffer of a compact pool, which the quantizer keeps clear", from_compact),
-        Peer(EMPTY, "torch.empty: unsafe, the floor for an allocation", empty),
-        Peer(ZEROS, "torch.zeros at each call: vLLM 0.20, 0.21 and 0.25 to 0.29", zeros),
-        Peer(IN_KERNEL, "torch.empty, and a quantizer that stores padding, row by row: vLLM from 0.30 on", row_by_row),
-        Peer(WIDE_STORES, "the same with the widest stores that we could make of them", wide_stores),
-        Peer(RETURNED, "torch.empty, and a kernel that zeroes the padding afterwards: vLLM PR 47587", returned),
-        Peer(
+        Baseline(POOL, "a pool buffer, padding zeroed when it was made", from_pool),
+        Baseline(EMPTY, "torch.empty: unsafe, the floor for an allocation", empty),
+        Baseline(ZEROS, "torch.zeros at each call: vLLM 0.20, 0.21 and 0.25 to 0.29", zeros),
+        Baseline(
+            IN_KERNEL, "torch.empty, and a quantizer that stores padding, row by row: vLLM from 0.30 on", row_by_row
+        ),
+        Baseline(WIDE_STORES, "torch.empty, and a quantizer that stores padding with the widest stores", wide_stores),
+        Baseline(RETURNED, "torch.empty, and a kernel that zeroes the padding afterwards: vLLM PR 47587", returned),
+        Baseline(
             LINEAR,
-            "torch.empty, no tiles and so no padding: the floor for the arithmetic",
+            "torch.empty in the linear layout, which has no padding: the floor for the arithmetic",
             empty,
             SfLayout.layout_linear,
         ),
     )
-    return {peer.name: peer for peer in every if peer.name != COMPACT or compact is not None}
+    return {baseline.name: baseline for baseline in every}
 
 
 def _empty(x: Tensor, layout: SfLayout) -> Tensor:

@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer in static memory, as a captured decode step has it; all but the quantizers is plain torch."""
+"""One MoE layer in static memory, as a captured decode step has it; all but the quantizers is plain torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ Quantize = Callable[..., tuple[Tensor, Tensor]]
 class MoeLayer:
     """Route, quantize, multiply by each expert's weight, activate and quantize, multiply, and combine.
 
-    What may change between replays: ``x``, the experts of each token ``ids`` (-1: on another rank), and how many tokens are
-    ``valid``. ``stale`` counts, over all runs, the bytes of the whole scale buffers that were not zero and no scale of the
-    run, seen where the GEMMs read them.
+    What may change between replays: ``x``, the experts of each token in ``ids`` (-1: on another rank), and how many tokens
+    are ``valid``. ``stale`` counts padding bytes that were not zero when a GEMM read the buffer, over all runs.
     """
 
     def __init__(self, tokens: int, topk: int, experts: int, hidden: int, width: int, pool: ScalePool) -> None:
@@ -45,7 +44,7 @@ class MoeLayer:
 
     @staticmethod
     def padded(weight: Tensor) -> Tensor:
-        """With columns of zeros, as far as tiles of scales go."""
+        """With columns of zeros up to the last tile of scales."""
         k = weight.shape[-1]
         return F.pad(weight, (0, LAYOUT.padded_shape(1, k)[1] * 16 - k))
 
@@ -57,7 +56,7 @@ class MoeLayer:
         self.y.copy_(self.compute(self.pool, quantize, activate))
 
     def expected(self) -> Tensor:
-        """Through the plain-torch quantizer, into memory of its own."""
+        """The result of the plain-torch quantizer, in memory of its own."""
         stale = self.stale.clone()
         with ScalePool(self.pool.device, cache_bytes=0) as pool:
             y = self.compute(pool, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped, backend="reference")
@@ -65,7 +64,7 @@ class MoeLayer:
         return y
 
     def check(self) -> None:
-        """Each token that is valid has the reference's bits; all others are zero, as they are routed nowhere."""
+        """No stale byte was read, and each valid token has the reference's bits."""
         assert int(self.stale) == 0
         valid = int(self.valid)
         expected = self.expected()
@@ -79,8 +78,8 @@ class MoeLayer:
         tile = LAYOUT.tile.rows
         offsets = self.sums(counts), self.sums((counts + tile - 1) // tile * tile)
         row_tokens = (order // self.topk).to(torch.int32)
-        dead = {"valid_rows": self.valid, "row_tokens": row_tokens}
-        given = {"layout": LAYOUT, "pool": pool, "backend": backend, **dead}
+        padded_batch = {"valid_rows": self.valid, "row_tokens": row_tokens}
+        given = {"layout": LAYOUT, "pool": pool, "backend": backend, **padded_batch}
         hidden = quantize(self.x[order // self.topk], self.global_scales, *offsets, **given)
         both = self.multiply(pool, *hidden, self.w13, *offsets, self.hidden)
         del hidden
@@ -104,17 +103,17 @@ class MoeLayer:
         blockscale_offsets: Tensor,
         k: int,
     ) -> Tensor:
-        """The grouped GEMM, float32 ``[rows, n]``: scales of whole column tiles, with zero data where there is padding."""
+        """The grouped GEMM, float32 ``[rows, n]``; it reads whole column tiles of scales, with zero data in padding."""
         spec = pool.spec(scales)
         assert spec is not None
         padded_rows, padded_cols = spec.padded_shape
         whole = scales.as_strided((padded_rows, padded_cols), (padded_cols, 1))
         logical = LAYOUT.logical(whole, padded_rows, k)
         expert, place = places(data.shape[0], expert_offsets, blockscale_offsets, padded_rows)
-        real = torch.zeros(padded_rows + 1, dtype=torch.bool, device=data.device)
-        real.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
+        valid = torch.zeros(padded_rows + 1, dtype=torch.bool, device=data.device)
+        valid.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
         outside = logical.clone()
-        outside[:, : k // 16].masked_fill_(real[:-1, None], 0)
+        outside[:, : k // 16].masked_fill_(valid[:-1, None], 0)
         self.stale += outside.count_nonzero()
         row_scales = logical[place.clamp(min=0)].view(torch.float8_e4m3fn).float()
         values = F.pad(reference.decode_e2m1(data), (0, padded_cols * 16 - k)).view(len(data), padded_cols, 16)

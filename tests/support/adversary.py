@@ -1,16 +1,16 @@
-"""Somebody who writes NaN scale bytes wherever a CUDA process can: the pool's buffers must not be among it."""
+"""An adversary that writes NaN bytes wherever a CUDA process can; the padding of a pool's buffers must stay zero."""
 
 from __future__ import annotations
 
 import torch
 
-from safealloc import ScalePool, ScaleSpec, SfLayout
+from safealloc import ScalePool, ScaleSpec
 
 STALE = 0x7F  # NaN as e4m3
 
 
 class Adversary:
-    """Writes into all memory that the caching allocator hands out, and into eager buffers of the pool's own shapes."""
+    """Writes into all memory that the caching allocator hands out, and the valid scales of eager buffers."""
 
     def __init__(self, pool: ScalePool, specs: list[ScaleSpec]) -> None:
         self.pool = pool
@@ -25,7 +25,7 @@ class Adversary:
         self._compiled = compiled
 
     def fill_cached_memory(self) -> None:
-        """The free blocks of every size class that the buffers could have come from."""
+        """Fill free blocks of every size class that the buffers could have come from."""
         blocks = [
             torch.full((nbytes,), STALE, dtype=torch.uint8, device="cuda")
             for nbytes in (512, 1024, 2048, 4096, 1 << 16, 1 << 20, 2 << 20, 20 << 20)
@@ -34,7 +34,7 @@ class Adversary:
         del blocks
 
     def fill_device(self) -> None:
-        """Nearly all memory of the device that is free."""
+        """Fill nearly all free memory of the device."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
@@ -47,14 +47,14 @@ class Adversary:
         torch.cuda.empty_cache()
 
     def write_eager_buffers(self) -> None:
-        """Real bytes of buffers of the same shapes, as eager producers do."""
+        """Write the valid scales of buffers of the same shapes, as eager producers do."""
         for spec in self.specs:
             buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
             offsets = _offsets(spec)
             buffer.view(-1)[offsets] = STALE
 
     def run_compiled_code(self) -> None:
-        """Temporaries of the buffers' size and dtype."""
+        """Run code with temporaries of the buffers' size and dtype."""
         for spec in self.specs[:4]:
             rows, cols = spec.padded_shape
             ones = torch.ones((rows, cols), dtype=torch.uint8, device="cuda")
@@ -68,8 +68,3 @@ def _offsets(spec: ScaleSpec) -> torch.Tensor:
     if spec not in _cache:
         _cache[spec] = spec.layout.offsets(spec.rows, spec.k, "cuda", padded_k=spec.padded_k).view(-1)
     return _cache[spec]
-
-
-def poisoned_empty(rows: int, k: int, layout: SfLayout) -> torch.Tensor:
-    """A buffer as ``torch.empty`` gives it after somebody else: full of NaN bytes."""
-    return torch.full(layout.padded_shape(rows, k), STALE, dtype=torch.uint8, device="cuda")
