@@ -286,7 +286,7 @@ def run(request: dict) -> dict:
         result["tokens after repair"] = digest(engine.generate())
     if request["guard"]:
         logging.getLogger("safealloc.pool").addHandler(Collect())
-        captured = [buffer for buffer in buffers_of(pool) if buffer.capture]
+        captured = [buffer for buffer in buffers_of(pool) if buffer.captures]
         result["dirtied"] = len(captured)
         dirty_padding(captured)
         result["tokens with NaN in the padding"] = digest(engine.generate())

@@ -39,7 +39,7 @@ def captured(layer: Layer, **keywords) -> torch.cuda.CUDAGraph:
 
 def write_padding(pool: ScalePool, rows: int, layout: SfLayout = SfLayout.layout_128x4) -> None:
     """Write the last padding byte of the buffer that graphs were given for so many rows."""
-    (buffer,) = [one for one in buffers_of(pool) if one.spec.rows == rows and one.capture]
+    (buffer,) = [one for one in buffers_of(pool) if one.spec.rows == rows and one.captures]
     padding = layout.padding_mask(rows, buffer.spec.k, "cuda").nonzero().flatten()
     buffer.base.view(-1)[padding[-1:]] = 0x7F
     torch.cuda.synchronize()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.fake_captures import FakeWorld
-from support.internals import buffers_of
+from support.internals import buffers_of, inventory_of
 
 from safealloc import CaptureGrowthError, CaptureGrowthWarning, ScalePool, SfLayout
 from safealloc.pool import buffer as buffer_module
@@ -205,7 +205,7 @@ def test_nothing_is_lost_where_taking_back_fails(world: FakeWorld, monkeypatch, 
     capture = world.begin(9, handle="graph")
     captured = world.address(9)
     world.destroy(capture)
-    inventory = world.pool._inventory
+    inventory = inventory_of(world.pool)
     original = getattr(inventory, failing)
 
     def fail(*given):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.internals import buffers_of
 
 from safealloc import PaddingCorruptionError, PoolExhaustedError, ScalePool, ScaleSpec, SfLayout
 
@@ -193,13 +194,13 @@ class PoolMachine(RuleBasedStateMachine):
     def reserve(self, spec: ScaleSpec, copies: int) -> None:
         unused = sum(m.spec == spec and m.stream is None for m in self.buffers.values())
         missing = max(0, copies - unused)
-        before = set(self.pool._inventory.by_address)
+        before = {buffer.address for buffer in buffers_of(self.pool)}
         if not self.evict(self.total() + missing * spec.nbytes - LIMIT):
             with pytest.raises(PoolExhaustedError):
                 self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
             return
         self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
-        made = set(self.pool._inventory.by_address) - (before & set(self.buffers))
+        made = {buffer.address for buffer in buffers_of(self.pool)} - (before & set(self.buffers))
         assert len(made) == missing
         for address in made:
             self.buffers[address] = Model(spec, None, kept=True)

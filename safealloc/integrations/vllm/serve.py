@@ -196,7 +196,8 @@ class Allocator:
     def _pool(self, device: torch.device) -> ScalePool:
         pool = default_pool(device)
         if pool is not self.pool:
-            pool.shared_captures()  # vLLM captures all its graphs into one memory pool, and replays one after the other
+            # vLLM captures all its graphs into one memory pool by torch.cuda.graph, and replays one after the other.
+            pool.shared_captures(synchronized=True)
             self.pool = pool
             if self.start_up is not None:
                 self.start_up.pool = pool

@@ -290,7 +290,7 @@ class Soak:
 
     def unused_storages(self, pool: ScalePool) -> list[StorageWeakRef]:
         """Memory that has to be gone once the pool is closed: nobody holds it and no graph uses it."""
-        unused = [buffer for buffer in buffers_of(pool) if buffer.capture is None and not buffer.held()]
+        unused = [buffer for buffer in buffers_of(pool) if not buffer.captures and not buffer.held()]
         return [StorageWeakRef(buffer.storage) for buffer in unused]
 
     def check_gone(self, storages: list[StorageWeakRef]) -> None:
