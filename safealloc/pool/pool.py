@@ -88,6 +88,7 @@ class ScalePool(PoolState):
             and type(rows) is type(k) is int  # 4.0 and True are equal to what is filed, and are errors
             and type(layout) is SfLayout
             and (padded_k is None or type(padded_k) is int)
+            and not _dispatch_modes()  # fake tensors, perhaps
         ):
             try:  # what is there costs less so than by get()
                 buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
@@ -103,8 +104,6 @@ class ScalePool(PoolState):
                     and tensor.data_ptr() == buffer.address
                     and _standard(buffer.cdata) == buffer.standard
                 ):
-                    if _dispatch_modes():  # fake tensors, perhaps
-                        self._check_usable()
                     buffer.last_use = self._tick()
                     return tensor
                 del tensor  # or nobody else could claim it

@@ -60,7 +60,7 @@ def test_every_public_name_has_a_heading(text):
 
 
 def test_every_method_of_a_pool_has_a_heading(generator, text):
-    methods = {name for name, value in vars(ScalePool).items() if inspect.isfunction(value) and name[0] != "_"}
+    methods = {name for name, _ in inspect.getmembers(ScalePool, inspect.isfunction) if name[0] != "_"}
     shown = {f"ScalePool.{name}" for name in methods} - generator.INTERNAL
     assert len(shown) > 10
     assert shown <= set(headings(text))

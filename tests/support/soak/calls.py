@@ -74,7 +74,7 @@ def reserve(soak: Soak) -> None:
     found = [one for one in buffers_of(pool) if serves(one.spec, spec) and one.owner == "stock" and not one.held()]
     check(len(found) >= copies, f"{copies} buffers of {spec} were reserved, {len(found)} are there")
     for buffer in found:
-        if buffer.address not in before and buffer.record is None and name in soak.poisoned:
+        if buffer.address not in before and not buffer.spec.record and name in soak.poisoned:
             wrong = int((buffer.base.view(-1)[valid_bytes(buffer)] != NAN).sum())
             check(wrong == 0, f"{wrong} scales of a new buffer are not poisoned: {spec}")
 

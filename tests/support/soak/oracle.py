@@ -43,7 +43,7 @@ def valid_bytes(buffer: Buffer) -> Tensor:
     cols = spec.k // 16
     places = offsets(padded_rows, cols, padded_cols // 4, spec.layout, device)
     row = torch.arange(padded_rows, device=device)[:, None]
-    record = buffer.record  # the scale row of each row, from 1
+    record = buffer.spec.record_in(buffer.base)  # the scale row of each row, from 1
     valid = row < spec.rows if record is None else torch.isin(row, record[record > 0] - 1)
     found = torch.zeros(buffer.base.numel(), dtype=torch.bool, device=device)
     found[places[valid.expand(-1, cols)]] = True

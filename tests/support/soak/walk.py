@@ -199,7 +199,7 @@ class Soak:
 
     def padding(self, buffer: Buffer) -> Tensor:
         """Which bytes of a buffer are padding now, bool ``[nbytes]``."""
-        if buffer.record is not None:
+        if buffer.spec.record:
             return ~valid_bytes(buffer)
         if buffer.spec not in self.paddings:
             self.paddings[buffer.spec] = ~valid_bytes(buffer)
