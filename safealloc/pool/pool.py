@@ -213,7 +213,7 @@ class ScalePool(PoolState):
             self._check_usable()
             if self._capture() is not None:
                 raise CaptureGrowthError("reserve was called in a capture: call it before the capture begins")
-            self._take_back()
+            self._take_back_and_drain()
             missing: list[ScaleSpec] = []
             for spec in specs:
                 missing += [spec] * (copies - self._inventory.unused(spec))
@@ -232,7 +232,7 @@ class ScalePool(PoolState):
         """
         with self._lock:
             self._check_usable("trim")
-            self._take_back()
+            self._take_back_and_drain()
             return self._inventory.trim()
 
     def close(self) -> None:
@@ -324,5 +324,4 @@ class ScalePool(PoolState):
         with self._lock:
             self._check_usable()
             if self._capture() is None:
-                self._take_back()
-                self._inventory.start_drain()  # what follows may be a capture, and take over what a warm-up has left
+                self._take_back_and_drain()

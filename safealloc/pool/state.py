@@ -141,7 +141,7 @@ class PoolState(OfOneProcess):
         with self._lock:
             self._check_usable()
             if self._capture() is None:
-                self._take_back()
+                self._take_back_and_drain()
             buffers = self._inventory.buffers()
             requests = self._now() - self._looks
             handles = self._graphs.handles()
@@ -203,6 +203,11 @@ class PoolState(OfOneProcess):
     def _take_back(self) -> None:
         self._graphs.return_gone(self._inventory)
         self._inventory.collect_returning(self._streams)
+
+    def _take_back_and_drain(self) -> None:
+        """Between steps: take back what came back, and record what a capture that follows may take over."""
+        self._take_back()
+        self._inventory.start_drain()
 
     def _now(self) -> int:
         """A number between those of the requests before and after."""

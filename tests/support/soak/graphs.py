@@ -6,6 +6,7 @@ import gc
 
 import torch
 from support.soak.lifetimes import adversary
+from support.soak.limits import device_memory_limit
 from support.soak.oracle import LossError, NotApplicableError, check
 from support.soak.registry import action
 from support.soak.walk import MIB, Captured, Soak
@@ -101,27 +102,16 @@ def out_of_memory_in_a_capture(soak: Soak) -> None:
     works = [Dense(soak, pool) for _ in range(2)]
     for work in works:
         work.run()
-    torch.cuda.empty_cache()
     soak.synchronize()
-    ballast = []
-    size = 16 << 30
-    while size >= 2 * MIB:
-        try:
-            ballast.append(torch.empty(size, dtype=torch.uint8, device=soak.device))
-        except torch.OutOfMemoryError:
-            size //= 2
     failed = False
-    try:
-        with soak.unchanged(pool, cache=False):
-            try:
-                with capture(pool=pool):
-                    works[0].run()
-                    torch.empty(256 * MIB, dtype=torch.uint8, device=soak.device)
-            except torch.OutOfMemoryError:
-                failed = True
-    finally:
-        ballast.clear()
-        torch.cuda.empty_cache()
+    with device_memory_limit(128 * MIB), soak.unchanged(pool, cache=False):
+        try:
+            with capture(pool=pool):
+                works[0].run()
+                torch.empty(256 * MIB, dtype=torch.uint8, device=soak.device)
+        except torch.OutOfMemoryError:
+            failed = True
+    torch.cuda.empty_cache()
     check(failed, "there was memory in a capture on a full device")
     soak.counts["failed captures: full device"] += 1
     soak.replay(soak.captured(pool, works))

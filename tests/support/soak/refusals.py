@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from support.soak.limits import device_memory_limit, memory_limit
 from support.soak.oracle import NAN, LossError, NotApplicableError, check, offsets
 from support.soak.registry import action
 from support.soak.walk import POOLS, Soak
@@ -67,29 +65,12 @@ def beyond_max_bytes(soak: Soak) -> None:
         raise LossError("a reserve went beyond max_bytes")
 
 
-@contextlib.contextmanager
-def memory_limit(more: int) -> Iterator[None]:
-    """Inside, the process gets at most so many more bytes of memory; how much the machine has does not matter."""
-    before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
-
-
 @action()
 def out_of_memory(soak: Soak) -> None:
     """A reserve that fails half-way since the machine has no more memory."""
     pool = soak.pool("plain")
-    if soak.on_cuda:
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(soak.device)
-        rows, copies = 128 * (free // (128 * 1024) // 3), 6
-    else:
-        rows, copies = 1 << 26, 2  # 64 GiB each
-    limit = contextlib.nullcontext() if soak.on_cuda else memory_limit(1 << 30)
+    rows, copies = (1 << 18, 6) if soak.on_cuda else (1 << 26, 2)  # 256 MiB or 64 GiB each
+    limit = device_memory_limit(1 << 30) if soak.on_cuda else memory_limit(1 << 30)
     with soak.unchanged(pool, cache=False), limit:
         try:
             pool.reserve((1, rows), 1 << 14, copies=copies)

@@ -26,6 +26,6 @@ def action(*, cuda: bool = False) -> Callable[[Action], Action]:
 
 def actions(device: torch.device) -> dict[str, Action]:
     """All that the device can do, by name."""
-    from support.soak import calls, corruption, graphs, lifetimes, refusals  # noqa: F401  # they register themselves
+    from support.soak import calls, corruption, graphs, interrupts, lifetimes, refusals  # noqa: F401  # they register themselves
 
     return {name: one for name, one in _ACTIONS.items() if device.type == "cuda" or name not in _ON_CUDA}
