@@ -90,11 +90,7 @@ SILU_EXPERTS = Target(
     (_EXPERTS,),
     bodies=frozenset({"115df44c84"}),
 )
-ATTENTION_FUSION = Target(
-    "attention fusion",
-    f"{_FUSION}.attn_quant_fusion",
-    ("AttnQuantFusionPass", "AttnFusionPass"),
-)
+ATTENTION_FUSION = Target("attention fusion", f"{_FUSION}.attn_quant_fusion", ("AttnQuantFusionPass", "AttnFusionPass"))
 MLA_FUSION = Target("MLA fusion", f"{_FUSION}.mla_attn_quant_fusion", ("MLAAttnQuantFusionPass",), since="0.20.0")
 PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memory",), (("self",),))
 WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
