@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safealloc._checks import checked_device
 from safealloc.audit import findings
-from safealloc.audit.findings import KINDS, Change, ConsumerFinding, first_line, indices, spans
+from safealloc.audit.findings import KINDS, Change, ConsumerFinding, assert_verdicts, first_line, indices, spans
 from safealloc.audit.probing import Consumer, probe, scales_in
 from safealloc.audit.producers import activation, synchronize
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
@@ -66,6 +66,28 @@ def audit_consumer(
         except Exception as error:
             found.append(ConsumerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error)))
     return found
+
+
+def assert_consumer(
+    fn: Consumer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+    with_pool: bool = False,
+) -> None:
+    """Assert that no padding reaches a valid output of a GEMM.
+
+    Args:
+        fn, name, layout, shapes, device: as :func:`audit_consumer` takes them.
+        with_pool: its scales come from a pool, so that it may read padding.
+
+    Raises:
+        AssertionError: with each finding that is not fine, in words; a shape that cannot run is not.
+    """
+    found = audit_consumer(fn, name=name, layout=layout, shapes=shapes, device=device)
+    assert_verdicts(found, findings.POOL_CONSUMER if with_pool else findings.SAFE_CONSUMER)
 
 
 def weight(k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

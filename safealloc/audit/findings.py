@@ -151,6 +151,13 @@ class ConsumerFinding(Finding):
         return {**Finding.as_dict(self), "reads": None if self.reads is None else [short(one) for one in self.reads]}
 
 
+def assert_verdicts(found: Iterable[Finding], fine: Sequence[str]) -> None:
+    """Raise an AssertionError with each finding that is not fine, in words."""
+    wrong = [str(finding) for finding in found if finding.verdict not in fine]
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+
+
 def table_rows(findings: Iterable[Finding]) -> list[tuple[tuple[str, ...], bool]]:
     """Rows of name, layout, shapes, verdict and details, each with whether it is safe on memory with any contents.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safealloc._checks import checked_device
 from safealloc.audit import findings
-from safealloc.audit.findings import KINDS, PaddingState, ProducerFinding, first_line, indices, spans
+from safealloc.audit.findings import KINDS, PaddingState, ProducerFinding, assert_verdicts, first_line, indices, spans
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.formats.layout import SfLayout, checked_layout, short
 from safealloc.kernels import reference
@@ -82,6 +82,29 @@ def audit_producer(
         except Exception as error:
             found.append(ProducerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error)))
     return found
+
+
+def assert_producer(
+    fn: Producer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+    of: Callable[[Tensor], Tensor] | None = None,
+    with_pool: bool = False,
+) -> None:
+    """Assert that a quantizer zeroes all padding.
+
+    Args:
+        fn, name, layout, shapes, device, of: as :func:`audit_producer` takes them.
+        with_pool: it writes into pool buffers, so that it may leave padding as it is.
+
+    Raises:
+        AssertionError: with each finding that is not fine, in words; a shape that cannot run is not.
+    """
+    found = audit_producer(fn, name=name, layout=layout, shapes=shapes, device=device, of=of)
+    assert_verdicts(found, findings.POOL_PRODUCER if with_pool else findings.SAFE_PRODUCER)
 
 
 def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:

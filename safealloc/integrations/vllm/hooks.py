@@ -223,14 +223,10 @@ def _log_sites(worker: Any) -> None:
     if allocator.pool is not None:
         stats = allocator.pool.stats()
         pool = f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks"
+    total = sites.served + sum(sites.bypassed.values())
     logger.info(
-        "safealloc: rank %s: serves %d of %d NVFP4 scale sites per step, in %d captures; %s; bypassed: %s",
-        getattr(worker, "rank", 0),
-        sites.served,
-        sites.served + sum(sites.bypassed.values()),
-        sites.captures,
-        pool,
-        bypassed or "none",
+        f"safealloc: rank {getattr(worker, 'rank', 0)}: serves {sites.served} of {total} NVFP4 scale sites per step, "
+        f"in {sites.captures} captures; {pool}; bypassed: {bypassed or 'none'}"
     )
 
 
@@ -249,7 +245,10 @@ def _load(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
-    """A hook that calls ``replacement(original, self, ...)`` for a method: ``Class.method``, or this one of a class."""
+    """A hook for a target that is a method, or for this method of a target that is a class.
+
+    Calls become ``replacement(original, self, ...)``.
+    """
 
     def hook(patches: Patches, module: ModuleType, name: str) -> None:
         class_name, _, named = name.partition(".")

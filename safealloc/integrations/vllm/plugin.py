@@ -21,7 +21,6 @@ HOOKS_VERSION = 1
 CACHE_KEY = "SAFEALLOC_VLLM_HOOKS"
 _LOGGER = "vllm.logger"
 
-
 _lock = threading.RLock()
 _patches = Patches()
 _hooked: tuple[str, ...] | None = None

@@ -35,8 +35,8 @@ class Allocator:
     """Answers the calls of one process."""
 
     def __init__(self) -> None:
-        # vLLM's own functions, which the hooks set.
-        self.vllm_scale_tensor: Callable[[int, int, torch.device, bool], Tensor] = _zeroed_scale_tensor
+        # vLLM's own functions, which the hooks set. Where nothing is hooked, code that was compiled before still asks.
+        self.vllm_scale_tensor: Callable[..., Tensor] = lambda m, n, device, is_sf_swizzled_layout: _zeros(m, n, device)
         self.vllm_quantize_8x4: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.reset()
 
@@ -115,9 +115,8 @@ class Allocator:
         """Scales in 128x4 for an expert quantizer that writes valid scales only: every other byte is zero.
 
         Args:
-            rows: of all experts together, tokens times experts per token.
+            rows: of all experts together, tokens times experts per token (``topk``).
             k: columns in elements, a multiple of 16.
-            topk: experts per token.
             expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, vLLM's.
 
         Returns:
@@ -186,11 +185,8 @@ class Allocator:
             raise error
         if not self._error_logged:
             self._error_logged = True
-            logger.error(
-                "safealloc: the pool failed and vLLM allocates instead; further errors are not logged: %s: %s",
-                type(error).__name__,
-                error,
-            )
+            failed = "safealloc: the pool failed and vLLM allocates instead; further errors are not logged: %s: %s"
+            logger.error(failed, type(error).__name__, error)
         return startup.POOL_ERROR
 
     # --- start-up -----------------------------------------------------------------------------------------------------
@@ -227,11 +223,8 @@ class Allocator:
         self._misses = pool.misses
         if workspace_locked():
             self.logs_growth = False
-            logger.warning(
-                "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB",
-                shape,
-                pool.cache_bytes >> 20,
-            )
+            grows = "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB"
+            logger.warning(grows, shape, pool.cache_bytes >> 20)
 
 
 def is_raised(error: Exception) -> bool:
@@ -243,11 +236,6 @@ def _zeros(m: int, n: int, device: torch.device) -> Tensor:
     """int32 ``[rounded_m, rounded_n // 4]``."""
     padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // BLOCK_SIZE)
     return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
-
-
-def _zeroed_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
-    """``create_fp4_scale_tensor`` where nothing is hooked, and code that was compiled before still asks."""
-    return _zeros(m, n, device)
 
 
 allocator = Allocator()

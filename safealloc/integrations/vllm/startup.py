@@ -140,7 +140,8 @@ class StartUp:
         context = forward_context()
         known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
-            known = self._pass_of[id(context)] = (_weak(context), Counter())
+            alive = (lambda: None) if context is None else weakref.ref(context)
+            known = self._pass_of[id(context)] = (alive, Counter())
             self._passes.append(known[1])
         known[1][bypassed] += 1
 
@@ -162,7 +163,3 @@ class StartUp:
         elif site.k in self._linear_ks.values():  # up to there our own kernel takes 8x4
             rows = [size for size in rows if size > MAX_ROWS_8X4]
         self.pool.reserve(rows, site.k, site.layout, copies * self._steps.copies, padded_k=site.padded_k)
-
-
-def _weak(context: Any) -> Callable[[], Any]:
-    return (lambda: None) if context is None else weakref.ref(context)

@@ -43,14 +43,14 @@ def _function(module: str, name: str, *parameters: tuple[str, ...], bodies: tupl
 _CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
 _FUSION, _LINEAR = "vllm.compilation.passes.fusion", "vllm.model_executor.kernels.linear"
 _OUTPUTS = ("m", "n", "device", "is_sf_swizzled_layout")
+_OUTPUTS_BODIES = ("5dba6d0e8a", "11093bc733")
 _MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backend")
 _MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
 _MXFP4 = ("block_size", "use_nvfp4")
 _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
 
 SCALES = _function(_CUSTOM_OPS, "create_fp4_scale_tensor", _OUTPUTS)
-_BODIES = ("5dba6d0e8a", "11093bc733")
-OUTPUTS = _function(_CUSTOM_OPS, "create_fp4_output_tensors", _OUTPUTS, (*_OUTPUTS, "padded_n"), bodies=_BODIES)
+OUTPUTS = _function(_CUSTOM_OPS, "create_fp4_output_tensors", _OUTPUTS, (*_OUTPUTS, "padded_n"), bodies=_OUTPUTS_BODIES)
 QUANTIZE_8X4 = _function(_FLASHINFER, "flashinfer_quant_nvfp4_8x4_sf_layout", ("a", "a_global_sf"))
 MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4))
 MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
@@ -79,7 +79,7 @@ LOAD = Target(
 CACHE_KEY = Target("compile-cache key", "vllm.envs", ("environment_variables",))
 LINEAR = Target("linear kernel", _LINEAR, ("_POSSIBLE_NVFP4_KERNELS",), since="0.20.0")
 
-TARGETS = tuple(value for value in list(globals().values()) if isinstance(value, Target))
+TARGETS = tuple(value for value in globals().values() if isinstance(value, Target))
 """All of the above, in their order."""
 
 Status = Literal["hooked", "changed", "missing", "not yet there"]
