@@ -151,9 +151,11 @@ def _quantize_grouped(
     scales,  # uint8 [scale_rows, padded_cols] in LAYOUT
     record,  # int32 [capacity], or None: nothing is cleaned
     expert_offsets, blockscale_offsets,  # int32 [experts + 1]
-    valid_rows, row_tokens,  # int32 [1] or None, int32 [rows] or None
+    valid_rows,  # int32 [1] or None
+    row_tokens,  # int32 [rows] or None
     rows, capacity, experts, cols, col_tiles, scale_rows,
-    parts, parts_reciprocal,  # of a row, each with a program
+    parts,  # of a row, each with a program
+    parts_reciprocal,  # for _divide
     LAYOUT: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of 2
     TILE_COLS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, SILU: tl.constexpr,

@@ -220,7 +220,8 @@ def encode_blocks(
 
 @triton.jit
 def quantize_blocks(
-    x, global_scale,  # bfloat16 or float16, float32 [1]
+    x,  # bfloat16 or float16
+    global_scale,  # float32 [1]
     block,  # int64 [BLOCKS, 1], number of each block of 16 columns of x
     live,  # int1 [BLOCKS], whether it is read; else it is zeros
     HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, WORDS: tl.constexpr,
@@ -238,7 +239,8 @@ def quantize_blocks(
 # One binary for all batch sizes of a tiling: a new one must not compile, least of all during a graph capture.
 @triton.jit(do_not_specialize=["cols", "col_tiles"])
 def _quantize(
-    x, global_scale,  # bfloat16 or float16 [rows, 16 * cols], float32 [1]
+    x,  # bfloat16 or float16 [rows, 16 * cols]
+    global_scale,  # float32 [1]
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
