@@ -33,13 +33,7 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
-    """How the default pool is watched; the fields are keyword arguments of :class:`safealloc.ScalePool`.
-
-    Attributes:
-        verify_every: handouts or replays between two checks; 0 is none.
-        verify_repair: zero and log dirty padding, instead of raising.
-        poison: fill the valid bytes of new buffers with NaN.
-    """
+    """How the default pool is watched; the fields are keyword arguments of :class:`safealloc.ScalePool`."""
 
     verify_every: int = 0
     verify_repair: bool = False

@@ -103,7 +103,8 @@ class SfLayout(enum.IntEnum):
         """Byte offset in the flat buffer of each valid scale, int64 ``[rows, k // 16]``."""
         padded_rows, padded_cols = self.padded_shape(rows, k, padded_k=padded_k)
         flat = torch.arange(padded_rows * padded_cols, dtype=torch.int64, device=device)
-        return self._logical(flat, padded_rows, padded_cols)[:rows, : k // BLOCK_SIZE].contiguous()
+        logical = self._tiles(flat, padded_rows, padded_cols).reshape(padded_rows, padded_cols)
+        return logical[:rows, : k // BLOCK_SIZE].contiguous()
 
     def padding_mask(
         self, rows: int, k: int, device: torch.device | str | None = None, *, padded_k: int | None = None
@@ -183,9 +184,6 @@ class SfLayout(enum.IntEnum):
         tile = self.tile
         stored = (padded_rows // tile.rows, padded_cols // tile.cols, tile.inner_rows, tile.outer_rows, tile.cols)
         return buffer.view(stored).permute(0, 3, 2, 1, 4)
-
-    def _logical(self, buffer: Tensor, padded_rows: int, padded_cols: int) -> Tensor:
-        return self._tiles(buffer, padded_rows, padded_cols).reshape(padded_rows, padded_cols)
 
 
 _TILES = {
