@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_LARGEST_INTERVAL = 2**31 - 1  # kernels count handouts and replays in int32
-
 ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
@@ -73,7 +71,8 @@ def watch() -> WatchSettings:
         ValueError: a variable has a value that it cannot have.
     """
     text = os.environ.get(VERIFY, "") or "0"
-    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > _LARGEST_INTERVAL:
+    # Kernels count handouts and replays in int32.
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 2**31:
         raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
     return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON))
 

@@ -25,7 +25,6 @@ from safealloc.formats.format import BLOCK_SIZE
 MAX_ROWS_8X4 = 32
 """Rows up to which vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM's ``scaled_fp4_quant``)."""
 
-
 MAX_SCALES = 2**40 - 1
 """The most scales that a matrix may have. 1 TiB of them is more than any device holds, so more is a mistake of the caller."""
 
@@ -54,15 +53,12 @@ class SfLayout(enum.IntEnum):
         return _TILES[self]
 
     def padded_shape(self, rows: int, k: int, *, padded_k: int | None = None) -> tuple[int, int]:
-        """Rows and columns in scale bytes that a ``[rows, k]`` matrix occupies.
+        """``(padded_rows, padded_cols)``: rows and columns in scale bytes that a ``[rows, k]`` matrix occupies.
 
         Args:
             rows: rows of the matrix, at least 1.
             k: columns of the matrix in elements, a positive multiple of 16.
             padded_k: columns that the consumer was padded to, at least ``k`` and a multiple of 16; ``None`` is ``k``.
-
-        Returns:
-            ``(padded_rows, padded_cols)``.
 
         Raises:
             TypeError: an argument is no integer.

@@ -114,14 +114,10 @@ def triton_refusal(call: Call) -> str | None:
         return reason
     if call.device.type != "cuda":
         return None if interpreting() else f"Triton kernels need a CUDA device, not {call.device}"
-    if capability(call.device) < (8, 9):
-        return f"float8_e4m3 needs compute capability 8.9, {_capability_text(call.device)}"
+    major, minor = capability(call.device)
+    if (major, minor) < (8, 9):
+        return f"float8_e4m3 needs compute capability 8.9, {call.device} has {major}.{minor}"
     return None
-
-
-def _capability_text(device: torch.device) -> str:
-    major, minor = capability(device)
-    return f"{device} has {major}.{minor}"
 
 
 # Compute capabilities, 10 * major + minor. FlashInfer's CUDA quantizer is built for these, and vLLM's ops accept them.
@@ -138,7 +134,7 @@ def package_refusal(call: Call, package: str, runs_on: tuple[int, ...]) -> str |
     if 10 * major + minor not in runs_on:
         listed = ", ".join(str(number / 10) for number in runs_on)
         per_row = " with one alpha per row" if call.row_alpha else ""
-        return f"it runs{per_row} on compute capability {listed} only, {_capability_text(call.device)}"
+        return f"it runs{per_row} on compute capability {listed} only, {call.device} has {major}.{minor}"
     return None
 
 
@@ -171,16 +167,10 @@ QUANTIZERS = Table(
 )
 """Quantizers. The vendors' run only by name: FlashInfer's costs a copy, and both write padding themselves."""
 
-GROUPED_QUANTIZERS = Table(
-    _triton("triton_grouped", "quantize"),
-    _reference(reference_grouped.quantize),
-)
+GROUPED_QUANTIZERS = Table(_triton("triton_grouped", "quantize"), _reference(reference_grouped.quantize))
 """Quantizers of rows grouped by expert (MoE). The vendors' do not clean: they need a row of ``CLEANERS`` beside them."""
 
-CLEANERS = Table(
-    _triton("triton_grouped", "clean"),
-    _reference(reference_grouped.clean),
-)
+CLEANERS = Table(_triton("triton_grouped", "clean"), _reference(reference_grouped.clean))
 """What clears the scales that only an earlier step wrote."""
 
 

@@ -14,8 +14,8 @@ from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
-from safealloc.ops.quantize import pool_for
 from safealloc.pool.contents import spec_of
+from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 
 
@@ -156,7 +156,7 @@ def _quantize(
         )
         return result
     rows, k, experts = _check_input(x, global_scales, silu_and_mul)
-    _check_offsets(*offsets, experts, x.device)
+    _check_offsets(expert_offsets, blockscale_offsets, experts, x.device)
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     if row_tokens is not None:
@@ -164,7 +164,7 @@ def _quantize(
         if valid_rows is None:
             raise ValueError("row_tokens tells whose rows are valid: give valid_rows too")
     layout = checked_layout(layout)
-    pool = pool_for(x, pool)
+    pool = default_pool(x.device) if pool is None else checked_pool(pool, x)
     row = GROUPED_QUANTIZERS.choose(backend, call_for(x.device, layout))
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
@@ -218,7 +218,7 @@ def _fake(
     forbid_reuse(torch.ops.safealloc.nvfp4_quantize_grouped.default)
     sf_layout = checked_layout(layout)
     rows, width = x.shape
-    k = width // 2 if rest[-1] else width  # silu_and_mul
+    k = width // 2 if rest[-1] else width  # rest ends with silu_and_mul
     scale_rows = sf_layout.grouped_rows(rows, global_scales.shape[0])
     return x.new_empty((rows, k // 2), dtype=torch.uint8), empty_scales(scale_rows, k, sf_layout, x.device)
 

@@ -57,18 +57,9 @@ def nvfp4_quantize(
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     layout = checked_layout(layout)
-    pool = pool_for(x, pool)
+    pool = default_pool(x.device) if pool is None else checked_pool(pool, x)
     row = QUANTIZERS.choose(backend, call_for(x.device, layout, None, valid_rows is not None))
     return quantize_into(pool, row, x, global_scale, layout, valid_rows)
-
-
-def pool_for(x: Tensor, pool: ScalePool | None) -> ScalePool:
-    """The pool that was given, or the default pool; raises TypeError, ValueError."""
-    if pool is None:
-        return default_pool(x.device)
-    if checked_pool(pool).device != x.device:
-        raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
-    return pool
 
 
 def quantize_into(
