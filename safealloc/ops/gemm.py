@@ -83,9 +83,9 @@ def mm_fp4(
     if block_size != BLOCK_SIZE or not use_nvfp4:
         if reason := missing("flashinfer"):
             raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
-        switches = {"use_nvfp4": use_nvfp4, "enable_pdl": enable_pdl, "skip_check": skip_check}
+        options = {"backend": backend, "use_nvfp4": use_nvfp4, "enable_pdl": enable_pdl, "skip_check": skip_check}
         passed_through: Tensor = require("flashinfer").mm_fp4(
-            a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, bool(use_8x4_sf_layout), backend, **switches
+            a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, bool(use_8x4_sf_layout), **options
         )
         return passed_through
     if torch.compiler.is_compiling():
