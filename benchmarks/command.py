@@ -138,7 +138,7 @@ def run(parts: Sequence[str], device: torch.device, quick: bool, progress: Progr
         "device": str(device),
         "device_name": machine.device_name(device),
         "capability": machine.capability(device) if device.type == "cuda" else None,
-        "versions": machine.versions() | {"CUDA driver": machine.driver_version()},
+        "versions": machine.versions() | {"CUDA driver": machine.driver()[0]},
         "quick": quick,
         **measured,
         "memory": memory(),

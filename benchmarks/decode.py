@@ -19,7 +19,7 @@ from benchmarks import timing
 from benchmarks.baselines import POOL, ZEROS, Baseline, baselines
 from benchmarks.models import MODELS, Model
 from benchmarks.summary import summary
-from safealloc.commands.models import Site
+from safealloc.commands.models import Site, as_dict
 from safealloc.commands.report import Progress
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels import triton_gemm
@@ -72,7 +72,7 @@ def measure(
                 {
                     "model": model.name,
                     "tensor_parallel": model.tensor_parallel,
-                    "sites": [site.as_dict() for site in model.sites],
+                    "sites": [as_dict(site) for site in model.sites],
                     "quantizations": len(model.step),
                     "weight_bytes": model.weight_nbytes,
                     "distinct_weights": sum(map(len, weights.values())),

@@ -6,24 +6,14 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from safealloc._version import __version__
 from safealloc.commands import audit, doctor, plan, report
 from safealloc.commands.repro import command as repro
 
-
-class _Command(Protocol):
-    """What every module of a command has."""
-
-    SUMMARY: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def main(self, given: argparse.Namespace) -> int: ...
-
-
-_COMMANDS: dict[str, _Command] = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}
+_COMMANDS = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}
+"""Modules with ``SUMMARY``, ``add_arguments(parser)`` and ``main(given)``, which returns the exit code."""
 
 
 class _Help(argparse.HelpFormatter):
@@ -39,10 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; without one, print help.
-
-    Args:
-        arguments: without the program's name; ``None`` is ``sys.argv[1:]``.
+    """Run one command with these arguments (``None``: ``sys.argv[1:]``); without a command, print help.
 
     Returns:
         0, also for help; 130 after an interrupt; other codes are in the help of each command.
@@ -50,17 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after ``--help`` and ``--version``, and with code 2 after bad arguments.
     """
-    parser = _Parser(
-        prog="safealloc", description="NVFP4 scale buffers whose padding is zero at every CUDA graph replay."
-    )
+    about = "NVFP4 scale buffers whose padding is zero at every CUDA graph replay."
+    parser = _Parser(prog="safealloc", description=about)
     parser.add_argument("--version", action="version", version=f"safealloc {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     parsers = {}
     for name, command in _COMMANDS.items():
-        description = f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}."
-        parsers[name] = subparsers.add_parser(
-            name, help=command.SUMMARY, description=description, formatter_class=_Help
-        )
+        about = f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}."
+        parsers[name] = subparsers.add_parser(name, help=command.SUMMARY, description=about, formatter_class=_Help)
         command.add_arguments(parsers[name])
         report.add_json(parsers[name])
     given = parser.parse_args(arguments)
@@ -68,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _COMMANDS[given.command].main(given)
+        code: int = _COMMANDS[given.command].main(given)
+        return code
     except report.UsageError as error:
         parsers[given.command].error(str(error))
     except KeyboardInterrupt:

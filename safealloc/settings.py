@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_LARGEST_INTERVAL = 2**31 - 1  # kernels count handouts and replays in int32
-
 ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
@@ -33,13 +31,7 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
-    """How the default pool is watched; the fields are keyword arguments of :class:`safealloc.ScalePool`.
-
-    Attributes:
-        verify_every: handouts or replays between two checks; 0 is none.
-        verify_repair: zero and log dirty padding, instead of raising.
-        poison: fill the valid bytes of new buffers with NaN.
-    """
+    """How the default pool is watched; the fields are keyword arguments of :class:`safealloc.ScalePool`."""
 
     verify_every: int = 0
     verify_repair: bool = False
@@ -79,7 +71,8 @@ def watch() -> WatchSettings:
         ValueError: a variable has a value that it cannot have.
     """
     text = os.environ.get(VERIFY, "") or "0"
-    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > _LARGEST_INTERVAL:
+    # Kernels count handouts and replays in int32.
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 2**31:
         raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
     return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON))
 

@@ -4,11 +4,10 @@
 :func:`assert_consumer` do the same in a test and raise. ``safealloc audit`` runs them over every known quantizer and GEMM.
 """
 
-from safealloc.audit.assertions import assert_consumer, assert_producer
-from safealloc.audit.consumers import CONSUMER_SHAPES, audit_consumer
+from safealloc.audit.consumers import CONSUMER_SHAPES, assert_consumer, audit_consumer
 from safealloc.audit.findings import ConsumerFinding, ProducerFinding
 from safealloc.audit.probing import Consumer, Probe, probe
-from safealloc.audit.producers import PRODUCER_SHAPES, Producer, audit_producer
+from safealloc.audit.producers import PRODUCER_SHAPES, Producer, assert_producer, audit_producer
 
 __all__ = [
     "CONSUMER_SHAPES",

@@ -1,12 +1,10 @@
 """Producers and consumers together: which pairs are safe on memory with any contents, and which in a pool.
 
-A pair is a producer and a consumer of one layout that can both run here. "Those that vLLM would choose" are the pairs of
-which vLLM uses both in that layout, as the table of known ones says: which of them a model gets depends on the model, on
-vLLM's options and on its version, so that all of them count.
+A pair is a producer and a consumer of one layout that can both run here. vLLM would choose it if vLLM uses both in that
+layout: which of them a model gets depends on the model, on vLLM's options and on its version, so that all of them count.
 
 Outside a pool a pair is unsafe if the producer does not zero a kind of padding that the consumer reads; in a pool, only if it
-writes something other than zero there. A byte written outside the buffer, wrong values and a wrong layout are unsafe either
-way: padding has nothing to do with them.
+writes something other than zero there. Bytes outside the buffer, wrong values and a wrong layout are unsafe either way.
 """
 
 from __future__ import annotations
@@ -17,19 +15,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from safealloc.audit import findings
 from safealloc.audit.consumers import TOLERANCE, product, weight
-from safealloc.audit.findings import (
-    BEYOND,
-    CANNOT_RUN,
-    WRONG_DATA,
-    WRONG_LAYOUT,
-    WRONG_RESULT,
-    WRONG_SCALES,
-    ConsumerFinding,
-    Finding,
-    ProducerFinding,
-    first_line,
-)
+from safealloc.audit.findings import ConsumerFinding, Finding, ProducerFinding, first_line
 from safealloc.audit.known import Known
 from safealloc.audit.producers import activation, synchronize
 from safealloc.errors import PaddingCorruptionError
@@ -42,22 +30,14 @@ FindingT = TypeVar("FindingT", bound=Finding)
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """One producer with one consumer.
-
-    Attributes:
-        producer, consumer: their names.
-        layout: of the scales between them.
-        vllm: whether vLLM would choose it.
-        why: what makes it unsafe, in words; empty where it is safe.
-        tried: shapes ``(rows, k)`` at which both ran through a pool buffer.
-    """
+    """One producer with one consumer."""
 
     producer: str
     consumer: str
-    layout: SfLayout
-    vllm: bool
-    why: str
-    tried: tuple[tuple[int, int], ...] = ()
+    layout: SfLayout  # of the scales between them
+    vllm: bool  # whether vLLM would choose it
+    why: str  # it is unsafe, in words; empty where it is safe
+    tried: tuple[tuple[int, int], ...] = ()  # shapes (rows, k) at which both ran through a pool buffer
 
     @property
     def safe(self) -> bool:
@@ -83,7 +63,7 @@ class Audited(Generic[FindingT]):
     @property
     def ran(self) -> list[FindingT]:
         """The findings at shapes that it can run."""
-        return [found for found in self.findings if found.verdict != CANNOT_RUN]
+        return [found for found in self.findings if found.verdict != findings.CANNOT_RUN]
 
     @property
     def vllm(self) -> bool:
@@ -105,12 +85,9 @@ def pairs(
 
 
 def combine(producer: AuditedProducer, consumer: AuditedConsumer, pool: ScalePool | None = None) -> Combination:
-    """Whether a pair is safe, by its findings.
+    """Whether a pair is safe, by its findings: on memory with any contents, or in a pool.
 
-    Args:
-        producer, consumer: the pair.
-        pool: judge it in the buffers of this pool, and also run it there at each shape of the consumer's; ``None``: judge it
-            on memory with any contents.
+    With a pool, it also runs there, at each shape of the consumer's.
     """
     why = _defects(producer, consumer, in_pool=pool is not None)
     tried = []
@@ -132,10 +109,10 @@ def combine(producer: AuditedProducer, consumer: AuditedConsumer, pool: ScalePoo
 def _defects(producer: AuditedProducer, consumer: AuditedConsumer, *, in_pool: bool) -> str:
     """What makes a pair unsafe by its findings, in words: what is wrong with any padding, then padding that is read."""
     for made in producer.ran:
-        if made.verdict in (BEYOND, WRONG_SCALES, WRONG_DATA):
+        if made.verdict in (findings.BEYOND, findings.WRONG_SCALES, findings.WRONG_DATA):
             return f"the producer: {made.verdict}"
     for read in consumer.ran:
-        if read.verdict in (WRONG_LAYOUT, WRONG_RESULT):
+        if read.verdict in (findings.WRONG_LAYOUT, findings.WRONG_RESULT):
             return f"the consumer: {read.verdict}"
     not_zero = {kind for made in producer.ran for kind in (made.dirties if in_pool else made.leaves | made.dirties)}
     reads = {kind for read in consumer.ran for kind in read.reads_padding}
@@ -147,9 +124,7 @@ def _defects(producer: AuditedProducer, consumer: AuditedConsumer, *, in_pool: b
 def _run(producer: AuditedProducer, consumer: AuditedConsumer, rows: int, k: int, pool: ScalePool) -> str | None:
     """Quantize into a pool buffer with stale valid scales, and multiply.
 
-    Returns:
-        What is wrong with the product or, afterwards, with the pool, empty if nothing is; ``None`` if the producer refuses
-        the shape, for which its findings have the reason.
+    Returns what is wrong with the product or, afterwards, with the pool; ``None`` if the producer refuses the shape.
     """
     layout = producer.layout
     x, global_scale = activation(rows, k, pool.device)

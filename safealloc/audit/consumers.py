@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 
 from safealloc._checks import checked_device
-from safealloc.audit.findings import (
-    CANNOT_RUN,
-    ISOLATES,
-    KINDS,
-    READS,
-    WRONG_LAYOUT,
-    WRONG_RESULT,
-    Change,
-    ConsumerFinding,
-    first_line,
-    indices,
-    spans,
-)
+from safealloc.audit import findings
+from safealloc.audit.findings import KINDS, Change, ConsumerFinding, assert_verdicts, first_line, indices, spans
 from safealloc.audit.probing import Consumer, probe, scales_in
 from safealloc.audit.producers import activation, synchronize
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
@@ -75,8 +64,30 @@ def audit_consumer(
         try:
             found.append(_one(fn, name, layout, rows, k, where))
         except Exception as error:
-            found.append(ConsumerFinding(name, layout, rows, k, CANNOT_RUN, first_line(error)))
+            found.append(ConsumerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error)))
     return found
+
+
+def assert_consumer(
+    fn: Consumer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+    with_pool: bool = False,
+) -> None:
+    """Assert that no padding reaches a valid output of a GEMM.
+
+    Args:
+        fn, name, layout, shapes, device: as :func:`audit_consumer` takes them.
+        with_pool: its scales come from a pool, so that it may read padding.
+
+    Raises:
+        AssertionError: with each finding that is not fine, in words; a shape that cannot run is not.
+    """
+    found = audit_consumer(fn, name=name, layout=layout, shapes=shapes, device=device)
+    assert_verdicts(found, findings.POOL_CONSUMER if with_pool else findings.SAFE_CONSUMER)
 
 
 def weight(k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,22 +144,21 @@ def _one(fn: Consumer, name: str, layout: SfLayout, rows: int, k: int, device: t
                 change = replace(change, rows=tuple(row for row in change.rows if row in again.rows))
             if change.rows:
                 changes.append(change)
-    verdict, words = READS if changes else ISOLATES, [_words(change, rows) for change in changes]
+    verdict, words = findings.READS if changes else findings.ISOLATES, [_words(change, rows) for change in changes]
     finite = bool(outs[0].isfinite().all())
     if not finite or error > TOLERANCE * scale:
-        verdict = WRONG_RESULT
+        verdict = findings.WRONG_RESULT
         words.insert(0, f"with clean padding the result is {f'off by {error / scale:.2g}' if finite else 'not finite'}")
         if layout not in seen.reads:
             words.insert(0, str(seen))
             if seen.reads or bool((seen.offsets >= 0).all()):
-                verdict = WRONG_LAYOUT
+                verdict = findings.WRONG_LAYOUT
     elif layout not in seen.reads:  # as of inexact products, though the result shows that it reads the right scales
         words.append("the probe cannot tell its layout")
     if noise:
         words.append(f"identical calls differ by {noise / scale:.2g}")
-    return ConsumerFinding(
-        name, layout, rows, k, verdict, "; ".join(words), tuple(changes), seen.reads, error / scale, noise / scale
-    )
+    numbers = (tuple(changes), seen.reads, error / scale, noise / scale)
+    return ConsumerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers)
 
 
 def _change(kind: str, byte: int, out: Tensor, clean: Tensor, noise: float, scale: float) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,20 +54,14 @@ KINDS = ("rows", "columns")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of a producer or a consumer at one shape.
-
-    Attributes:
-        name, layout, rows, k: what was run; the layout is the one it was told.
-        verdict: one of ``LEGEND``, the worst that applies.
-        details: why, in words.
-    """
+    """What was found of a producer or a consumer at one shape."""
 
     name: str
-    layout: SfLayout
+    layout: SfLayout  # that it was told
     rows: int
     k: int
-    verdict: str
-    details: str
+    verdict: str  # one of LEGEND, the worst that applies
+    details: str  # why, in words
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layout": short(self.layout)}
@@ -78,11 +73,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class PaddingState:
-    """What became of padding bytes of one kind.
-
-    Attributes:
-        zeroed, left, dirtied: how many bytes are zero afterwards, are as they were, hold something else.
-    """
+    """How many padding bytes of one kind are zero afterwards, are as they were, and hold something else."""
 
     zeroed: int
     left: int
@@ -125,21 +116,13 @@ class ProducerFinding(Finding):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Valid outputs that changed when padding was poisoned.
+    """Valid outputs that changed when padding was poisoned."""
 
-    Attributes:
-        kind: "rows" or "columns".
-        byte: what the padding held instead of zero.
-        rows: output rows that changed.
-        nan_rows: how many of them became NaN or infinite.
-        largest: largest finite difference over the largest correct output.
-    """
-
-    kind: str
-    byte: int
-    rows: tuple[int, ...]
-    nan_rows: int
-    largest: float
+    kind: str  # of padding
+    byte: int  # what it held instead of zero
+    rows: tuple[int, ...]  # output rows that changed
+    nan_rows: int  # how many of them became NaN or infinite
+    largest: float  # finite difference, over the largest correct output
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +149,13 @@ class ConsumerFinding(Finding):
 
     def as_dict(self) -> dict[str, Any]:
         return {**Finding.as_dict(self), "reads": None if self.reads is None else [short(one) for one in self.reads]}
+
+
+def assert_verdicts(found: Iterable[Finding], fine: Sequence[str]) -> None:
+    """Raise an AssertionError with each finding that is not fine, in words."""
+    wrong = [str(finding) for finding in found if finding.verdict not in fine]
+    if wrong:
+        raise AssertionError("\n".join(wrong))
 
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[tuple[str, ...], bool]]:
@@ -196,13 +186,9 @@ def first_line(error: Exception) -> str:
 
 def spans(numbers: Sequence[int]) -> str:
     """``"0, 4-7"`` for 0, 4, 5, 6, 7: at most four spans."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    consecutive = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in consecutive]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels import vendors
 from safealloc.ops import gemm
-from safealloc.ops.backends import GEMMS, QUANTIZERS, Call
+from safealloc.ops.backends import GEMMS, QUANTIZERS, Call, Table
 
 _128X4, _8X4, _LINEAR = SfLayout.layout_128x4, SfLayout.layout_8x4, SfLayout.layout_linear
 _GATE = 64.0  # SiLU(64) is 64 in float32, and dividing by it is exact
@@ -29,32 +28,20 @@ Refusal = Callable[[torch.device, SfLayout], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A quantizer or a GEMM.
-
-    Attributes:
-        name: what the findings call it.
-        layouts: the orders that it writes, or is told to read.
-        fn: as :func:`safealloc.audit.audit_producer` or :func:`safealloc.audit.audit_consumer` takes it.
-        refusal: why it cannot take a layout on a device, or ``None``.
-        vllm: layouts in which vLLM uses it.
-    """
+    """A quantizer or a GEMM."""
 
     name: str
-    layouts: tuple[SfLayout, ...]
-    fn: Callable[..., Any]
-    refusal: Refusal
-    vllm: tuple[SfLayout, ...] = ()
+    layouts: tuple[SfLayout, ...]  # that it writes, or is told to read
+    fn: Callable[..., Any]  # as audit_producer or audit_consumer takes it
+    refusal: Refusal  # why it cannot take a layout on a device, or None
+    vllm: tuple[SfLayout, ...] = ()  # layouts in which vLLM uses it
 
 
 @dataclass(frozen=True, slots=True)
 class KnownProducer(Known):
-    """A quantizer.
+    """A quantizer."""
 
-    Attributes:
-        of: what it quantizes, as a function of x; ``None`` is x.
-    """
-
-    of: Callable[[Tensor], Tensor] | None = None
+    of: Callable[[Tensor], Tensor] | None = None  # what it quantizes, as a function of x; None is x
 
     def audit(self, layout: SfLayout, shapes: Shapes | None, device: torch.device) -> list[ProducerFinding]:
         return audit_producer(self.fn, name=self.name, layout=layout, shapes=shapes, device=device, of=self.of)
@@ -71,12 +58,12 @@ class KnownConsumer(Known):
 # --- Refusals -------------------------------------------------------------------------------------------------------
 
 
-def _quantizer_refusal(name: str, needs: tuple[str, str] | None = None) -> Refusal:
-    """Why a backend of ours cannot run, or else why a function, ``needs`` with its module, is missing."""
+def _refusal(table: Table, backend: str, function: tuple[str, str] | None = None) -> Refusal:
+    """Why a backend of ours cannot run, or else why a function, its module first, is missing."""
 
     def refusal(device: torch.device, layout: SfLayout) -> str | None:
-        reason = QUANTIZERS[name].refusal(Call(device, layout))
-        return reason if reason is not None or needs is None else missing_function(*needs)
+        reason = table[backend].refusal(Call(device, layout, out_dtype=torch.bfloat16))
+        return reason if reason is not None or function is None else missing_function(*function)
 
     return refusal
 
@@ -94,16 +81,6 @@ def missing_function(module: str, function: str) -> str | None:
 # --- Producers ------------------------------------------------------------------------------------------------------
 
 
-def _flashinfer_quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, *, backend: str
-) -> tuple[Tensor, Tensor]:
-    flashinfer = _optional.require("flashinfer")
-    data, their_scales = flashinfer.nvfp4_quantize(
-        x, global_scale, sfLayout=flashinfer.SfLayout(layout.value), do_shuffle=False, backend=backend
-    )
-    return data, their_scales
-
-
 def _vllm_silu_and_mul(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
     """With a gate for which the product that is quantized is x itself."""
     gated = torch.cat((torch.full_like(x, _GATE), x / _GATE), 1)
@@ -115,43 +92,42 @@ def _rms_norm(x: Tensor) -> Tensor:
     return (exact * torch.rsqrt(exact.square().mean(1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def _flashinfer_rms_norm(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, *, function: str
-) -> None:
-    """FlashInfer divides by its global scale where ours multiplies."""
-    residual = (torch.zeros_like(x),) if function == "add_rmsnorm_fp4quant" else ()
-    getattr(_optional.require("flashinfer"), function)(
-        x,
-        *residual,
-        torch.ones(x.shape[1], dtype=x.dtype, device=x.device),
-        y_fp4=x_fp4.view(torch.float4_e2m1fn_x2),
-        block_scale=scales.view(torch.float8_e4m3fn),
-        global_scale=1 / global_scale,
-        eps=1e-6,
-        block_size=BLOCK_SIZE,
-        scale_format="e4m3",
-        is_sf_swizzled_layout=layout is not _LINEAR,
-    )
-
-
 def _safealloc_quantizer(name: str) -> KnownProducer:
-    return KnownProducer(f"safealloc {name}", tuple(SfLayout), QUANTIZERS[name].run, _quantizer_refusal(name))
+    return KnownProducer(f"safealloc {name}", tuple(SfLayout), QUANTIZERS[name].run, _refusal(QUANTIZERS, name))
 
 
 def _flashinfer_quantizer(backend: str, vllm: tuple[SfLayout, ...] = ()) -> KnownProducer:
-    fn = functools.partial(_flashinfer_quantize, backend=backend)
-    refusal = _quantizer_refusal("flashinfer")
-    return KnownProducer(f"flashinfer nvfp4_quantize {backend}", tuple(SfLayout), fn, refusal, vllm)
+    def quantize(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> Any:
+        flashinfer = _optional.require("flashinfer")
+        order = flashinfer.SfLayout(layout.value)
+        return flashinfer.nvfp4_quantize(x, global_scale, sfLayout=order, do_shuffle=False, backend=backend)
+
+    refusal = _refusal(QUANTIZERS, "flashinfer")
+    return KnownProducer(f"flashinfer nvfp4_quantize {backend}", tuple(SfLayout), quantize, refusal, vllm)
 
 
 def _flashinfer_norm(function: str, vllm: tuple[SfLayout, ...] = ()) -> KnownProducer:
-    fn = functools.partial(_flashinfer_rms_norm, function=function)
-    refusal = _quantizer_refusal("flashinfer", ("flashinfer", function))
-    return KnownProducer(f"flashinfer {function}", (_128X4, _LINEAR), fn, refusal, vllm, _rms_norm)
+    def quantize(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
+        residual = (torch.zeros_like(x),) if function == "add_rmsnorm_fp4quant" else ()
+        getattr(_optional.require("flashinfer"), function)(
+            x,
+            *residual,
+            torch.ones(x.shape[1], dtype=x.dtype, device=x.device),
+            y_fp4=x_fp4.view(torch.float4_e2m1fn_x2),
+            block_scale=scales.view(torch.float8_e4m3fn),
+            global_scale=1 / global_scale,  # FlashInfer divides by it
+            eps=1e-6,
+            block_size=BLOCK_SIZE,
+            scale_format="e4m3",
+            is_sf_swizzled_layout=layout is not _LINEAR,
+        )
+
+    refusal = _refusal(QUANTIZERS, "flashinfer", ("flashinfer", function))
+    return KnownProducer(f"flashinfer {function}", (_128X4, _LINEAR), quantize, refusal, vllm, _rms_norm)
 
 
-def _vllm_quantizer(function: str, fn: Callable[..., None], layouts: tuple[SfLayout, ...]) -> KnownProducer:
-    refusal = _quantizer_refusal("vllm", ("vllm._custom_ops", function))
+def _vllm_quantizer(function: str, fn: Callable[..., None], *layouts: SfLayout) -> KnownProducer:
+    refusal = _refusal(QUANTIZERS, "vllm", ("vllm._custom_ops", function))
     return KnownProducer(f"vllm {function}", layouts, fn, refusal, (_128X4,))
 
 
@@ -162,24 +138,13 @@ PRODUCERS = (
     _flashinfer_quantizer("cute-dsl"),
     _flashinfer_norm("rmsnorm_fp4quant"),
     _flashinfer_norm("add_rmsnorm_fp4quant", vllm=(_128X4,)),
-    _vllm_quantizer("scaled_fp4_quant", vendors.vllm_quantize, (_128X4, _LINEAR)),
-    _vllm_quantizer("silu_and_mul_nvfp4_quant", _vllm_silu_and_mul, (_128X4,)),
+    _vllm_quantizer("scaled_fp4_quant", vendors.vllm_quantize, _128X4, _LINEAR),
+    _vllm_quantizer("silu_and_mul_nvfp4_quant", _vllm_silu_and_mul, _128X4),
 )
 """Every producer on one GPU. vLLM quantizes in 128x4 by its own kernel or a fused one, and in 8x4 by FlashInfer's."""
 
 
 # --- Consumers ------------------------------------------------------------------------------------------------------
-
-
-def _multiply(
-    a: Tensor, b: Tensor, a_descale: Tensor, b_descale: Tensor, alpha: Tensor, layout: SfLayout, *, backend: str
-) -> Tensor:
-    weight, scales = b.T, b_descale.T
-    if backend == "trtllm":
-        weight, scales = vendors.shuffle_for_trtllm(weight, scales)
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=a.device)
-    GEMMS[backend].run(a, weight, a_descale, scales, alpha, out, layout)
-    return out
 
 
 def _mm_fp4(a: Tensor, b: Tensor, a_descale: Tensor, b_descale: Tensor, alpha: Tensor, layout: SfLayout) -> Tensor:
@@ -199,28 +164,27 @@ _USED_BY_VLLM = dict.fromkeys(("cute-dsl", "cutlass", "b12x", "cudnn"), (_128X4,
 """``mm_fp4`` backends of vLLM's linear kernels (0.32.0), and what they are told to read."""
 
 
-def _gemm(name: str) -> KnownConsumer:
-    fn = functools.partial(_multiply, backend=name)
+def _gemm(backend: str) -> KnownConsumer:
+    def multiply(a: Tensor, b: Tensor, a_descale: Tensor, b_descale: Tensor, alpha: Tensor, layout: SfLayout) -> Tensor:
+        weight, scales = b.T, b_descale.T
+        if backend == "trtllm":
+            weight, scales = vendors.shuffle_for_trtllm(weight, scales)
+        out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=a.device)
+        GEMMS[backend].run(a, weight, a_descale, scales, alpha, out, layout)
+        return out
 
-    def refusal(device: torch.device, layout: SfLayout) -> str | None:
-        return GEMMS[name].refusal(Call(device, layout, torch.bfloat16))
-
-    if GEMMS[name].package is None:
-        return KnownConsumer(f"safealloc {name}", tuple(SfLayout), fn, refusal)
-    layouts = (_128X4, _8X4) if name == "trtllm" else (_128X4,)
-    title = f"flashinfer mm_fp4 {'auto' if name == 'flashinfer' else name}"
-    return KnownConsumer(title, layouts, fn, refusal, _USED_BY_VLLM.get(name, ()))
+    refusal = _refusal(GEMMS, backend)
+    if GEMMS[backend].package is None:
+        return KnownConsumer(f"safealloc {backend}", tuple(SfLayout), multiply, refusal)
+    layouts = (_128X4, _8X4) if backend == "trtllm" else (_128X4,)
+    name = f"flashinfer mm_fp4 {'auto' if backend == 'flashinfer' else backend}"
+    return KnownConsumer(name, layouts, multiply, refusal, _USED_BY_VLLM.get(backend, ()))
 
 
+_VLLM_CUTLASS = _refusal(QUANTIZERS, "vllm", ("vllm._custom_ops", "cutlass_scaled_fp4_mm"))
 CONSUMERS = (
     *sorted(map(_gemm, GEMMS), key=lambda known: known.name.startswith("flashinfer")),
     KnownConsumer("safealloc.mm_fp4 (foreign scales)", (_128X4, _8X4), _mm_fp4, lambda device, layout: None),
-    KnownConsumer(
-        "vllm cutlass_scaled_fp4_mm",
-        (_128X4,),
-        _vllm_cutlass,
-        _quantizer_refusal("vllm", ("vllm._custom_ops", "cutlass_scaled_fp4_mm")),
-        (_128X4,),
-    ),
+    KnownConsumer("vllm cutlass_scaled_fp4_mm", (_128X4,), _vllm_cutlass, _VLLM_CUTLASS, (_128X4,)),
 )
 """Every consumer on one GPU; FlashInfer's are its ``mm_fp4`` backends, in the layouts that they are documented to read."""

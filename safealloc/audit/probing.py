@@ -58,13 +58,7 @@ class Probe:
 
 
 def probe(
-    fn: Consumer,
-    layout: SfLayout,
-    rows: int,
-    k: int,
-    device: torch.device,
-    *,
-    alphabet: Sequence[int] = ALPHABET,
+    fn: Consumer, layout: SfLayout, rows: int, k: int, device: torch.device, *, alphabet: Sequence[int] = ALPHABET
 ) -> Probe:
     """Recover where a GEMM reads its activation's scales.
 

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from safealloc._checks import checked_device
-from safealloc.audit.findings import (
-    BEYOND,
-    CANNOT_RUN,
-    DIRTIES,
-    KINDS,
-    LEAVES,
-    NO_PADDING,
-    WRONG_DATA,
-    WRONG_SCALES,
-    ZEROES,
-    PaddingState,
-    ProducerFinding,
-    first_line,
-    indices,
-    spans,
-)
+from safealloc.audit import findings
+from safealloc.audit.findings import KINDS, PaddingState, ProducerFinding, assert_verdicts, first_line, indices, spans
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.formats.layout import SfLayout, checked_layout, short
 from safealloc.kernels import reference
@@ -42,32 +28,10 @@ PRODUCER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 720), (128, 512), (130, 20
 _SENTINELS = (0xA5, 0x5B)
 _FILL = (0xFF, NAN_SCALE)  # what torch.empty holds under deterministic algorithms, as uint8 and as e4m3
 _MIB = 1 << 20
-_GUARD = 4096  # bytes on either side, a multiple of the allocator's alignment of 512
+_GUARD = 4096  # bytes of sentinel on either side of a buffer, a multiple of the allocator's alignment of 512
 
 
-@dataclass(frozen=True, slots=True)
-class _Guarded:
-    """A buffer in the middle of memory that is filled with the sentinel."""
-
-    memory: Tensor
-    buffer: Tensor
-    sentinel: int
-
-    @classmethod
-    def make(cls, shape: tuple[int, int], sentinel: int, device: torch.device) -> _Guarded:
-        nbytes = shape[0] * shape[1]
-        memory = torch.full((_GUARD + nbytes + _GUARD,), sentinel, dtype=torch.uint8, device=device)
-        return cls(memory, memory[_GUARD : _GUARD + nbytes].view(shape), sentinel)
-
-    def beyond(self) -> list[int]:
-        """Offsets from the buffer's first byte of the bytes outside it that were written."""
-        changed = self.memory != self.sentinel
-        changed[_GUARD:-_GUARD] = False
-        return [index - _GUARD for index in indices(changed)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """What one call wrote."""
 
     data: Tensor  # [rows, k // 2]
@@ -116,8 +80,31 @@ def audit_producer(
         try:
             found.append(_one(fn, name, layout, rows, k, where, of))
         except Exception as error:
-            found.append(ProducerFinding(name, layout, rows, k, CANNOT_RUN, first_line(error)))
+            found.append(ProducerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error)))
     return found
+
+
+def assert_producer(
+    fn: Producer,
+    *,
+    name: str | None = None,
+    layout: SfLayout = SfLayout.layout_128x4,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    device: torch.device | str | None = None,
+    of: Callable[[Tensor], Tensor] | None = None,
+    with_pool: bool = False,
+) -> None:
+    """Assert that a quantizer zeroes all padding.
+
+    Args:
+        fn, name, layout, shapes, device, of: as :func:`audit_producer` takes them.
+        with_pool: it writes into pool buffers, so that it may leave padding as it is.
+
+    Raises:
+        AssertionError: with each finding that is not fine, in words; a shape that cannot run is not.
+    """
+    found = audit_producer(fn, name=name, layout=layout, shapes=shapes, device=device, of=of)
+    assert_verdicts(found, findings.POOL_PRODUCER if with_pool else findings.SAFE_PRODUCER)
 
 
 def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,13 +117,7 @@ def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _one(
-    fn: Producer,
-    name: str,
-    layout: SfLayout,
-    rows: int,
-    k: int,
-    device: torch.device,
-    of: Callable[[Tensor], Tensor] | None,
+    fn: Producer, name: str, layout: SfLayout, rows: int, k: int, device: torch.device, of: Callable[..., Tensor] | None
 ) -> ProducerFinding:
     x, global_scale = activation(rows, k, device)
     runs = [_run(fn, x, global_scale, layout, sentinel, first=sentinel == _SENTINELS[0]) for sentinel in _SENTINELS]
@@ -146,29 +127,29 @@ def _one(
         if run.scales.numel() != nbytes or run.data.shape != (rows, k // 2):
             got = f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}"
             why = f"{got}, where {short(layout)} has {nbytes} and {(rows, k // 2)}"
-            return ProducerFinding(name, layout, rows, k, WRONG_SCALES, why, returned=returned)
+            return ProducerFinding(name, layout, rows, k, findings.WRONG_SCALES, why, returned=returned)
     data, linear = reference.encode(x if of is None else of(x), global_scale.reshape(()))
     scale_steps = _scale_steps(runs, layout, linear)
-    data_steps = torch.stack([_data_steps(run.data, data) for run in runs]).amax(0)
+    data_steps = torch.stack([(_ordered(run.data) - _ordered(data)).abs() for run in runs]).amax(0)
     rows_state, columns_state, words = _padding(runs, layout, rows, k)
     scales_off, data_off = int((scale_steps == 1).sum()), int((data_steps == 1).sum())
     if scales_off or data_off:
         off = f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values"
         words.append(f"{off} are one step off the reference")
     outside = max(run.outside for run in runs)
-    verdict = NO_PADDING if nbytes == linear.numel() else ZEROES
+    verdict = findings.NO_PADDING if nbytes == linear.numel() else findings.ZEROES
     if rows_state.left or columns_state.left:
-        verdict = LEAVES
+        verdict = findings.LEAVES
     if rows_state.dirtied or columns_state.dirtied:
-        verdict = DIRTIES
+        verdict = findings.DIRTIES
     if bool((data_steps > 1).any()):
-        verdict = WRONG_DATA
+        verdict = findings.WRONG_DATA
         words.insert(0, f"{int((data_steps > 1).sum())} of {rows * k} values are more than a step off the reference")
     if bool((scale_steps > 1).any()):
-        verdict = WRONG_SCALES
+        verdict = findings.WRONG_SCALES
         words.insert(0, _wrong_scales(scale_steps, runs, layout, linear))
     if outside:
-        verdict = BEYOND
+        verdict = findings.BEYOND
         words[:0] = next(run.beyond for run in runs if run.outside)
     numbers = (rows_state, columns_state, outside, scales_off, data_off, returned)
     return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers)
@@ -179,24 +160,31 @@ def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentin
     if first or not x.is_cuda:
         with contextlib.suppress(Exception), _known_memory():  # there are dtypes that PyTorch cannot fill
             return _call(fn, x, global_scale, layout, sentinel)
-    with _memory_of(sentinel, (2 * x.numel(), x.numel() // 2, layout.nbytes(*x.shape)), x.device):
+    sizes = 2 * x.numel(), x.numel() // 2, layout.nbytes(*x.shape)
+    with _memory_of(sentinel, sizes, x.device) if x.is_cuda else contextlib.nullcontext():
         return _call(fn, x, global_scale, layout, sentinel)
 
 
 def _call(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int) -> _Run:
     rows, k = x.shape
-    data = _Guarded.make((rows, k // 2), sentinel, x.device)
-    scales = _Guarded.make(layout.padded_shape(rows, k), sentinel, x.device)
-    result = fn(x.clone(), global_scale.clone(), data.buffer, scales.buffer, layout)
+    shapes = {"scales": layout.padded_shape(rows, k), "data": (rows, k // 2)}
+    memory = {
+        what: torch.full((math.prod(shape) + 2 * _GUARD,), sentinel, dtype=torch.uint8, device=x.device)
+        for what, shape in shapes.items()
+    }
+    scales, data = (memory[what][_GUARD:-_GUARD].view(shape) for what, shape in shapes.items())
+    result = fn(x.clone(), global_scale.clone(), data, scales, layout)
     synchronize(x.device)
     beyond, outside = [], 0
-    for what, guarded in (("scales", scales), ("data", data)):
-        if offsets := guarded.beyond():
+    for what, whole in memory.items():
+        changed = whole != sentinel
+        changed[_GUARD:-_GUARD] = False
+        if offsets := [index - _GUARD for index in indices(changed)]:
             outside += len(offsets)
-            size = guarded.buffer.numel()
+            size = math.prod(shapes[what])
             beyond.append(f"{len(offsets)} bytes written outside the {size} of the {what}, at {spans(offsets)}")
-    returned = result is not None and result[1].data_ptr() != scales.buffer.data_ptr()
-    wrote = result if returned else (data.buffer, scales.buffer)
+    returned = result is not None and result[1].data_ptr() != scales.data_ptr()
+    wrote = result if returned else (data, scales)
     x_fp4, scale_bytes = (tensor.view(torch.uint8).clone() for tensor in wrote)
     return _Run(x_fp4.reshape(rows, -1), scale_bytes.reshape(-1), returned, beyond, outside)
 
@@ -226,14 +214,11 @@ def _known_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_of(byte: int, sizes: Sequence[int], device: torch.device) -> Iterator[None]:
-    """On CUDA, allocations come from memory filled with this byte, enough for a few blocks of these sizes.
+    """Allocations on CUDA come from memory filled with this byte, enough for a few blocks of these sizes.
 
     PyTorch's caching allocator serves up to 1 MiB from segments of 2 MiB, and larger blocks from segments of 20 MiB or of
     their own size. Blocks of whole or half segments are filled here, so that no part of a segment holds anything else.
     """
-    if device.type != "cuda":
-        yield
-        return
     memory = PrivateMemory(device)
     blocks = [_MIB] * (2 + 4 * sum(sizes) // _MIB) + [max(20 * _MIB, size) for size in sizes if size > _MIB] * 4
     try:
@@ -254,12 +239,8 @@ def _scale_steps(runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> Tens
     return (got.int() - linear.int()).abs().amax(0)
 
 
-def _data_steps(got: Tensor, wanted: Tensor) -> Tensor:
-    """How many e2m1 values apart, int32 ``[rows, k]``; 0 and -0 are equal."""
-    return (_ordered(got) - _ordered(wanted)).abs()
-
-
 def _ordered(packed: Tensor) -> Tensor:
+    """e2m1 values as integers in their order, int32 ``[rows, k]``; 0 and -0 are equal."""
     codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2).int()
     return torch.where(codes >= 8, 8 - codes, codes)
 
@@ -283,9 +264,7 @@ def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple
         left = ((first == _SENTINELS[0]) | (first == 0)) & ((second == _SENTINELS[1]) | (second == 0)) & ~zeroed
     else:
         left = (first == _FILL[0]) | (first == _FILL[1])
-        if bool(
-            (left & (second == _SENTINELS[1])).any()
-        ):  # its memory came from the pool that is filled with the sentinel
+        if bool((left & (second == _SENTINELS[1])).any()):  # its memory came from the pool that holds the sentinel
             left &= second != first
     masks = {"zeroed": zeroed, "left": left, "dirtied": ~(zeroed | left)}
     states, words = [], []

@@ -37,27 +37,18 @@ EXIT_CODES = {True: 0, False: 1, None: 3}
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Something made the device unusable, for this process: after an illegal memory access every later call fails as well.
+    """Something made the device unusable, for this process: after an illegal memory access every later call fails as well."""
 
-    Attributes:
-        name: of the producer or consumer.
-        what: where that was, and the error.
-    """
-
-    name: str
-    what: str
+    name: str  # of the producer or consumer
+    what: str  # where that was, and the error
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """All producers, or all consumers.
+    """All producers, or all consumers."""
 
-    Attributes:
-        audited: what ran.
-        refusals: a name and the reason why it was not run, to the layouts for which that is so.
-    """
-
-    audited: list[Audited[Any]] = field(default_factory=list)
+    audited: list[Audited[Any]] = field(default_factory=list)  # what ran
+    # a name and the reason why it was not run, to the layouts for which that is so
     refusals: dict[tuple[str, str], list[SfLayout]] = field(default_factory=dict)
 
     @property
@@ -81,24 +72,17 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        with_pool: combinations are judged in pool buffers, and ran there.
-        quick: two shapes only.
-        not_judged: what vLLM uses on this machine, but was left out or failed at each shape, in words.
-        loss: what ended the audit early.
-    """
-
-    with_pool: bool
-    quick: bool
+    with_pool: bool  # combinations are judged in pool buffers, and ran there
+    quick: bool  # two shapes only
     machine: Mapping[str, str | None]
     versions: Mapping[str, str | None]
     producers: Side
     consumers: Side
     combinations: Sequence[Combination]
-    not_judged: Sequence[str] = ()
-    loss: Loss | None = None
+    not_judged: Sequence[str]  # what vLLM uses on this machine, but was left out or failed at each shape, in words
+    loss: Loss | None  # what ended the audit early
 
     @property
     def chosen(self) -> list[Combination]:
@@ -144,10 +128,7 @@ class Result:
 def run(
     device: torch.device, progress: report.Progress, *, with_pool: bool, quick: bool, skip: Collection[str] = ()
 ) -> Result:
-    """Audit all that is known but what is to be skipped, until something makes the device unusable.
-
-    What a package prints goes to standard error. ``with_pool`` and ``quick``: see :class:`Result`.
-    """
+    """Audit all that is known but ``skip``, until something makes the device unusable; packages print to standard error."""
     shapes = QUICK_SHAPES if quick else None
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     everything: tuple[KnownProducer | KnownConsumer, ...] = (*PRODUCERS, *CONSUMERS)
@@ -308,28 +289,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nothing was judged."
     )
     report.add_device(parser)
-    parser.add_argument(
-        "--with-pool", action="store_true", help="judge combinations in pool buffers, and run each of them there"
-    )
+    about = "judge combinations in pool buffers, and run each of them there"
+    parser.add_argument("--with-pool", action="store_true", help=about)
     parser.add_argument("--quick", action="store_true", help="two shapes only")
-    parser.add_argument(
-        "--skip",
-        action="append",
-        choices=sorted({known.name for known in (*PRODUCERS, *CONSUMERS)}),
-        default=[],
-        metavar="NAME",
-        help="leave out the producer and the consumer of this name, as the tables have it; may be given several times",
-    )
-    markdown_help = "write the tables there for a bug report; - prints them instead of the plain ones"
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=markdown_help)
+    names = sorted({known.name for known in (*PRODUCERS, *CONSUMERS)})
+    about = "leave out the producer and the consumer of this name, as the tables have it; may be given several times"
+    parser.add_argument("--skip", action="append", choices=names, default=[], metavar="NAME", help=about)
+    about = "write the tables there for a bug report; - prints them instead of the plain ones"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=about)
 
 
 def main(given: argparse.Namespace) -> int:
-    """Run the command.
-
-    Returns:
-        0: all that vLLM would choose here is safe. 1: something is not, or the audit stopped. 3: nothing could be judged.
-    """
+    """Run the command; :data:`EXIT_CODES`."""
     report.check_environment()
     printed = (given.json, given.markdown).count(report.STANDARD_OUTPUT)
     if printed > 1:

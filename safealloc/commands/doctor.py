@@ -63,8 +63,7 @@ class Result:
     """What was found."""
 
     versions: Sequence[Finding]  # of the packages and the driver
-    # every ``SAFEALLOC_*`` variable: its name, its value (``None``: not set) and its meaning
-    settings: Sequence[tuple[str, str | None, str]]
+    settings: Sequence[tuple[str, str | None, str]]  # as of :func:`safealloc.settings.given`
     bad_settings: Mapping[str, str]  # name to the problem with its value
     devices: Sequence[DeviceFinding]  # the CPU and every CUDA device
     inductor: str | None  # why Inductor cannot be told to leave pool buffers alone, or ``None``
@@ -105,18 +104,16 @@ def show(result: Result, out: Console) -> None:
     """Print a result."""
     versions = ((found.name, found.version or "-", found.reason or "") for found in result.versions)
     report.table(out, "Versions", ("", "version", "why not"), report.fine(versions))
-    rows = [
-        ((name, value or "not set", meaning), name not in result.bad_settings)
-        for name, value, meaning in result.settings
-    ]
+    bad = result.bad_settings
+    rows = (((name, value or "not set", meaning), name not in bad) for name, value, meaning in result.settings)
     report.table(out, "Settings", ("", "value", "meaning"), rows)
-    for problem in result.bad_settings.values():
+    for problem in bad.values():
         out.print(f"{report.one_line(problem)}.\n", style="bold red")
     for device in result.devices:
         capability = "" if device.capability is None else f", compute capability {device.capability}"
         title = f"{device.device}: {device.name}{capability}"
-        backends = [("quantizer", *_cells(found)) for found in device.quantizers]
-        backends += [("GEMM", *_cells(found)) for found in device.gemms]
+        kinds = {"quantizer": device.quantizers, "GEMM": device.gemms}
+        backends = [(kind, *_cells(found)) for kind, those in kinds.items() for found in those]
         report.table(out, title, ("", "backend", "layouts", "auto", "why not"), report.fine(backends), names=2)
         out.print(
             'layouts: that a quantizer writes, or a GEMM reads, here. auto: for which of them backend="auto" chooses it '
@@ -155,39 +152,30 @@ def _bad_settings() -> dict[str, str]:
     except ValueError as error:
         name = str(error).partition(" ")[0]
         problems[name] = f"No default pool can be made: {error}"
-    values = {name: value for name, value, _ in settings.given()}
-    if values[settings.MAX_ROWS] and not settings.max_rows():
-        problems[settings.MAX_ROWS] = (
-            f"{settings.MAX_ROWS} must be a positive integer, got {values[settings.MAX_ROWS]!r}: it is ignored"
-        )
+    given = {name: value for name, value, _ in settings.given()}[settings.MAX_ROWS]
+    if given and not settings.max_rows():
+        problems[settings.MAX_ROWS] = f"{settings.MAX_ROWS} must be a positive integer, got {given!r}: it is ignored"
     return problems
 
 
 def _device(device: torch.device) -> DeviceFinding:
-    gemm_layouts = (SfLayout.layout_128x4, SfLayout.layout_8x4)
-    return DeviceFinding(
-        device=str(device),
-        name=machine.device_name(device),
-        capability=machine.capability(device) if device.type == "cuda" else None,
-        quantizers=_backends(QUANTIZERS, [Call(device, layout) for layout in SfLayout]),
-        gemms=_backends(GEMMS, [Call(device, layout, torch.bfloat16) for layout in gemm_layouts]),
-        graph_lifetimes=_graph_lifetimes(device),
-    )
+    capability = machine.capability(device) if device.type == "cuda" else None
+    quantizers = _backends(QUANTIZERS, [Call(device, layout) for layout in SfLayout])
+    readable = (SfLayout.layout_128x4, SfLayout.layout_8x4)
+    gemms = _backends(GEMMS, [Call(device, layout, torch.bfloat16) for layout in readable])
+    name = machine.device_name(device)
+    return DeviceFinding(str(device), name, capability, quantizers, gemms, _graph_lifetimes(device))
 
 
 def _backends(table: Table, calls: Sequence[Call]) -> list[BackendFinding]:
-    auto = {call: table.choose("auto", call).name for call in calls}
+    by_layout = {short(call.layout): call for call in calls}
+    choices = {layout: table.choose("auto", call).name for layout, call in by_layout.items()}
     found = []
     for row in table.values():
-        refusals = {call: row.refusal(call) for call in calls}
-        found.append(
-            BackendFinding(
-                name=row.name,
-                usable=tuple(short(call.layout) for call in calls if refusals[call] is None),
-                auto=tuple(short(call.layout) for call in calls if auto[call] == row.name),
-                refused={short(call.layout): reason for call, reason in refusals.items() if reason is not None},
-            )
-        )
+        refused = {layout: reason for layout, call in by_layout.items() if (reason := row.refusal(call)) is not None}
+        usable = tuple(layout for layout in by_layout if layout not in refused)
+        auto = tuple(layout for layout, name in choices.items() if name == row.name)
+        found.append(BackendFinding(row.name, usable, auto, refused))
     return found
 
 

@@ -1,7 +1,4 @@
-"""What ``safealloc doctor`` reports on vLLM: which hooks fit, the plugin's state, and the linear kernel.
-
-vLLM's sources are read, not imported.
-"""
+"""What ``safealloc doctor`` reports on vLLM, whose sources are read, not imported: hooks, plugin and linear kernel."""
 
 from __future__ import annotations
 
@@ -73,11 +70,7 @@ class VllmFinding:
 
 
 def look(broken: str | None) -> VllmFinding:
-    """Look at the installed vLLM.
-
-    Args:
-        broken: why it cannot be imported, or ``None``.
-    """
+    """Look at the installed vLLM; ``broken`` is why it cannot be imported, or ``None``."""
     version, reason, note = None, None, None
     hooks: list[HookFinding] = []
     padding = PaddingFinding(None, None)
@@ -119,13 +112,8 @@ def _note(version: str) -> str | None:
 
 def _plugin() -> PluginFinding:
     plugins = os.environ.get("VLLM_PLUGINS")
-    return PluginFinding(
-        entry_point=_entry_point(),
-        vllm_plugins=plugins,
-        allowed=plugins is None or _NAME in plugins.split(","),
-        enabled=settings.enabled(),
-        registered=plugin.registered(),
-    )
+    allowed = plugins is None or _NAME in plugins.split(",")
+    return PluginFinding(_entry_point(), plugins, allowed, settings.enabled(), plugin.registered())
 
 
 def _entry_point() -> str | None:

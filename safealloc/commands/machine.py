@@ -29,29 +29,19 @@ def describe(device: torch.device) -> dict[str, str | None]:
     found: dict[str, str | None] = {"device": str(device), "name": device_name(device)}
     if device.type == "cuda":
         found["compute capability"] = capability(device)
-        found["CUDA driver"] = driver_version()
+        found["CUDA driver"] = driver()[0]
     return found
 
 
 def versions() -> dict[str, str | None]:
     """The version of every package that numbers depend on; ``None`` where it is not there."""
-    return {
-        "safealloc": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "CUDA": torch.version.cuda,
-        "flashinfer": installed_version("flashinfer"),
-        "vllm": installed_version("vllm"),
-    }
+    found: dict[str, str | None] = {"safealloc": __version__, "python": platform.python_version()}
+    found |= {"torch": torch.__version__, "triton": installed_version("triton"), "CUDA": torch.version.cuda}
+    return found | {module: installed_version(module) for module in ("flashinfer", "vllm")}
 
 
 def installed_version(module: str) -> str | None:
-    """Also of a package that is installed and cannot be imported; ``None`` where it is not installed.
-
-    Args:
-        module: one of :data:`DISTRIBUTIONS`.
-    """
+    """Of one of :data:`DISTRIBUTIONS`, also if it cannot be imported; ``None`` where it is not installed."""
     for distribution in DISTRIBUTIONS[module]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
@@ -75,13 +65,8 @@ def capability(device: torch.device) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-def driver_version() -> str | None:
-    """The CUDA driver's version and the CUDA version that it supports, or ``None``."""
-    return driver()[0]
-
-
 def driver() -> tuple[str | None, str | None]:
-    """:func:`driver_version`, and why there is none."""
+    """The CUDA driver's version and the CUDA version that it supports, or ``None``; and why there is none."""
     try:
         libcuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,31 +64,22 @@ class Experts:
     def as_dict(self) -> dict[str, Any]:
         return {
             "expert_parallel": self.expert_parallel,
-            "sites": [site.as_dict() for site in self.sites],
-            "buffers": [
-                _buffer(spec)
-                | {
-                    "experts": spec.experts,
-                    "vllm_bytes": self.vllm_call_nbytes(spec),
-                    "right_sized_bytes": right_sized_nbytes(spec),
-                }
-                for spec in self.buffers
-            ],
+            "sites": [models.as_dict(site) for site in self.sites],
+            "buffers": [self._buffer(spec) for spec in self.buffers],
             "bytes": self.nbytes,
             "vllm_bytes": self.vllm_nbytes,
             "right_sized_bytes": self.right_sized_nbytes,
             "freed_bytes": self.freed_nbytes,
         }
 
+    def _buffer(self, spec: ScaleSpec) -> dict[str, Any]:
+        sizes = {"vllm_bytes": self.vllm_call_nbytes(spec), "right_sized_bytes": right_sized_nbytes(spec)}
+        return _buffer(spec) | {"experts": spec.experts} | sizes
+
 
 def _buffer(spec: ScaleSpec) -> dict[str, Any]:
-    return {
-        "rows": spec.rows,
-        "k": spec.k,
-        "layout": spec.layout.name,
-        "padded_shape": list(spec.padded_shape),
-        "bytes": spec.nbytes,
-    }
+    matrix = {"rows": spec.rows, "k": spec.k, "layout": spec.layout.name}
+    return matrix | {"padded_shape": list(spec.padded_shape), "bytes": spec.nbytes}
 
 
 def right_sized_nbytes(spec: ScaleSpec) -> int:
@@ -125,7 +117,7 @@ class Result:
             "tensor_parallel": self.tensor_parallel,
             "sizes": list(self.sizes),
             "layout_rule": self.layout_rule,
-            "sites": [site.as_dict() for site in self.sites],
+            "sites": [models.as_dict(site) for site in self.sites],
             "buffers": [_buffer(spec) for spec in self.buffers],
             "bytes": self.nbytes,
             "per_call_bytes": self.per_call_nbytes,
@@ -136,14 +128,7 @@ class Result:
 def run(
     config: Path, tensor_parallel: int, sizes: Sequence[int], layout_rule: str, *, expert_parallel: bool = False
 ) -> Result:
-    """Read a configuration and plan.
-
-    Args:
-        config: a ``config.json``, or the folder it is in.
-        tensor_parallel: ranks that a layer is split over.
-        sizes: captured batch sizes.
-        layout_rule: "128x4" or "trtllm"; expert scales are always in 128x4.
-        expert_parallel: whether the ranks share out whole experts instead of splitting each.
+    """Read a ``config.json``, or the one in a folder, and plan; see :class:`Result` and :class:`Experts`.
 
     Raises:
         UsageError: the file is not the configuration of a transformer, or the model cannot be split that way; or vLLM's
@@ -151,15 +136,12 @@ def run(
     """
     fields = _read(config)
     ordered = tuple(sorted(set(sizes)))
+    experts = None
     try:
         sites = models.sites(fields, tensor_parallel)
         expert_sites = models.expert_sites(fields, tensor_parallel, expert_parallel=expert_parallel)
-        buffers = [
-            ScaleSpec.checked(rows, k, _layout(rows, layout_rule), None)
-            for k in sorted({site.k for site in sites})
-            for rows in ordered
-        ]
-        experts = None
+        shapes = itertools.product(sorted({site.k for site in sites}), ordered)
+        buffers = [ScaleSpec.checked(rows, k, _layout(rows, layout_rule)) for k, rows in shapes]
         if expert_sites:
             experts = Experts(expert_parallel, expert_sites, expert_buffers(expert_sites, ordered[-1]))
     except ValueError as error:
@@ -168,11 +150,7 @@ def run(
 
 
 def expert_buffers(sites: Sequence[models.ExpertSite], largest: int) -> list[ScaleSpec]:
-    """One buffer per k, for batches of up to ``largest`` tokens.
-
-    Raises:
-        ValueError: vLLM's expert scales have no room for so many.
-    """
+    """One buffer per k, for batches of up to ``largest`` tokens. Raises: ValueError: vLLM has no room for so many."""
     if largest > MAX_TOKENS_PER_EXPERT:
         raise ValueError(
             f"vLLM quantizes at most {MAX_TOKENS_PER_EXPERT} tokens at once for experts "
@@ -187,20 +165,14 @@ def show(result: Result, out: Console) -> None:
     sites = [(site.name, str(site.k), str(site.n), str(len(site.layers))) for site in result.sites]
     title = f"{result.model} on {result.tensor_parallel} ranks: sites"
     report.table(out, title, ("", "k", "n", "layers"), report.fine(sites))
-    groups: dict[tuple[int, SfLayout, tuple[int, int]], list[ScaleSpec]] = {}
+    groups: dict[tuple[int, SfLayout, str], list[ScaleSpec]] = {}
     for spec in result.buffers:
-        groups.setdefault((spec.k, spec.layout, spec.padded_shape), []).append(spec)
-    rows = [
-        (
-            str(k),
-            f"{specs[0].rows}" if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}",
-            short(layout),
-            f"{padded_rows} x {padded_cols}",
-            str(len(specs)),
-            _size(sum(spec.nbytes for spec in specs)),
-        )
-        for (k, layout, (padded_rows, padded_cols)), specs in groups.items()
-    ]
+        groups.setdefault((spec.k, spec.layout, _shape(spec)), []).append(spec)
+    rows = []
+    for (k, layout, shape), specs in groups.items():
+        batches = str(specs[0].rows) if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}"
+        size = _size(sum(spec.nbytes for spec in specs))
+        rows.append((str(k), batches, short(layout), shape, str(len(specs)), size))
     title = f"Buffers for {len(result.sizes)} captured batch sizes"
     report.table(out, title, ("k", "rows", "layout", "padded shape", "buffers", "bytes"), report.fine(rows))
     out.print(f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank; layers use them in turn.")
@@ -211,23 +183,15 @@ def show(result: Result, out: Console) -> None:
 
 
 def _show_experts(experts: Experts, out: Console) -> None:
-    rows = [
-        (
-            ", ".join(site.name for site in experts.sites if site.k == spec.k),
-            str(spec.k),
-            str(spec.rows),
-            " x ".join(map(str, spec.padded_shape)),
-            _size(spec.nbytes),
-            _size(right_sized_nbytes(spec)),
-            _size(experts.vllm_call_nbytes(spec)),
-        )
-        for spec in experts.buffers
-    ]
+    rows = []
+    for spec in experts.buffers:
+        names = ", ".join(site.name for site in experts.sites if site.k == spec.k)
+        sizes = (spec.nbytes, right_sized_nbytes(spec), experts.vllm_call_nbytes(spec))
+        rows.append((names, str(spec.k), str(spec.rows), _shape(spec), *map(_size, sizes)))
     site = experts.sites[0]
     title = f"Expert scales: {site.experts} experts on each rank, {site.topk} per token, in {len(site.layers)} layers"
-    report.table(
-        out, title, ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call"), report.fine(rows)
-    )
+    headings = ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call")
+    report.table(out, title, headings, report.fine(rows))
     freed = experts.freed_nbytes
     compared = f"{_size(freed)} are freed" if freed >= 0 else f"{_size(-freed)} less"
     out.print(
@@ -241,6 +205,10 @@ def _model(fields: Mapping[str, Any]) -> str:
     architectures = fields.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else fields.get("model_type")
     return first if isinstance(first, str) else "unknown"
+
+
+def _shape(spec: ScaleSpec) -> str:
+    return " x ".join(map(str, spec.padded_shape))
 
 
 def _size(nbytes: int) -> str:
@@ -275,32 +243,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(map(rows, text.split(",")))
 
-    parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help="a Hugging Face config.json, or the folder it is in"
-    )
-    parser.add_argument(
-        "--tensor-parallel", "--tp", type=rank, default=1, metavar="N", help="ranks a layer is split over (%(default)s)"
-    )
-    parser.add_argument(
-        "--expert-parallel",
-        action="store_true",
-        help="each rank has whole routed experts (vLLM's --enable-expert-parallel); without it each expert is split",
-    )
+    about = "a Hugging Face config.json, or the folder it is in"
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=about)
+    about = "ranks a layer is split over (%(default)s)"
+    parser.add_argument("--tensor-parallel", "--tp", type=rank, default=1, metavar="N", help=about)
+    about = "each rank has whole routed experts (vLLM's --enable-expert-parallel); without it each expert is split"
+    parser.add_argument("--expert-parallel", action="store_true", help=about)
     captured = parser.add_mutually_exclusive_group()
-    captured.add_argument(
-        "--max-size",
-        type=rows,
-        default=default,
-        metavar="N",
-        help="the largest of vLLM's default batch sizes; vLLM's own default on compute capability 10.x is "
-        f"{blackwell} (%(default)s)",
-    )
-    captured.add_argument(
-        "--sizes", type=sizes, metavar="N,N,...", help="captured batch sizes, instead of vLLM's default"
-    )
-    parser.add_argument(
-        "--layout", choices=("128x4", "trtllm"), default="128x4", help="trtllm: 8x4 for up to 32 rows (%(default)s)"
-    )
+    about = "the largest of vLLM's default batch sizes; vLLM's own default on compute capability 10.x is "
+    about += f"{blackwell} (%(default)s)"
+    captured.add_argument("--max-size", type=rows, default=default, metavar="N", help=about)
+    about = "captured batch sizes, instead of vLLM's default"
+    captured.add_argument("--sizes", type=sizes, metavar="N,N,...", help=about)
+    about = "trtllm: 8x4 for up to 32 rows (%(default)s)"
+    parser.add_argument("--layout", choices=("128x4", "trtllm"), default="128x4", help=about)
 
 
 def main(given: argparse.Namespace) -> int:

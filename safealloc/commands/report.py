@@ -38,16 +38,14 @@ class UsageError(Exception):
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``, which every command has."""
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result there too; - prints it instead of the tables"
-    )
+    text = "write the result there too; - prints it instead of the tables"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``: a checked device, or ``None`` for the default."""
-    parser.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
-    )
+    text = "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    parser.add_argument("--device", type=_device, help=text)
 
 
 def _device(text: str) -> torch.device:
@@ -73,11 +71,7 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def check_environment() -> None:
-    """See before the work starts that the environment allows a default pool.
-
-    Raises:
-        UsageError: a ``SAFEALLOC_*`` variable has a value that it cannot have.
-    """
+    """See before the work starts that no ``SAFEALLOC_*`` variable keeps a default pool from being made."""
     try:
         settings.watch()
     except ValueError as error:
@@ -116,24 +110,18 @@ def fine(rows: Iterable[Sequence[str]]) -> Iterator[tuple[Sequence[str], bool]]:
 def table(
     out: Console, title: str, headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]], *, names: int = 1
 ) -> None:
-    """Print a table.
+    """Print a table of rows: cells, and whether the row is fine; one that is not is marked.
 
-    Args:
-        out: where to.
-        title, headings: above it.
-        rows: cells, and whether the row is fine; a row that is not is marked.
-        names: how many of the first columns hold names that an option takes: a narrow terminal neither cuts nor wraps them.
+    The first columns, as many as ``names``, hold names that an option takes: a narrow terminal neither cuts nor wraps them.
     """
     out.print(Text(one_line(title), style="bold"))
-    style: dict[str, Any] = {"padding": (0, 2, 0, 0), "box": None}
-    if out.is_terminal:
-        style = {"padding": (0, 1, 0, 0), "box": box.SIMPLE_HEAD}
-    drawn = Table(**style)
+    terminal = out.is_terminal
+    drawn = Table(padding=(0, 1 if terminal else 2, 0, 0), box=box.SIMPLE_HEAD if terminal else None)
     for column, heading in enumerate(headings):
         drawn.add_column(heading, no_wrap=column < names)
     for cells, fine in rows:
         drawn.add_row(*map(one_line, cells), style="" if fine else "bold red")
-    if out.is_terminal:
+    if terminal:
         out.print(drawn)
         return
     with out.capture() as plain:
@@ -154,11 +142,7 @@ def progress(command: str) -> Iterator[Progress]:
 
 
 def check_writable(path: Path | None, flag: str = "--json") -> None:
-    """See before the work starts whether its result can be written; nothing is touched.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """See before the work starts whether its result can be written; nothing is touched. Raises: UsageError: it cannot."""
     if path is None or path == STANDARD_OUTPUT:
         return
     if path.is_dir():
@@ -170,11 +154,7 @@ def check_writable(path: Path | None, flag: str = "--json") -> None:
 
 
 def deliver(path: Path | None, result: dict[str, Any], show: Callable[[Console], None]) -> None:
-    """Write a result as JSON if a path is given, and print its tables unless the JSON is printed.
-
-    Raises:
-        UsageError: as :func:`write`.
-    """
+    """Write a result as JSON if a path is given, and print its tables unless the JSON is printed."""
     write_json(path, result)
     if path != STANDARD_OUTPUT:
         with printing():
@@ -182,21 +162,13 @@ def deliver(path: Path | None, result: dict[str, Any], show: Callable[[Console],
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result; NaN and infinities become null, since JSON has none.
-
-    Raises:
-        UsageError: as :func:`write`.
-    """
+    """Write a result if a path is given; NaN and infinities become null, since JSON has none."""
     if path is not None:
         write(path, json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", "--json")
 
 
 def write(path: Path, text: str, flag: str) -> None:
-    """Write a file, or print where the path is ``-``.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Write a file, or print where the path is ``-``. Raises: UsageError: it cannot be written."""
     if path == STANDARD_OUTPUT:
         with printing():
             print(text, end="")

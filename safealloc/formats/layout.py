@@ -25,7 +25,6 @@ from safealloc.formats.format import BLOCK_SIZE
 MAX_ROWS_8X4 = 32
 """Rows up to which vLLM and TensorRT-LLM take 8x4 for their low-latency GEMMs (vLLM's ``scaled_fp4_quant``)."""
 
-
 MAX_SCALES = 2**40 - 1
 """The most scales that a matrix may have. 1 TiB of them is more than any device holds, so more is a mistake of the caller."""
 
@@ -54,15 +53,12 @@ class SfLayout(enum.IntEnum):
         return _TILES[self]
 
     def padded_shape(self, rows: int, k: int, *, padded_k: int | None = None) -> tuple[int, int]:
-        """Rows and columns in scale bytes that a ``[rows, k]`` matrix occupies.
+        """``(padded_rows, padded_cols)``: rows and columns in scale bytes that a ``[rows, k]`` matrix occupies.
 
         Args:
             rows: rows of the matrix, at least 1.
             k: columns of the matrix in elements, a positive multiple of 16.
             padded_k: columns that the consumer was padded to, at least ``k`` and a multiple of 16; ``None`` is ``k``.
-
-        Returns:
-            ``(padded_rows, padded_cols)``.
 
         Raises:
             TypeError: an argument is no integer.
@@ -103,7 +99,8 @@ class SfLayout(enum.IntEnum):
         """Byte offset in the flat buffer of each valid scale, int64 ``[rows, k // 16]``."""
         padded_rows, padded_cols = self.padded_shape(rows, k, padded_k=padded_k)
         flat = torch.arange(padded_rows * padded_cols, dtype=torch.int64, device=device)
-        return self._logical(flat, padded_rows, padded_cols)[:rows, : k // BLOCK_SIZE].contiguous()
+        logical = self._tiles(flat, padded_rows, padded_cols).reshape(padded_rows, padded_cols)
+        return logical[:rows, : k // BLOCK_SIZE].contiguous()
 
     def padding_mask(
         self, rows: int, k: int, device: torch.device | str | None = None, *, padded_k: int | None = None
@@ -183,9 +180,6 @@ class SfLayout(enum.IntEnum):
         tile = self.tile
         stored = (padded_rows // tile.rows, padded_cols // tile.cols, tile.inner_rows, tile.outer_rows, tile.cols)
         return buffer.view(stored).permute(0, 3, 2, 1, 4)
-
-    def _logical(self, buffer: Tensor, padded_rows: int, padded_cols: int) -> Tensor:
-        return self._tiles(buffer, padded_rows, padded_cols).reshape(padded_rows, padded_cols)
 
 
 _TILES = {

@@ -27,12 +27,7 @@ from safealloc.formats.layout import SfLayout
 
 
 def quantize(
-    x: Tensor,
-    global_scale: Tensor,
-    x_fp4: Tensor,
-    scales: Tensor,
-    layout: SfLayout,
-    valid_rows: Tensor | None = None,
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
 ) -> None:
     """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales``; padding is not touched.
 

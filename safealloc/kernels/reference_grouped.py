@@ -98,9 +98,8 @@ def clean(
     """
     padded_rows, padded_cols = scales.shape
     _, place = places(rows, expert_offsets, blockscale_offsets, padded_rows)
-    written = torch.zeros(
-        padded_rows + 1, dtype=torch.bool, device=scales.device
-    )  # the last row: outside of every group
+    # The last row stands for rows outside of every group.
+    written = torch.zeros(padded_rows + 1, dtype=torch.bool, device=scales.device)
     previous = written.clone()
     written.index_fill_(0, torch.where(place < 0, padded_rows, place), True)
     known = (record >= 1) & (record <= padded_rows)

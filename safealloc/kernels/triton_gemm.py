@@ -36,10 +36,9 @@ _TILES = 2
 """Tiles of 4 scale columns a step: 64 bytes of a row, which are 4 lanes' and two steps of a tensor core."""
 
 
-def _ptx(fields: str) -> tl.constexpr:
+def _ptx(fields: str) -> str:
     """Four e2m1 as float16: ``fields`` moves sign, exponent and mantissa to where e4m3 has them."""
-    return tl.constexpr(
-        f"""
+    return f"""
         {{
         .reg .b32 sign, value;
         .reg .b16 low, high;
@@ -50,12 +49,11 @@ def _ptx(fields: str) -> tl.constexpr:
         cvt.rn.f16x2.e4m3x2 $0, low;
         cvt.rn.f16x2.e4m3x2 $1, high;
         }}
-        """
-    )
+    """
 
 
-_ODD_NIBBLES = _ptx("mov.b32 sign, $2; shr.u32 value, $2, 2;")
-_EVEN_NIBBLES = _ptx("shl.b32 sign, $2, 4; shl.b32 value, $2, 2;")
+_ODD_NIBBLES = tl.constexpr(_ptx("mov.b32 sign, $2; shr.u32 value, $2, 2;"))
+_EVEN_NIBBLES = tl.constexpr(_ptx("shl.b32 sign, $2, 4; shl.b32 value, $2, 2;"))
 
 
 @triton.jit
@@ -63,12 +61,7 @@ def _decode_e2m1(packed, ODD: tl.constexpr, PTX: tl.constexpr):
     """float16 ``2**-6 * value`` of the high (ODD) or low nibbles of uint8: hardware converts e4m3's fields."""
     if PTX:
         value = tl.inline_asm_elementwise(
-            _ODD_NIBBLES if ODD else _EVEN_NIBBLES,
-            constraints="=r,=r,r",
-            args=[packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
+            _ODD_NIBBLES if ODD else _EVEN_NIBBLES, "=r,=r,r", [packed], tl.float16, is_pure=True, pack=4
         )
     else:
         code = packed.to(tl.uint16) >> (4 if ODD else 0)
@@ -150,32 +143,20 @@ def _result_columns(x, ROWS: tl.constexpr, COLS: tl.constexpr, WARPS: tl.constex
 # and strides are specialized: whether they are multiples of 16 decides how wide loads and stores are.
 @triton.jit(do_not_specialize=["m", "alpha_stride", "steps"])
 def _mm(
-    a,  # uint8 [m, 8 * cols]
-    b,  # uint8 [n, 8 * cols]
-    a_scales,  # uint8, in LAYOUT for [m, cols]
-    b_scales,  # uint8, in 128x4 for [n, cols]
+    a, b,  # uint8 [m, 8 * cols], [n, 8 * cols]
+    a_scales, b_scales,  # uint8, in LAYOUT for [m, cols], in 128x4 for [n, cols]
     alpha,  # float32 [1] or [m], or None
     out,  # [m, n]
     partial,  # float32 [programs that share a tile, m, n], or None: the tile's sum goes to out
-    m,
-    n,
-    cols,
+    m, n, cols,
     alpha_stride,  # 0 where alpha has one element
-    out_stride_m,
-    out_stride_n,
+    out_stride_m, out_stride_n,
     steps,  # of TILES tiles, of each program
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,  # cols is a multiple of 4 * TILES
-    A_ALIGNED: tl.constexpr,  # a_scales' words are aligned
-    B_ALIGNED: tl.constexpr,
-    WARPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PTX: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    A_ALIGNED: tl.constexpr, B_ALIGNED: tl.constexpr,  # the words of a_scales, of b_scales are aligned
+    WARPS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     BYTES: tl.constexpr = TILES * 32
     # Programs that share a tile of b are neighbors, so that the weight comes from memory once. A tile's rows of b are those
     # whose scales lie together: every 32nd, of as many groups as fit.
@@ -216,12 +197,8 @@ def _mm(
         if not WHOLE_STEPS:
             in_bytes = tl.arange(0, BYTES)[None, :] < cols * 8 - step * BYTES
             in_tiles = tl.arange(0, TILES)[None, :] < col_tiles - step * TILES
-            a_in, b_in, a_tiles_in, b_tiles_in = (
-                in_m & in_bytes,
-                in_n & in_bytes,
-                in_m & in_tiles,
-                in_tiles | (in_n & False),
-            )
+            a_in, b_in = in_m & in_bytes, in_n & in_bytes
+            a_tiles_in, b_tiles_in = in_m & in_tiles, in_tiles | (in_n & False)
         a_packed = tl.load(a_at, mask=a_in, other=0)
         b_packed = tl.load(b_at, mask=b_in, other=0)
         col = (step * TILES + tl.arange(0, TILES)[None, :]) * 4
@@ -255,16 +232,8 @@ def _mm(
 @triton.jit(do_not_specialize=["alpha_stride", "shares"])
 def _add_up(
     partial,  # float32 [shares, m, n]
-    alpha,
-    out,
-    n,
-    alpha_stride,
-    out_stride_m,
-    out_stride_n,
-    shares,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    alpha, out, n, alpha_stride, out_stride_m, out_stride_n, shares, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     row, m = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -405,9 +374,8 @@ def tiling_for(m: int, n: int, steps: int, multiprocessors: int) -> Tiling:
     """
     if m <= 16:
         at_once = _PROGRAMS * multiprocessors
-        with_128, with_64 = (
-            tiles * shares_for(tiles, steps, multiprocessors) for tiles in (_tiles(m, n, 16, 128), _tiles(m, n, 16, 64))
-        )
+        tiles = [_tiles(m, n, 16, width) for width in (128, 64)]
+        with_128, with_64 = (count * shares_for(count, steps, multiprocessors) for count in tiles)
         if with_128 <= at_once and not with_128 < with_64 <= at_once:
             return Tiling(16, 128, 4, 4)
         return Tiling(16, 64, 4, 4 if with_64 <= at_once else 6)

@@ -17,9 +17,15 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels.reference_grouped import MINUS_LOG2_E, POWER_OF_2
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
-from safealloc.kernels.triton_quantize import converts_e2m1, encode_blocks, load_blocks, takes_words, tiling_for
+from safealloc.kernels.triton_quantize import (
+    FEW_BLOCKS,
+    encode_blocks,
+    launch_options,
+    load_blocks,
+    takes_words,
+    tiling_for,
+)
 
-_FEW_BLOCKS = 4096
 _ROWS_CLEANED_ALONE = 1  # by each program, where no other program quantizes
 _MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
@@ -63,9 +69,12 @@ def _load_groups(expert_offsets, blockscale_offsets, expert, rows, experts):
 
 
 @triton.jit
-def _place_of(row, first, end, base, scale_rows):
-    """Scale row of a row, counted from 1; 0 for a row outside of every group. A row belongs to one group at most."""
-    place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 0)
+def _place_of(row, first, end, base, scale_rows, AXIS: tl.constexpr):
+    """Scale row of a row, counted from 1; 0 for a row outside of every group. A row belongs to one group at most.
+
+    Experts are along AXIS: 0 for one row, 1 for a column of rows.
+    """
+    place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), AXIS, keep_dims=AXIS == 1)
     return tl.where((place > 0) & (place <= scale_rows), place, 0)
 
 
@@ -80,24 +89,16 @@ def _divide(number, divisor, reciprocal):
     return tl.where(rest < divisor, quotient, quotient + 1), tl.where(rest < divisor, rest, rest - divisor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "capacity", "experts", "col_tiles", "scale_rows"])
 def _clean(
-    scales,
-    record,
-    leader,  # the first row of this program's
-    rows,
-    capacity,
-    expert_offsets,
-    blockscale_offsets,
-    experts,
-    col_tiles,
-    scale_rows,
-    LAYOUT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    TILE_COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    scales, record, expert_offsets, blockscale_offsets,
+    rows, capacity, experts, col_tiles, scale_rows,
+    LAYOUT: tl.constexpr, EXPERTS: tl.constexpr, TILE_COLS: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    WAIT: tl.constexpr,  # for the predecessor: as a kernel of its own
+):  # fmt: skip
+    if WAIT and DEPENDENT:
+        gdc_wait()
+    leader = tl.program_id(0) * ROWS  # the first row of this program's
     # Everything is [ROWS, EXPERTS], or 1 of either: other shapes move between warps, which must then synchronize.
     expert = tl.arange(0, EXPERTS)[None, :]
     row = leader + tl.arange(0, ROWS)[:, None]
@@ -109,8 +110,7 @@ def _clean(
     more = tl.load(record + leader, mask=leader < capacity, other=0)
     if DEPENDENT:
         gdc_launch_dependents()
-    place = tl.sum(tl.where((first <= row) & (row < end), base + (row - first) + 1, 0), 1, keep_dims=True)
-    place = tl.where((place > 0) & (place <= scale_rows), place, 0)
+    place = _place_of(row, first, end, base, scale_rows, 1)
     words = scales  # a word is a tile's bytes of one row, zero padding columns included
     if TILE_COLS == 4:
         words = scales.to(tl.pointer_type(tl.int32))
@@ -150,29 +150,18 @@ def _quantize_grouped(
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [scale_rows, padded_cols] in LAYOUT
     record,  # int32 [capacity], or None: nothing is cleaned
-    expert_offsets,  # int32 [experts + 1]
-    blockscale_offsets,  # int32 [experts + 1]
+    expert_offsets, blockscale_offsets,  # int32 [experts + 1]
     valid_rows,  # int32 [1] or None
     row_tokens,  # int32 [rows] or None
-    rows,
-    capacity,
-    experts,
-    cols,
-    col_tiles,
-    scale_rows,
+    rows, capacity, experts, cols, col_tiles, scale_rows,
     parts,  # of a row, each with a program
-    parts_reciprocal,
-    LAYOUT: tl.constexpr,
-    HARDWARE_E2M1: tl.constexpr,
-    HARDWARE_E4M3: tl.constexpr,
+    parts_reciprocal,  # for _divide
+    LAYOUT: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of 2
-    TILE_COLS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WORDS: tl.constexpr,
-    SILU: tl.constexpr,
+    TILE_COLS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, SILU: tl.constexpr,
     ROWS: tl.constexpr,  # that a cleaning program cleans
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
-):
+):  # fmt: skip
     cleaning = False
     if record is None:
         row = tl.program_id(0)
@@ -186,22 +175,9 @@ def _quantize_grouped(
         gdc_wait()  # before the first access to memory: the predecessor may still write x, or read the results
     if record is not None and cleaning:
         _clean(
-            scales,
-            record,
-            (number + cleaners) * ROWS,
-            rows,
-            capacity,
-            expert_offsets,
-            blockscale_offsets,
-            experts,
-            col_tiles,
-            scale_rows,
-            LAYOUT,
-            EXPERTS,
-            TILE_COLS,
-            ROWS,
-            DEPENDENT,
-        )
+            scales, record, expert_offsets, blockscale_offsets, rows, capacity, experts, col_tiles, scale_rows,
+            LAYOUT, EXPERTS, TILE_COLS, ROWS, DEPENDENT, False,
+        )  # fmt: skip
     else:
         col = part * BLOCKS + tl.arange(0, BLOCKS)
         inside = col < cols
@@ -222,7 +198,7 @@ def _quantize_grouped(
             valid = token < tl.load(valid_rows)
         if DEPENDENT:
             gdc_launch_dependents()
-        place = _place_of(row, first, end, base, scale_rows)
+        place = _place_of(row, first, end, base, scale_rows, 0)
         g = tl.sum(tl.where((first <= row) & (row < end), g, 0.0), 0)
         BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
         if SILU:
@@ -235,44 +211,6 @@ def _quantize_grouped(
         tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed.to(tl.uint8), mask=inside[:, None])
         offset = scale_offset(tl.maximum(place, 1) - 1, col, col_tiles, LAYOUT)
         tl.store(scales + offset, scale_code, mask=col < tl.where(place > 0, cols, 0))
-
-
-@triton.jit(do_not_specialize=["rows", "capacity", "experts", "col_tiles", "scale_rows"])
-def _clean_grouped(
-    scales,
-    record,
-    expert_offsets,
-    blockscale_offsets,
-    rows,
-    capacity,
-    experts,
-    col_tiles,
-    scale_rows,
-    LAYOUT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    TILE_COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    if DEPENDENT:
-        gdc_wait()
-    _clean(
-        scales,
-        record,
-        tl.program_id(0) * ROWS,
-        rows,
-        capacity,
-        expert_offsets,
-        blockscale_offsets,
-        experts,
-        col_tiles,
-        scale_rows,
-        LAYOUT,
-        EXPERTS,
-        TILE_COLS,
-        ROWS,
-        DEPENDENT,
-    )
 
 
 def quantize(
@@ -290,62 +228,25 @@ def quantize(
 ) -> None:
     """Quantize rows grouped by expert, and clear the scales that only the previous step wrote, in one launch.
 
-    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
-
-    Args:
-        x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up; contiguous.
-        global_scales: float32 ``[experts]``.
-        x_fp4: uint8 ``[rows, k // 2]``, contiguous, written; rows outside of every group or not valid are zero.
-        scales: uint8 ``[padded_rows, padded_cols]``, all of the buffer; nothing beyond it is touched, whatever the offsets.
-        layout: order of the bytes in ``scales``.
-        record: int32 ``[at least rows]``, updated; ``None`` for scales that are zeroed at each step, which have none.
-        expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, not decreasing.
-        valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
-        row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
-        silu_and_mul: whether to quantize ``silu(gate) * up``.
+    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph. Nothing beyond ``scales`` is touched,
+    whatever the offsets. Arguments as :func:`safealloc.kernels.reference_grouped.quantize`, contiguous.
     """
-    rows, k = x_fp4.shape[0], 2 * x_fp4.shape[1]
-    cols = k // BLOCK_SIZE
+    rows, cols = x_fp4.shape[0], 2 * x_fp4.shape[1] // BLOCK_SIZE
     experts = global_scales.shape[0]
-    words = not silu_and_mul and rows * cols > _FEW_BLOCKS and takes_words(x)
+    words = not silu_and_mul and rows * cols > FEW_BLOCKS and takes_words(x)
     tiling = tiling_for(rows, cols, words)
     parts = -(-cols // tiling.blocks)
     rows_cleaned = _rows_cleaned(rows * cols, silu_and_mul)
     grid = (rows, parts) if record is None else (-(-rows // rows_cleaned) + rows * parts,)
-    dependent = dependent_launch(x.device)
+    options = launch_options(x.device, layout, tiling)
     with device_of(x):
         _quantize_grouped[grid](
-            x,
-            global_scales,
-            x_fp4,
-            scales,
-            record,
-            expert_offsets,
-            blockscale_offsets,
-            valid_rows,
-            row_tokens,
-            rows,
-            0 if record is None else record.shape[0],
-            experts,
-            cols,
-            scales.shape[1] // layout.tile.cols,
-            scales.shape[0],
-            parts,
-            ((1 << 31) - 1) // parts,
-            LAYOUT=int(layout),
-            HARDWARE_E2M1=x.is_cuda and converts_e2m1(x.device.index),
-            HARDWARE_E4M3=x.is_cuda,
-            EXPERTS=triton.next_power_of_2(experts),
-            TILE_COLS=layout.tile.cols,
-            BLOCKS=tiling.blocks,
-            WORDS=tiling.words,
-            SILU=silu_and_mul,
-            ROWS=rows_cleaned,
-            DEPENDENT=bool(dependent),
-            num_warps=4,
-            enable_fp_fusion=False,  # a product and a sum fused would round once where the reference rounds twice
-            **dependent,
-        )
+            x, global_scales, x_fp4, scales, record, expert_offsets, blockscale_offsets, valid_rows, row_tokens,
+            rows, 0 if record is None else record.shape[0], experts, cols, scales.shape[1] // layout.tile.cols,
+            scales.shape[0], parts, ((1 << 31) - 1) // parts,
+            EXPERTS=triton.next_power_of_2(experts), TILE_COLS=layout.tile.cols, SILU=silu_and_mul, ROWS=rows_cleaned,
+            **options,
+        )  # fmt: skip
 
 
 def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
@@ -353,7 +254,7 @@ def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
 
     As many as leave it no slower than its neighbors; around one wave of these, so many that all fit into it.
     """
-    return 16 if silu_and_mul and blocks > _FEW_BLOCKS else 4
+    return 16 if silu_and_mul and blocks > FEW_BLOCKS else 4
 
 
 def clean(
@@ -367,33 +268,15 @@ def clean(
 ) -> None:
     """Clear the scales that only the previous step wrote, and update the record, in one launch.
 
-    It may run before or after the scales of this step are written: those bytes are not touched. Nothing is allocated and
-    nothing synchronizes.
-
-    Args:
-        scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
-        k: columns of the matrix.
-        rows: of this step, in a group or not.
+    Nothing is allocated and nothing synchronizes. Arguments as :func:`safealloc.kernels.reference_grouped.clean`.
     """
     experts = expert_offsets.shape[0] - 1
     dependent = dependent_launch(scales.device)
     with device_of(scales):
-        _clean_grouped[(-(-rows // _ROWS_CLEANED_ALONE),)](
-            scales,
-            record,
-            expert_offsets,
-            blockscale_offsets,
-            rows,
-            record.shape[0],
-            experts,
-            scales.shape[1] // layout.tile.cols,
-            scales.shape[0],
-            LAYOUT=int(layout),
-            EXPERTS=triton.next_power_of_2(experts),
-            TILE_COLS=layout.tile.cols,
-            ROWS=_ROWS_CLEANED_ALONE,
-            DEPENDENT=bool(dependent),
-            num_warps=4,
-            enable_fp_fusion=False,
-            **dependent,
-        )
+        _clean[(-(-rows // _ROWS_CLEANED_ALONE),)](
+            scales, record, expert_offsets, blockscale_offsets,
+            rows, record.shape[0], experts, scales.shape[1] // layout.tile.cols, scales.shape[0],
+            LAYOUT=int(layout), EXPERTS=triton.next_power_of_2(experts), TILE_COLS=layout.tile.cols,
+            ROWS=_ROWS_CLEANED_ALONE, DEPENDENT=bool(dependent), WAIT=True,
+            num_warps=4, enable_fp_fusion=False, **dependent,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from the buffer's record (:class:`safealloc.formats.spec.ScaleSpec`).
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import triton
@@ -17,13 +18,11 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.triton_layout import device_of, scale_offset
 
-ROWS, COLS = 128, 64
-"""Of a piece."""
+_ROWS, _COLS = tl.constexpr(128), tl.constexpr(64)  # of a piece
+_STEP = tl.constexpr(16)  # columns that a program holds at once
 
 WORDS = 11
 """int64 of a piece in a table: the fields of :class:`Piece`, and a word that says where its flag is."""
-
-_STEP = 16  # columns that a program holds at once
 
 
 class Piece(NamedTuple):
@@ -42,45 +41,28 @@ class Piece(NamedTuple):
 
 
 @triton.jit
-def _is_dirty(
-    scales,
-    record,
-    length,
-    rows,
-    cols,
-    padded_rows,
-    col_tiles,
-    layout,
-    first_row,
-    first_col,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def _is_dirty(scales, record, length, rows, cols, padded_rows, col_tiles, layout, first_row, first_col):
     """Whether a byte of a piece is padding and not zero."""
-    row = first_row + tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, _ROWS)
     tile_cols = tl.where(layout == 2, 1, 4)
-    end = tl.minimum(first_col + COLS, col_tiles * tile_cols)
+    end = tl.minimum(first_col + _COLS, col_tiles * tile_cols)
     valid_row = row < rows
     if length > 0:  # the record names the valid rows
-        named = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, length, ROWS):
-            at = start + tl.arange(0, ROWS)
+        named = tl.zeros((_ROWS,), tl.int32)
+        for start in range(0, length, _ROWS):
+            at = start + tl.arange(0, _ROWS)
             place = tl.load(record + at, mask=at < length, other=0)
             named += tl.sum((place[None, :] == row[:, None] + 1).to(tl.int32), 1)
         valid_row = named > 0
-    dirty = tl.zeros((ROWS, STEP), tl.int32)
-    for start in range(first_col, end, STEP):
-        col = start + tl.arange(0, STEP)
+    dirty = tl.zeros((_ROWS, _STEP), tl.int32)
+    for start in range(first_col, end, _STEP):
+        col = start + tl.arange(0, _STEP)
         valid = valid_row[:, None] & (col < cols)[None, :]
         row_2d, col_2d = row[:, None], col[None, :]
-        offset = tl.where(
-            layout == 0,
-            scale_offset(row_2d, col_2d, col_tiles, 0),
-            tl.where(
-                layout == 1, scale_offset(row_2d, col_2d, col_tiles, 1), scale_offset(row_2d, col_2d, col_tiles, 2)
-            ),
-        )
+        in_128x4 = scale_offset(row_2d, col_2d, col_tiles, 0)
+        in_8x4 = scale_offset(row_2d, col_2d, col_tiles, 1)
+        linear = scale_offset(row_2d, col_2d, col_tiles, 2)
+        offset = tl.where(layout == 0, in_128x4, tl.where(layout == 1, in_8x4, linear))
         padding = (row_2d < padded_rows) & (col_2d < end) & (valid == 0)
         byte = tl.load(scales + offset, mask=padding, other=0)
         dirty |= (byte != 0).to(tl.int32)
@@ -89,38 +71,17 @@ def _is_dirty(
 
 # One binary for all shapes: a new one must not compile, least of all during a graph capture.
 @triton.jit(do_not_specialize=["length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot"])
-def _check(
-    scales,  # uint8
-    record,  # int32; anything where length is 0
-    flags,  # int32, of the host
-    length,
-    rows,
-    cols,
-    padded_rows,
-    col_tiles,
-    layout,
-    slot,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    if _is_dirty(
-        scales,
-        record,
-        length,
-        rows,
-        cols,
-        padded_rows,
-        col_tiles,
-        layout,
-        tl.program_id(0) * ROWS,
-        tl.program_id(1) * COLS,
-        ROWS,
-        COLS,
-        STEP,
-    ):
+def _check(scales, record, flags, length, rows, cols, padded_rows, col_tiles, layout, slot):
+    """``scales``: uint8; ``record``: int32, anything where length is 0; ``flags``: int32, of the host."""
+    first_row, first_col = tl.program_id(0) * _ROWS, tl.program_id(1) * _COLS
+    if _is_dirty(scales, record, length, rows, cols, padded_rows, col_tiles, layout, first_row, first_col):
         tl.store(flags + slot, 1)
         tl.store(flags, 1)
+
+
+@triton.jit
+def _number(word):
+    return tl.load(word).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["every"])
@@ -130,37 +91,19 @@ def _check_table(
     counters,  # int32, one a program
     every,
     WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     program = tl.program_id(0)
     seen = tl.load(counters + program) + 1
     tl.store(counters + program, tl.where(seen >= every, 0, seen))
     if seen >= every:
-        pieces = tl.load(table).to(tl.int32)
-        for piece in range(program, pieces, tl.num_programs(0)):
+        for piece in range(program, _number(table), tl.num_programs(0)):
             at = table + (piece + 1) * WORDS
-            if _is_dirty(
-                tl.load(at).to(tl.pointer_type(tl.uint8)),
-                tl.load(at + 1).to(tl.pointer_type(tl.int32)),
-                tl.load(at + 2).to(tl.int32),
-                tl.load(at + 3).to(tl.int32),
-                tl.load(at + 4).to(tl.int32),
-                tl.load(at + 5).to(tl.int32),
-                tl.load(at + 6).to(tl.int32),
-                tl.load(at + 7).to(tl.int32),
-                tl.load(at + 8).to(tl.int32),
-                tl.load(at + 9).to(tl.int32),
-                ROWS,
-                COLS,
-                STEP,
-            ):
+            scales, record = tl.load(at).to(tl.pointer_type(tl.uint8)), tl.load(at + 1).to(tl.pointer_type(tl.int32))
+            length, rows, cols, padded_rows = _number(at + 2), _number(at + 3), _number(at + 4), _number(at + 5)
+            col_tiles, layout, first_row, first_col = _number(at + 6), _number(at + 7), _number(at + 8), _number(at + 9)
+            if _is_dirty(scales, record, length, rows, cols, padded_rows, col_tiles, layout, first_row, first_col):
                 tl.store(flags + tl.load(at + 10), 1)
                 tl.store(flags, 1)
-
-
-_CONSTANTS = {"ROWS": ROWS, "COLS": COLS, "STEP": _STEP}
 
 
 def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
@@ -172,13 +115,12 @@ def pieces_of(spec: ScaleSpec, base: Tensor) -> list[Piece]:
     """
     whole = _whole(spec, base)
     padded_rows, padded_cols = spec.padded_shape
-    found = []
-    for first_row in range(0, padded_rows, ROWS):
-        for first_col in range(0, padded_cols, COLS):
-            full = first_row + ROWS <= whole.rows and min(first_col + COLS, padded_cols) <= whole.cols
-            if whole.length or not full:
-                found.append(whole._replace(first_row=first_row, first_col=first_col))
-    return found
+    corners = itertools.product(range(0, padded_rows, _ROWS.value), range(0, padded_cols, _COLS.value))
+    return [
+        whole._replace(first_row=row, first_col=col)
+        for row, col in corners
+        if whole.length or row + _ROWS.value > whole.rows or min(col + _COLS.value, padded_cols) > whole.cols
+    ]
 
 
 def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
@@ -189,24 +131,12 @@ def check(spec: ScaleSpec, base: Tensor, flags: Tensor, slot: int) -> None:
         flags: int32, in memory of the host that the device can write (pinned).
         slot: its flag.
     """
-    whole = _whole(spec, base)
-    padded_rows, padded_cols = spec.padded_shape
     record = spec.record_in(base)
+    padded_rows, padded_cols = spec.padded_shape
+    grid = (triton.cdiv(padded_rows, _ROWS.value), triton.cdiv(padded_cols, _COLS.value))
+    sizes = _whole(spec, base)[2:8]
     with device_of(base):
-        _check[(-(-padded_rows // ROWS), -(-padded_cols // COLS))](
-            base,
-            flags if record is None else record,
-            flags,
-            whole.length,
-            whole.rows,
-            whole.cols,
-            whole.padded_rows,
-            whole.col_tiles,
-            whole.layout,
-            slot,
-            **_CONSTANTS,
-            enable_fp_fusion=False,
-        )
+        _check[grid](base, flags if record is None else record, flags, *sizes, slot, enable_fp_fusion=False)
 
 
 def check_table(table: Tensor, flags: Tensor, counters: Tensor, every: int) -> None:
@@ -219,9 +149,7 @@ def check_table(table: Tensor, flags: Tensor, counters: Tensor, every: int) -> N
         every: replays.
     """
     with device_of(counters):
-        _check_table[(counters.shape[0],)](
-            table, flags, counters, every, WORDS=WORDS, **_CONSTANTS, enable_fp_fusion=False
-        )
+        _check_table[(counters.shape[0],)](table, flags, counters, every, WORDS=WORDS, enable_fp_fusion=False)
 
 
 def _whole(spec: ScaleSpec, base: Tensor) -> Piece:
@@ -229,7 +157,7 @@ def _whole(spec: ScaleSpec, base: Tensor) -> Piece:
     padded_rows, padded_cols = spec.padded_shape
     return Piece(
         scales=base.data_ptr(),
-        record=base.data_ptr() if record is None else record.data_ptr(),
+        record=(base if record is None else record).data_ptr(),
         length=spec.record,
         rows=spec.stored_rows,
         cols=spec.k // BLOCK_SIZE,

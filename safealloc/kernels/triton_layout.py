@@ -1,14 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the Triton kernels share: where a scale byte lies, and how they launch.
-
-The byte of (row, col) is::
-
-    128x4   (row // 128 * col_tiles + col // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + col % 4
-    8x4     (row // 8 * col_tiles + col // 4) * 32 + row % 8 * 4 + col % 4
-    linear  row * col_tiles + col
-
-:mod:`safealloc.formats.layout` states the same for Python and names the sources.
-"""
+"""What the Triton kernels share: how they launch, and where a scale byte lies; :mod:`safealloc.formats.layout` says why."""
 
 from __future__ import annotations
 

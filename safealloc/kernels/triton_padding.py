@@ -28,15 +28,11 @@ _WORDS = 512
 @triton.jit(do_not_specialize=["rows", "cols", "col_tiles", "padding_rows", "row_programs"])
 def _zero_padding(
     scales,  # uint8 [padded_rows, 4 * col_tiles] in LAYOUT (linear: [rows, col_tiles])
-    rows,
-    cols,
-    col_tiles,
+    rows, cols, col_tiles,
     padding_rows,  # padded_rows - rows
     row_programs,  # programs that take rows below the matrix; the rest take columns
-    LAYOUT: tl.constexpr,
-    TILE_COLS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    LAYOUT: tl.constexpr, TILE_COLS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, TILE_COLS)[None, :]
     # Two stores rather than one with both conditions: a mask that is the same for a whole word lets it go out as one.

@@ -1,10 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""NVFP4 quantization in one pass over ``x``, bit for bit as :func:`safealloc.kernels.reference.quantize`.
-
-With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
-
-    scale  = e4m3(clamp(g * (max|x| * (1 / 6)), -448, 448))         one per 16 columns
-    data   = e2m1(clamp(x * r(scale * r(g)), -6, 6))                round to nearest, ties to even
+"""NVFP4 quantization in one pass over ``x``, bit for bit as :mod:`safealloc.kernels.reference`, which states the recipe.
 
 Rounding to a small float needs no table: ``m + c`` rounds ``m`` to a multiple of ``ulp(c)``, ties to even, so a power
 of two ``c`` whose ulp is the target's step at ``m`` does it, and ``bits(m + c) - bits(c)`` counts the steps. For e4m3
@@ -46,36 +41,20 @@ def _round(x, MIN_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, LARGEST: 
     return code, rounded - step_is_ulp.to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _encode_e4m3(x):
-    """e4m3 code and its float32 value: nearest, ties to even, saturating at 448; NaN becomes 0x7F and NaN."""
-    code, value = _round(x, -6, 3, 448.0)
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80  # of zeros too
-    nan = x != x
-    return tl.where(nan, 0x7F, code | sign), tl.where(nan, x, tl.where(x < 0, -value, value))
+_PACK_E2M1 = tl.constexpr(
+    "{ .reg .b8 byte0, byte1, byte2, byte3;"  # the first source operand is the upper nibble
+    + "".join(f"cvt.rn.satfinite.e2m1x2.f32 byte{i}, ${5 + i}, ${1 + i};" for i in range(4))
+    + "mov.b32 $0, {byte0, byte1, byte2, byte3}; }"
+)
 
 
 @triton.jit
 def _pack_e2m1(even, odd, HARDWARE: tl.constexpr):
     """Two float32 as one byte, ``even`` in the low nibble: nearest, ties to even, saturating at 6; NaN becomes +6."""
     if HARDWARE:
-        # The first source operand is the upper nibble. -0.0 + 0.0 is +0.0, which the conversion would not make of it.
+        # -0.0 + 0.0 is +0.0, which the conversion would not make of it.
         packed = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b8 byte0, byte1, byte2, byte3;
-            cvt.rn.satfinite.e2m1x2.f32 byte0, $5, $1;
-            cvt.rn.satfinite.e2m1x2.f32 byte1, $6, $2;
-            cvt.rn.satfinite.e2m1x2.f32 byte2, $7, $3;
-            cvt.rn.satfinite.e2m1x2.f32 byte3, $8, $4;
-            mov.b32 $0, {byte0, byte1, byte2, byte3};
-            }
-            """,
-            constraints="=r,f,f,f,f,f,f,f,f",
-            args=[even + 0.0, odd + 0.0],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
+            _PACK_E2M1, "=r,f,f,f,f,f,f,f,f", [even + 0.0, odd + 0.0], tl.uint8, is_pure=True, pack=4
         )
     else:
         low, _ = _round(even, 0, 1, 6.0)
@@ -98,19 +77,19 @@ def _encode_scale(x, HARDWARE: tl.constexpr):
         rounded = x.to(tl.float8e4nv)
         code, value = rounded.to(tl.uint8, bitcast=True), rounded.to(tl.float32)
     else:
-        code_int32, value = _encode_e4m3(x)
-        code = code_int32.to(tl.uint8)
+        code_int32, magnitude = _round(x, -6, 3, 448.0)
+        sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80  # of zeros too
+        code = tl.where(x != x, 0x7F, code_int32 | sign).to(tl.uint8)
+        value = tl.where(x != x, x, tl.where(x < 0, -magnitude, magnitude))
     return code, value
 
 
-def _pack_ptx(unpack: str) -> tl.constexpr:
+def _pack_ptx(unpack: str) -> str:
     """Eight columns, two in each of ``$1`` to ``$4``, times ``$5`` to ``$8``, as eight e2m1 in ``$0``.
 
     ``value * 2**-6`` is an e4m3 number whose bits are those of e2m1, shifted by two: so the float32 is rounded to e2m1, as
-    in :func:`_round`, in that scale, and the hardware's conversion packs it.
-
-    Args:
-        unpack: makes ``even`` and ``odd``, float32, of ``WORD``.
+    in :func:`_round`, in that scale, and the hardware's conversion packs it. ``unpack`` makes ``even`` and ``odd``, float32,
+    of ``WORD``.
     """
     one = """
         mul.rn.f32 {x}, {x}, {factor};
@@ -135,8 +114,7 @@ def _pack_ptx(unpack: str) -> tl.constexpr:
         + f"cvt.rn.satfinite.e4m3x2.f32 pair{word}, odd, even;"
         for word in range(4)
     )
-    return tl.constexpr(
-        f"""
+    return f"""
         {{
         .reg .f32 even, odd, magnitude, rounder;
         .reg .b32 step, sign, low, high, rest;
@@ -154,14 +132,15 @@ def _pack_ptx(unpack: str) -> tl.constexpr:
         lop3.b32 step, rest, 0x70707070, step, 0xEA;
         lop3.b32 $0, high, 0x80808080, step, 0xEA;
         }}
-        """
-    )
+    """
 
 
-_PACK_BFLOAT16 = _pack_ptx(
-    "shl.b32 step, WORD, 16; mov.b32 even, step; and.b32 step, WORD, 0xFFFF0000; mov.b32 odd, step;"
+_PACK_BFLOAT16 = tl.constexpr(
+    _pack_ptx("shl.b32 step, WORD, 16; mov.b32 even, step; and.b32 step, WORD, 0xFFFF0000; mov.b32 odd, step;")
 )
-_PACK_FLOAT16 = _pack_ptx("mov.b32 {half0, half1}, WORD; cvt.f32.f16 even, half0; cvt.f32.f16 odd, half1;")
+_PACK_FLOAT16 = tl.constexpr(
+    _pack_ptx("mov.b32 {half0, half1}, WORD; cvt.f32.f16 even, half0; cvt.f32.f16 odd, half1;")
+)
 
 
 @triton.jit
@@ -189,14 +168,11 @@ def _magnitude(first, second, BFLOAT16: tl.constexpr):
 @triton.jit
 def _pack_words(words, factor, BFLOAT16: tl.constexpr):
     """Data, uint8 [BLOCKS, 4], of words [BLOCKS, 4] of two columns each times factor [BLOCKS]."""
+    factors = tl.broadcast_to(factor[:, None], words.shape)
     return tl.inline_asm_elementwise(
         _PACK_BFLOAT16 if BFLOAT16 else _PACK_FLOAT16,
-        constraints="=r,r,r,r,r,f,f,f,f",
-        args=[words, tl.broadcast_to(factor[:, None], words.shape)],
-        dtype=tl.uint8,
-        is_pure=True,
-        pack=4,
-    )
+        "=r,r,r,r,r,f,f,f,f", [words, factors], tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -217,14 +193,11 @@ def load_blocks(x, block, live, WORDS: tl.constexpr):
 
 @triton.jit
 def encode_blocks(
-    first,
-    second,  # what load_blocks returns
+    first, second,  # what load_blocks returns
     g,  # float32
     BFLOAT16: tl.constexpr,  # else float16, of WORDS
-    HARDWARE_E2M1: tl.constexpr,
-    HARDWARE_E4M3: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS]."""
     if WORDS:
         pair = _magnitude(first, second, BFLOAT16)
@@ -248,14 +221,12 @@ def encode_blocks(
 @triton.jit
 def quantize_blocks(
     x,  # bfloat16 or float16
-    global_scale,
+    global_scale,  # float32 [1]
     block,  # int64 [BLOCKS, 1], number of each block of 16 columns of x
     live,  # int1 [BLOCKS], whether it is read; else it is zeros
-    HARDWARE_E2M1: tl.constexpr,
-    HARDWARE_E4M3: tl.constexpr,
-    WORDS: tl.constexpr,
+    HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, WORDS: tl.constexpr,
     TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way: its programs then share the room fairly
-):
+):  # fmt: skip
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
     g = tl.load(global_scale)
     first, second = load_blocks(x, block, live, WORDS)
@@ -273,15 +244,11 @@ def _quantize(
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
-    cols,
-    col_tiles,
-    LAYOUT: tl.constexpr,
-    HARDWARE_E2M1: tl.constexpr,
-    HARDWARE_E4M3: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    cols, col_tiles,
+    LAYOUT: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,  # whole blocks in a lane, as words of two columns
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
-):
+):  # fmt: skip
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = col < cols
@@ -301,43 +268,32 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor,
-    global_scale: Tensor,
-    x_fp4: Tensor,
-    scales: Tensor,
-    layout: SfLayout,
-    valid_rows: Tensor | None = None,
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
 ) -> None:
     """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales`` in one launch; padding is not touched.
 
-    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph.
-
-    Args:
-        x: bfloat16 or float16 ``[rows, k]``, contiguous, fewer than ``2**31`` rows, k at most ``2**24``.
-        global_scale: float32, one element.
-        x_fp4: uint8 ``[rows, k // 2]``, contiguous, written; the low nibble is the even column.
-        scales: uint8 ``[padded_rows, padded_cols]``, contiguous, in ``layout`` for ``[rows, k]`` or a padded k.
-        layout: order of the bytes in ``scales``.
-        valid_rows: int32, one element on the device: rows at or beyond it get zero data and zero scales, unread.
+    Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph. Arguments as
+    :func:`safealloc.kernels.reference.quantize`, contiguous; fewer than ``2**31`` rows, k at most ``2**24``.
     """
     rows, k = x.shape
     cols = k // BLOCK_SIZE
-    tiling = tiling_for(rows, cols, rows * cols > _FEW_BLOCKS and takes_words(x))
+    tiling = tiling_for(rows, cols, rows * cols > FEW_BLOCKS and takes_words(x))
+    options = launch_options(x.device, layout, tiling)
     with device_of(x):
         _quantize[(rows, -(-cols // tiling.blocks))](
-            x,
-            global_scale,
-            x_fp4,
-            scales,
-            valid_rows,
-            cols,
-            scales.shape[-1] // layout.tile.cols,
-            **_options(x.device, layout, tiling),
+            x, global_scale, x_fp4, scales, valid_rows, cols, scales.shape[-1] // layout.tile.cols, **options
         )
 
 
+class Tiling(NamedTuple):
+    """How a matrix is cut into programs of 4 warps."""
+
+    blocks: int  # of 16 columns a program
+    words: bool  # whole blocks in a lane, two columns in a register
+
+
 @functools.cache
-def _options(device: torch.device, layout: SfLayout, tiling: Tiling) -> dict[str, Any]:
+def launch_options(device: torch.device, layout: SfLayout, tiling: Tiling) -> dict[str, Any]:
     """Constants and options of a launch, put together once: an eager call waits for the host."""
     dependent = dependent_launch(device)
     on_cuda = device.type == "cuda"
@@ -354,31 +310,16 @@ def _options(device: torch.device, layout: SfLayout, tiling: Tiling) -> dict[str
     }
 
 
-class Tiling(NamedTuple):
-    """How a matrix is cut into programs of 4 warps.
-
-    Attributes:
-        blocks: of 16 columns a program.
-        words: whole blocks in a lane, two columns in a register.
-    """
-
-    blocks: int
-    words: bool
-
-
-_FEW_BLOCKS = 4096
+FEW_BLOCKS = 4096
 
 
 @functools.cache
 def tiling_for(rows: int, cols: int, words: bool) -> Tiling:
-    """Few blocks (decode): 4 columns a lane. More: whole blocks, or 8 columns. ``benchmarks/NOTES.md`` has the numbers.
+    """For ``rows`` of ``cols`` blocks; ``words`` is what :func:`takes_words` says. ``benchmarks/NOTES.md`` has the numbers.
 
-    Args:
-        rows: of the matrix.
-        cols: blocks in a row.
-        words: what :func:`takes_words` says.
+    Few blocks (decode): 4 columns a lane. More: whole blocks, or 8 columns.
     """
-    if rows * cols <= _FEW_BLOCKS:
+    if rows * cols <= FEW_BLOCKS:
         return Tiling(32, words=False)
     return Tiling(128 if words else 64, words=words)
 

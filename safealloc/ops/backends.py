@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,21 +22,13 @@ from safealloc.kernels import reference, reference_grouped, vendors
 
 
 class Call(NamedTuple):
-    """What a backend's requirement looks at.
+    """What a backend's requirement looks at."""
 
-    Attributes:
-        device: of all tensors.
-        layout: of the activation's scales.
-        out_dtype: of a GEMM's result, else ``None``.
-        valid_rows: a quantization with a device-side row count.
-        row_alpha: a GEMM with one alpha per row; ``None`` where one alpha is both, since there is one row.
-    """
-
-    device: torch.device
-    layout: SfLayout
-    out_dtype: torch.dtype | None = None
-    valid_rows: bool = False
-    row_alpha: bool | None = False
+    device: torch.device  # of all tensors
+    layout: SfLayout  # of the activation's scales
+    out_dtype: torch.dtype | None = None  # of a GEMM's result
+    valid_rows: bool = False  # a quantization with a device-side row count
+    row_alpha: bool | None = False  # a GEMM with one alpha per row; None: there is one row, so that one alpha is both
 
 
 call_for = functools.cache(Call)
@@ -44,24 +37,16 @@ call_for = functools.cache(Call)
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        name: what a caller asks for.
-        refusal: why it cannot run a call, in one sentence, or ``None``.
-        run: the function; all rows of a table take the same call, that of row "reference".
-        automatic: whether ``"auto"`` may take it.
-        package: whose kernel it is, where it is not ours.
-    """
-
-    name: str
-    refusal: Callable[[Call], str | None]
-    run: Callable[..., None]
-    automatic: bool = True
-    package: str | None = None
+    name: str  # what a caller asks for
+    refusal: Callable[[Call], str | None]  # why it cannot run a call, in one sentence, or None
+    run: Callable[..., None]  # all rows of a table take the same call, that of row "reference"
+    automatic: bool = True  # whether "auto" may take it
+    package: str | None = None  # whose kernel it is, where it is not ours
 
 
-class Table(MutableMapping[str, Backend]):
+class Table(UserDict[str, Backend]):
     """Backends by name, in the order in which ``"auto"`` tries them.
 
     Every eager call chooses, so choices on CUDA devices, whose capability does not change, are remembered until a row
@@ -69,8 +54,8 @@ class Table(MutableMapping[str, Backend]):
     """
 
     def __init__(self, *rows: Backend) -> None:
-        self._rows = {row.name: row for row in rows}
         self._chosen: dict[tuple[str, Call], Backend] = {}
+        super().__init__({row.name: row for row in rows})
 
     def choose(self, name: str, call: Call) -> Backend:
         """The row that ``name`` asks for.
@@ -103,22 +88,13 @@ class Table(MutableMapping[str, Backend]):
         """Choose anew from now on: what a requirement looks at has changed."""
         self._chosen.clear()
 
-    def __getitem__(self, name: str) -> Backend:
-        return self._rows[name]
-
     def __setitem__(self, name: str, row: Backend) -> None:
-        self._rows[name] = row
+        super().__setitem__(name, row)
         self.forget_choices()
 
     def __delitem__(self, name: str) -> None:
-        del self._rows[name]
+        super().__delitem__(name)
         self.forget_choices()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 @functools.cache
@@ -138,17 +114,9 @@ def triton_refusal(call: Call) -> str | None:
         return reason
     if call.device.type != "cuda":
         return None if interpreting() else f"Triton kernels need a CUDA device, not {call.device}"
-    if capability(call.device) < (8, 9):
-        return f"float8_e4m3 needs compute capability 8.9, {_capability_text(call.device)}"
-    return None
-
-
-def _capability_text(device: torch.device) -> str:
-    major, minor = capability(device)
-    return f"{device} has {major}.{minor}"
-
-
-def _runs_anywhere(call: Call) -> str | None:
+    major, minor = capability(call.device)
+    if (major, minor) < (8, 9):
+        return f"float8_e4m3 needs compute capability 8.9, {call.device} has {major}.{minor}"
     return None
 
 
@@ -166,69 +134,43 @@ def package_refusal(call: Call, package: str, runs_on: tuple[int, ...]) -> str |
     if 10 * major + minor not in runs_on:
         listed = ", ".join(str(number / 10) for number in runs_on)
         per_row = " with one alpha per row" if call.row_alpha else ""
-        return f"it runs{per_row} on compute capability {listed} only, {_capability_text(call.device)}"
+        return f"it runs{per_row} on compute capability {listed} only, {call.device} has {major}.{minor}"
     return None
 
 
-def _quantizer_refusal(call: Call, package: str) -> str | None:
-    if call.valid_rows:
-        return f"{package} takes no valid_rows"
-    if package == "vllm" and call.layout is SfLayout.layout_8x4:
-        return "vLLM's own quantizer writes 128x4 and linear"
-    return package_refusal(call, package, _BLACKWELL)
+def _reference(run: Callable[..., None]) -> Backend:
+    return Backend("reference", lambda call: None, run)
 
 
-def _flashinfer_refusal(
-    call: Call,
-    reads: tuple[SfLayout, ...],
-    returns: tuple[torch.dtype, ...],
-    runs_on: tuple[int, ...],
-    row_alpha: tuple[int, ...],
-) -> str | None:
-    if call.layout not in reads:
-        return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
-    if call.out_dtype not in returns:
-        return f"it returns {' or '.join(map(str, returns))}, not {call.out_dtype}"
-    per_row = call.row_alpha or (call.row_alpha is None and not runs_on)
-    runs_on = row_alpha if per_row else runs_on
-    if not runs_on:
-        return "it takes one alpha, not one per row" if per_row else "it takes one alpha per row, not one"
-    return package_refusal(call, "flashinfer", runs_on)
-
-
-# Launchers are looked up at the first call: Triton may be missing, and its import takes a second.
-def _triton(module: str, function: str) -> Callable[..., None]:
-    @functools.cache
-    def launcher() -> Callable[..., None]:
-        found: Callable[..., None] = getattr(_optional.require(f"safealloc.kernels.{module}"), function)
-        return found
-
-    return lambda *arguments, **keywords: launcher()(*arguments, **keywords)
+def _triton(module: str, function: str) -> Backend:
+    # Looked up at the first call: Triton may be missing, and its import takes a second.
+    launcher = functools.cache(lambda: getattr(_optional.require(f"safealloc.kernels.{module}"), function))
+    return Backend("triton", triton_refusal, lambda *arguments, **keywords: launcher()(*arguments, **keywords))
 
 
 def _quantizer(package: str, run: Callable[..., None]) -> Backend:
-    refusal = functools.partial(_quantizer_refusal, package=package)
+    def refusal(call: Call) -> str | None:
+        if call.valid_rows:
+            return f"{package} takes no valid_rows"
+        if package == "vllm" and call.layout is SfLayout.layout_8x4:
+            return "vLLM's own quantizer writes 128x4 and linear"
+        return package_refusal(call, package, _BLACKWELL)
+
     return Backend(package, refusal, run, automatic=False, package=package)
 
 
 QUANTIZERS = Table(
-    Backend("triton", triton_refusal, _triton("triton_quantize", "quantize")),
-    Backend("reference", _runs_anywhere, reference.quantize),
+    _triton("triton_quantize", "quantize"),
+    _reference(reference.quantize),
     _quantizer("flashinfer", vendors.flashinfer_quantize),
     _quantizer("vllm", vendors.vllm_quantize),
 )
 """Quantizers. The vendors' run only by name: FlashInfer's costs a copy, and both write padding themselves."""
 
-GROUPED_QUANTIZERS = Table(
-    Backend("triton", triton_refusal, _triton("triton_grouped", "quantize")),
-    Backend("reference", _runs_anywhere, reference_grouped.quantize),
-)
+GROUPED_QUANTIZERS = Table(_triton("triton_grouped", "quantize"), _reference(reference_grouped.quantize))
 """Quantizers of rows grouped by expert (MoE). The vendors' do not clean: they need a row of ``CLEANERS`` beside them."""
 
-CLEANERS = Table(
-    Backend("triton", triton_refusal, _triton("triton_grouped", "clean")),
-    Backend("reference", _runs_anywhere, reference_grouped.clean),
-)
+CLEANERS = Table(_triton("triton_grouped", "clean"), _reference(reference_grouped.clean))
 """What clears the scales that only an earlier step wrote."""
 
 
@@ -241,15 +183,26 @@ def _flashinfer(
     row_alpha: tuple[int, ...] = (),
 ) -> Backend:
     """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row."""
-    refusal = functools.partial(_flashinfer_refusal, reads=reads, returns=returns, runs_on=runs_on, row_alpha=row_alpha)
+
+    def refusal(call: Call) -> str | None:
+        if call.layout not in reads:
+            return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
+        if call.out_dtype not in returns:
+            return f"it returns {' or '.join(map(str, returns))}, not {call.out_dtype}"
+        per_row = call.row_alpha or (call.row_alpha is None and not runs_on)
+        capabilities = row_alpha if per_row else runs_on
+        if not capabilities:
+            return "it takes one alpha, not one per row" if per_row else "it takes one alpha per row, not one"
+        return package_refusal(call, "flashinfer", capabilities)
+
     run = functools.partial(vendors.flashinfer_mm, backend="auto" if name == "flashinfer" else name)
     return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer")
 
 
 GEMMS = Table(
     _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103)),  # FlashInfer's own choice
-    Backend("triton", triton_refusal, _triton("triton_gemm", "mm")),
-    Backend("reference", _runs_anywhere, reference.mm),
+    _triton("triton_gemm", "mm"),
+    _reference(reference.mm),
     _flashinfer("cudnn", _BLACKWELL),
     _flashinfer(
         "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
@@ -275,6 +228,6 @@ def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:
         rows, k: the matrix.
     """
     if triton_refusal(Call(scales.device, layout)) is None:
-        _triton("triton_padding", "zero_padding")(scales, layout, rows, k)
+        _optional.require("safealloc.kernels.triton_padding").zero_padding(scales, layout, rows, k)
     else:
         ScaleSpec(rows, k, layout).zero_padding(scales)

@@ -14,7 +14,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
-from safealloc.ops.library import library
+from safealloc.ops.library import register
 from safealloc.pool.contents import note_of, remember, spec_of
 
 ForeignScales = Literal["zero", "trust", "error"]
@@ -83,20 +83,9 @@ def mm_fp4(
     if block_size != BLOCK_SIZE or not use_nvfp4:
         if reason := missing("flashinfer"):
             raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
+        options = {"backend": backend, "use_nvfp4": use_nvfp4, "enable_pdl": enable_pdl, "skip_check": skip_check}
         passed_through: Tensor = require("flashinfer").mm_fp4(
-            a,
-            b,
-            a_descale,
-            b_descale,
-            alpha,
-            out_dtype,
-            out,
-            block_size=block_size,
-            use_8x4_sf_layout=bool(use_8x4_sf_layout),
-            backend=backend,
-            use_nvfp4=use_nvfp4,
-            enable_pdl=enable_pdl,
-            skip_check=skip_check,
+            a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, bool(use_8x4_sf_layout), **options
         )
         return passed_through
     if torch.compiler.is_compiling():
@@ -243,13 +232,8 @@ def _known_spec(name: str, scales: Tensor) -> ScaleSpec | None:
 def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> None:
     """Refuse a GEMM that would not read a buffer as it was written.
 
-    Args:
-        spec: of the activation's scales.
-        m, k: of the activation; k may have been padded as far as the buffer's columns go.
-        asked: the layout that the GEMM is told to read, if it is told one.
-
-    Raises:
-        LayoutMismatchError: the layout, the rows or the columns contradict the buffer.
+    Its activation is ``[m, k]``, where k may have been padded as far as the buffer's columns go; ``asked`` is the layout that
+    the GEMM is told to read, if it is told one. Raises LayoutMismatchError.
     """
     if asked is not None and asked is not spec.layout:
         raise LayoutMismatchError(
@@ -293,13 +277,6 @@ def _is_whole_storage(tensor: Tensor) -> bool:
 
 # A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: a_descale, by which
 # a pool's buffer is recognized, and foreign_descale, which is zeroed and read where no pool made them.
-library.define(
-    "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
-    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def _op(
     a: Tensor,
     b: Tensor,
@@ -330,17 +307,9 @@ def _op(
     )
 
 
-def _fake(
-    a: Tensor,
-    b: Tensor,
-    a_descale: Tensor,
-    b_descale: Tensor,
-    alpha: Tensor | None,
-    out_dtype: torch.dtype,
-    *rest: object,
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-
-
-library.impl("mm_fp4", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("safealloc::mm_fp4", _fake, lib=library)
+register(
+    "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
+    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
+    _op,
+    lambda a, b, a_descale, b_descale, alpha, out_dtype, *rest: a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype),
+)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from safealloc._checks import BYTES, check_contiguous, check_scalar, check_tensor
 from safealloc.formats.format import BLOCK_SIZE
-from safealloc.formats.layout import SfLayout, checked_layout
+from safealloc.formats.layout import SfLayout, checked_integer, checked_layout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for
 from safealloc.ops.inductor import forbid_reuse
-from safealloc.ops.library import empty_scales, library
+from safealloc.ops.library import empty_scales, register
 from safealloc.pool.contents import spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
@@ -125,9 +127,7 @@ def clean_grouped_scales(
             "scales must start at a buffer of ScalePool.acquire_grouped: other memory has no record of the previous step"
         )
     _check_offsets(expert_offsets, blockscale_offsets, spec.experts, scales.device)
-    rows = spec.rows if rows is None else rows
-    if isinstance(rows, bool) or not isinstance(rows, int):
-        raise TypeError(f"rows must be an integer, got {rows!r}")
+    rows = spec.rows if rows is None else checked_integer(rows, "rows")
     if not 1 <= rows <= spec.rows:
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
     row = CLEANERS.choose(backend, call_for(scales.device, spec.layout))
@@ -147,51 +147,31 @@ def _quantize(
     silu_and_mul: bool,
     pool: ScalePool | None = None,
 ) -> tuple[Tensor, Tensor]:
+    offsets = (expert_offsets, blockscale_offsets)
     if torch.compiler.is_compiling():
         if pool is not None:
             raise ValueError("compiled code quantizes into the default pool: leave pool out, and choose it by use_pool")
         result: tuple[Tensor, Tensor] = torch.ops.safealloc.nvfp4_quantize_grouped(
-            x,
-            global_scales,
-            expert_offsets,
-            blockscale_offsets,
-            int(layout),
-            backend,
-            valid_rows,
-            row_tokens,
-            silu_and_mul,
+            x, global_scales, *offsets, int(layout), backend, valid_rows, row_tokens, silu_and_mul
         )
         return result
-    rows, k, experts = _check_input(x, global_scales, expert_offsets, blockscale_offsets, silu_and_mul)
+    rows, k, experts = _check_input(x, global_scales, silu_and_mul)
+    _check_offsets(expert_offsets, blockscale_offsets, experts, x.device)
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     if row_tokens is not None:
-        _check_vector("row_tokens", row_tokens, torch.int32, rows, x.device)
+        _check_vector("row_tokens", row_tokens, rows, x.device)
         if valid_rows is None:
             raise ValueError("row_tokens tells whose rows are valid: give valid_rows too")
     layout = checked_layout(layout)
-    pool = default_pool(x.device) if pool is None else checked_pool(pool)
-    if pool.device != x.device:
-        raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
+    pool = default_pool(x.device) if pool is None else checked_pool(pool, x)
     row = GROUPED_QUANTIZERS.choose(backend, call_for(x.device, layout))
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
     assert spec is not None
     buffer, record = _whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    row.run(
-        x,
-        global_scales,
-        x_fp4,
-        buffer,
-        layout,
-        record,
-        expert_offsets,
-        blockscale_offsets,
-        valid_rows,
-        row_tokens,
-        silu_and_mul,
-    )
+    row.run(x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul)
     return x_fp4, scales
 
 
@@ -203,9 +183,7 @@ def _whole_buffer(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
     return scales.as_strided((padded_rows, padded_cols), (padded_cols, 1)), record
 
 
-def _check_input(
-    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, silu_and_mul: bool
-) -> tuple[int, int, int]:
+def _check_input(x: Tensor, global_scales: Tensor, silu_and_mul: bool) -> tuple[int, int, int]:
     """Rows, k and experts."""
     check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, 2 * k]" if silu_and_mul else "[rows, k]")
     check_contiguous("x", x)
@@ -219,47 +197,35 @@ def _check_input(
     experts = global_scales.shape[0]
     if experts < 1:
         raise ValueError("global_scales must have one element for each expert, got none")
-    _check_offsets(expert_offsets, blockscale_offsets, experts, x.device)
     return rows, width // 2 if silu_and_mul else width, experts
 
 
 def _check_offsets(expert_offsets: Tensor, blockscale_offsets: Tensor, experts: int, device: torch.device) -> None:
-    _check_vector("expert_offsets", expert_offsets, torch.int32, experts + 1, device)
-    _check_vector("blockscale_offsets", blockscale_offsets, torch.int32, experts + 1, device)
+    _check_vector("expert_offsets", expert_offsets, experts + 1, device)
+    _check_vector("blockscale_offsets", blockscale_offsets, experts + 1, device)
 
 
-def _check_vector(name: str, vector: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
-    check_tensor(name, vector, (dtype,), "[length]", device)
+def _check_vector(name: str, vector: Tensor, length: int, device: torch.device) -> None:
+    check_tensor(name, vector, (torch.int32,), "[length]", device)
     check_contiguous(name, vector)
     if vector.shape[0] != length:
         raise ValueError(f"{name} must have {length} elements, got {vector.shape[0]}")
 
 
-library.define(
-    "nvfp4_quantize_grouped(Tensor x, Tensor global_scales, Tensor expert_offsets, Tensor blockscale_offsets, int layout, "
-    "str backend, Tensor? valid_rows, Tensor? row_tokens, bool silu_and_mul) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def _fake(
-    x: Tensor,
-    global_scales: Tensor,
-    expert_offsets: Tensor,
-    blockscale_offsets: Tensor,
-    layout: int,
-    backend: str,
-    valid_rows: Tensor | None,
-    row_tokens: Tensor | None,
-    silu_and_mul: bool,
+    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, layout: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     forbid_reuse(torch.ops.safealloc.nvfp4_quantize_grouped.default)
     sf_layout = checked_layout(layout)
     rows, width = x.shape
-    k = width // 2 if silu_and_mul else width
+    k = width // 2 if rest[-1] else width  # rest ends with silu_and_mul
     scale_rows = sf_layout.grouped_rows(rows, global_scales.shape[0])
     return x.new_empty((rows, k // 2), dtype=torch.uint8), empty_scales(scale_rows, k, sf_layout, x.device)
 
 
-library.impl("nvfp4_quantize_grouped", _quantize, "CompositeExplicitAutograd")
-torch.library.register_fake("safealloc::nvfp4_quantize_grouped", _fake, lib=library)
+register(
+    "nvfp4_quantize_grouped(Tensor x, Tensor global_scales, Tensor expert_offsets, Tensor blockscale_offsets, int layout, "
+    "str backend, Tensor? valid_rows, Tensor? row_tokens, bool silu_and_mul) -> (Tensor, Tensor)",
+    _quantize,
+    _fake,
+)

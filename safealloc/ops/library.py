@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,14 @@ from safealloc.formats.layout import SfLayout
 
 library = torch.library.Library("safealloc", "FRAGMENT")
 """Where every op of this package is registered, each beside the function it makes opaque."""
+
+
+def register(schema: str, function: Callable[..., object], fake: Callable[..., object], *tags: torch.Tag) -> None:
+    """Make an op of ``function``; ``fake`` returns tensors of the same shapes to a compiler."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"safealloc::{name}", fake, lib=library)
 
 
 def empty_scales(rows: int, k: int, layout: SfLayout, device: torch.device, padded_k: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, checked_layout
 from safealloc.ops.backends import GEMMS, QUANTIZERS, call_for
 from safealloc.ops.gemm import call_of, check_result, check_weight
-from safealloc.ops.library import library
+from safealloc.ops.library import register
 from safealloc.ops.quantize import check_input, quantize_into
 from safealloc.pool.default import default_pool
 
@@ -45,15 +45,9 @@ def nvfp4_linear(
         TypeError, ValueError, SafeAllocError: as :func:`safealloc.nvfp4_quantize` and :func:`safealloc.mm_fp4`.
     """
     if torch.compiler.is_compiling():
+        order = None if layout is None else int(layout)
         result: Tensor = torch.ops.safealloc.nvfp4_linear(
-            x,
-            weight_fp4,
-            weight_scale,
-            input_global_scale,
-            alpha,
-            None if layout is None else int(layout),
-            out_dtype,
-            backend,
+            x, weight_fp4, weight_scale, input_global_scale, alpha, order, out_dtype, backend
         )
         return result
     if not isinstance(x, Tensor):
@@ -87,42 +81,14 @@ def _layout_for(
     return SfLayout.layout_128x4 if refusal else SfLayout.layout_8x4
 
 
-library.define(
+register(
     "nvfp4_linear(Tensor x, Tensor weight_fp4, Tensor weight_scale, Tensor input_global_scale, Tensor? alpha, "
     "int? layout, ScalarType out_dtype, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    # contiguous(): a compiler may choose another memory order for what the eager code saw as contiguous.
+    lambda x, weight, weight_scale, global_scale, alpha, layout, out_dtype, backend: nvfp4_linear(
+        x.contiguous(), weight, weight_scale, global_scale, alpha, layout=layout, out_dtype=out_dtype, backend=backend
+    ),
+    lambda x, weight, weight_scale, global_scale, alpha, layout, out_dtype, backend: x.new_empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=out_dtype
+    ),
 )
-
-
-def _op(
-    x: Tensor,
-    weight_fp4: Tensor,
-    weight_scale: Tensor,
-    input_global_scale: Tensor,
-    alpha: Tensor | None,
-    layout: int | None,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    sf_layout = None if layout is None else SfLayout(layout)
-    x = x.contiguous()  # a compiler may choose another memory order for what the eager code saw as contiguous
-    return nvfp4_linear(
-        x, weight_fp4, weight_scale, input_global_scale, alpha, layout=sf_layout, out_dtype=out_dtype, backend=backend
-    )
-
-
-def _fake(
-    x: Tensor,
-    weight_fp4: Tensor,
-    weight_scale: Tensor,
-    input_global_scale: Tensor,
-    alpha: Tensor | None,
-    layout: int | None,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_fp4.shape[0]), dtype=out_dtype)
-
-
-library.impl("nvfp4_linear", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("safealloc::nvfp4_linear", _fake, lib=library)

@@ -10,7 +10,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, checked_layout
 from safealloc.ops.backends import QUANTIZERS, Backend, call_for
 from safealloc.ops.inductor import forbid_reuse
-from safealloc.ops.library import empty_scales, library
+from safealloc.ops.library import empty_scales, register
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 
@@ -57,20 +57,13 @@ def nvfp4_quantize(
     if valid_rows is not None:
         check_scalar("valid_rows", valid_rows, torch.int32, x.device)
     layout = checked_layout(layout)
-    pool = default_pool(x.device) if pool is None else checked_pool(pool)
-    if pool.device != x.device:
-        raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
+    pool = default_pool(x.device) if pool is None else checked_pool(pool, x)
     row = QUANTIZERS.choose(backend, call_for(x.device, layout, None, valid_rows is not None))
     return quantize_into(pool, row, x, global_scale, layout, valid_rows)
 
 
 def quantize_into(
-    pool: ScalePool,
-    row: Backend,
-    x: Tensor,
-    global_scale: Tensor,
-    layout: SfLayout,
-    valid_rows: Tensor | None = None,
+    pool: ScalePool, row: Backend, x: Tensor, global_scale: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`nvfp4_quantize` of arguments that were checked, by a backend that was chosen."""
     rows, k = x.shape
@@ -81,11 +74,7 @@ def quantize_into(
 
 
 def check_input(x: Tensor, global_scale: Tensor) -> tuple[int, int]:
-    """Rows and k of what is to be quantized.
-
-    Raises:
-        TypeError, ValueError: it cannot be.
-    """
+    """Rows and k of what is to be quantized; raises TypeError, ValueError."""
     check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, k]")
     check_contiguous("x", x)
     rows, k = x.shape
@@ -95,23 +84,16 @@ def check_input(x: Tensor, global_scale: Tensor) -> tuple[int, int]:
     return rows, k
 
 
-library.define(
-    "nvfp4_quantize(Tensor x, Tensor global_scale, int layout, str backend, Tensor? valid_rows) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _op(x: Tensor, global_scale: Tensor, layout: int, backend: str, valid_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    return nvfp4_quantize(x, global_scale, layout=SfLayout(layout), backend=backend, valid_rows=valid_rows)
-
-
-def _fake(
-    x: Tensor, global_scale: Tensor, layout: int, backend: str, valid_rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, global_scale: Tensor, layout: int, *rest: object) -> tuple[Tensor, Tensor]:
     forbid_reuse(torch.ops.safealloc.nvfp4_quantize.default)
     rows, k = x.shape
     return x.new_empty((rows, k // 2), dtype=torch.uint8), empty_scales(rows, k, checked_layout(layout), x.device)
 
 
-library.impl("nvfp4_quantize", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("safealloc::nvfp4_quantize", _fake, lib=library)
+register(
+    "nvfp4_quantize(Tensor x, Tensor global_scale, int layout, str backend, Tensor? valid_rows) -> (Tensor, Tensor)",
+    lambda x, global_scale, layout, backend, valid_rows: nvfp4_quantize(
+        x, global_scale, layout=layout, backend=backend, valid_rows=valid_rows
+    ),
+    _fake,
+)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safealloc import settings
 from safealloc._checks import checked_device
@@ -61,10 +62,12 @@ def use_pool(pool: ScalePool) -> Iterator[ScalePool]:
         _replacement.reset(token)
 
 
-def checked_pool(pool: ScalePool) -> ScalePool:
-    """``pool``, or a TypeError."""
+def checked_pool(pool: ScalePool, x: Tensor | None = None) -> ScalePool:
+    """``pool``, or a TypeError; a ValueError if it is not on the device of ``x``."""
     if not isinstance(pool, ScalePool):
         raise TypeError(f"expected a ScalePool, got {type(pool).__name__}")
+    if x is not None and pool.device != x.device:
+        raise ValueError(f"x is on {x.device}, the pool on {pool.device}")
     return pool
 
 

@@ -12,7 +12,7 @@ from support.command_line import run_safealloc
 import safealloc
 from safealloc import SfLayout
 from safealloc.cli import main
-from safealloc.commands.repro import columns, published, replay, through_pool
+from safealloc.commands.repro import columns, operands, published, replay, through_pool
 from safealloc.commands.repro.operands import foreign_scales, max_diff
 from safealloc.commands.repro.published import PUBLISHED_NAN_ROWS
 
@@ -97,8 +97,8 @@ def test_medians_of_the_simulation_in_the_literature():
     finite, zeroed, largest = [], [], []
     generator = torch.Generator().manual_seed(7)
     for _ in range(60):
-        weight = published.Weight.random(256, 512, CPU, generator)
-        x = published.random_activation(1, 512, CPU, generator)
+        weight = operands.Weight.random(256, 512, CPU, generator)
+        x = operands.random_activation(1, 512, CPU, generator)
         row = published._row(x, "trtllm", weight, "reference")
         finite.append(row.max_diff_finite)
         zeroed.append(row.max_diff_zeroed)

@@ -290,18 +290,17 @@ def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
 def test_cleaning_waits_for_the_predecessor(architecture: int) -> None:
     types = {"scales": "*u8", **dict.fromkeys(("record", "expert_offsets", "blockscale_offsets"), "*i32")}
     types |= dict.fromkeys(("rows", "capacity", "experts", "col_tiles", "scale_rows"), "i32")
-    constants = {"LAYOUT": 0, "EXPERTS": 256, "TILE_COLS": 4, "ROWS": 1, "DEPENDENT": architecture >= 90}
-    check_waits(compiled(triton_grouped._clean_grouped, architecture, types, constants, num_warps=4), architecture)
+    constants = {"LAYOUT": 0, "EXPERTS": 256, "TILE_COLS": 4, "ROWS": 1, "DEPENDENT": architecture >= 90, "WAIT": True}
+    check_waits(compiled(triton_grouped._clean, architecture, types, constants, num_warps=4), architecture)
 
 
 @hopper_and_slow_others
 def test_the_guard_reads_its_table_only_when_a_check_is_due(architecture: int) -> None:
     numbers = ("kind", "length", "rows", "cols", "padded_rows", "col_tiles", "layout", "slot")
     types = {"scales": "*u8", "record": "*i32", "flags": "*i32", **dict.fromkeys(numbers, "i32")}
-    constants = triton_guard._CONSTANTS
-    assert "st.global" in compiled(triton_guard._check, architecture, types, constants)
+    assert "st.global" in compiled(triton_guard._check, architecture, types, {})
     types = {"table": "*i64", "flags": "*i32", "counters": "*i32", "every": "i32"}
-    ptx = compiled(triton_guard._check_table, architecture, types, constants | {"WORDS": triton_guard.WORDS})
+    ptx = compiled(triton_guard._check_table, architecture, types, {"WORDS": triton_guard.WORDS})
     first, after = ptx.partition("st.global")[::2]
     assert "ld.global" in first
     assert "bra" in after, "the table is read before it is known whether a check is due"

@@ -55,7 +55,7 @@ def replacement():
 
 @pytest.fixture
 def replace_f(patches, replacement):
-    return lambda module: patches.rebind(module.f, replacement, "f")
+    return lambda module: patches.rebind(module.f, replacement)
 
 
 # --- rebind -----------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_an_object_is_replaced_under_every_name_in_every_module(write, patches, 
     write("two", "from one import f as g, alias\nimport one\n")
     one, two = importlib.import_module("one"), importlib.import_module("two")
     original = one.f
-    patches.rebind(original, replacement, "f")
+    patches.rebind(original, replacement)
     assert [one.f, one.alias, two.g, two.alias, two.one.f] == [replacement] * 5
     assert one.other is len
     write("three", "from one import f\n")
@@ -80,7 +80,7 @@ def test_an_equal_object_is_not_replaced(write, patches, replacement):
     write("one", "class Equal:\n    __eq__ = lambda self, other: True\nf, g = Equal(), Equal()\n")
     one = importlib.import_module("one")
     g = one.g
-    patches.rebind(one.f, replacement, "f")
+    patches.rebind(one.f, replacement)
     assert one.f is replacement
     assert one.g is g
 
@@ -91,9 +91,9 @@ def test_restore_undoes_in_reverse_order(write, patches, replacement):
     original = one.f
     undone, another = [], types.SimpleNamespace()
     patches.undo_by(lambda: undone.append((1, one.f)))
-    patches.rebind(original, replacement, "f")
+    patches.rebind(original, replacement)
     patches.undo_by(lambda: undone.append((2, one.f)))
-    patches.rebind(replacement, another, "f")
+    patches.rebind(replacement, another)
     patches.undo_by(lambda: undone.append((3, one.f)))
     patches.restore()
     assert undone == [(3, another), (2, replacement), (1, original)]
@@ -111,7 +111,7 @@ def test_entries_of_sys_modules_that_are_not_modules_are_skipped(write, patches,
     monkeypatch.setitem(sys.modules, "blocked", None)
     monkeypatch.setitem(sys.modules, "slots", Slots())
     monkeypatch.setitem(sys.modules, "namespace", types.SimpleNamespace(f=one.f))
-    patches.rebind(one.f, replacement, "f")
+    patches.rebind(one.f, replacement)
     assert one.f is replacement
     assert sys.modules["namespace"].f is replacement
 
@@ -124,7 +124,7 @@ def test_a_lazy_module_is_not_loaded(write, patches, monkeypatch, replacement):
     lazy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lazy)
     monkeypatch.setitem(sys.modules, "lazy", lazy)
-    patches.rebind(importlib.import_module("one").f, replacement, "f")
+    patches.rebind(importlib.import_module("one").f, replacement)
 
 
 # --- set --------------------------------------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def test_a_module_imported_by_many_threads_is_handled_once_and_before_any_thread
 
     def action(module):
         done.append(module)
-        patches.rebind(module.f, replacement, "f")
+        patches.rebind(module.f, replacement)
 
     patches.when_imported("one", action)
     together(*[lambda: seen.append(importlib.import_module("one").f)] * 8)

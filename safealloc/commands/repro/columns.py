@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safealloc.commands.repro.operands import (
-    Section,
-    Weight,
-    foreign_scales,
-    nan_rows,
-    quantize_into,
-    random_activation,
-    zeroed,
-)
+from safealloc.commands.repro import operands
+from safealloc.commands.repro.operands import Section, Weight
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import SfLayout, short
 
@@ -41,37 +34,23 @@ class ColumnsRow:
 
     @property
     def as_stated(self) -> bool:
-        return (
-            self.nan_rows_stale == self.nan_rows_stale_expected
-            and self.nan_rows_zeroed == self.nan_rows_zeroed_expected
-        )
+        measured = (self.nan_rows_stale, self.nan_rows_zeroed)
+        return measured == (self.nan_rows_stale_expected, self.nan_rows_zeroed_expected)
 
-    def cells(self) -> dict[str, str]:
-        return {
-            "rows": str(self.rows),
-            "k": str(self.k),
-            "layout": self.layout,
-            "padding columns": str(self.padding_columns),
-            "NaN rows, stale": f"{self.nan_rows_stale}/{self.rows}",
-            "NaN rows, zeroed": f"{self.nan_rows_zeroed}/{self.rows}",
-        }
+    def cells(self) -> dict[str, object]:
+        shape = {"rows": self.rows, "k": self.k, "layout": self.layout, "padding columns": self.padding_columns}
+        stale, zeroed = (f"{count}/{self.rows}" for count in (self.nan_rows_stale, self.nan_rows_zeroed))
+        return {**shape, "NaN rows, stale": stale, "NaN rows, zeroed": zeroed}
 
 
 def columns(device: torch.device, backend: str, seed: int) -> Section:
-    """Stale bytes in padding columns, and the same products once ``mm_fp4`` zeroed them.
-
-    Args:
-        device: where it is computed.
-        backend: "reference" or "triton".
-        seed: of the operands.
-    """
+    """Stale bytes in padding columns, and the same products of "reference" or "triton" once ``mm_fp4`` zeroed them."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for k in K:
         weight = Weight.random(N, k, device, generator)
         for m, layout in itertools.product(ROWS, LAYOUTS):
-            x = random_activation(m, k, device, generator)
-            rows.append(_row(x, layout, weight, backend))
+            rows.append(_row(operands.random_activation(m, k, device, generator), layout, weight, backend))
     stale = f"{sum(row.nan_rows_stale for row in rows)} of {sum(row.rows for row in rows)}"
     text = (
         f"A stale 0x7F in the padding columns alone spoils {stale} rows, at any row count and in both layouts, though "
@@ -83,13 +62,14 @@ def columns(device: torch.device, backend: str, seed: int) -> Section:
 
 def _row(x: Tensor, layout: SfLayout, weight: Weight, backend: str) -> ColumnsRow:
     m, k = x.shape
-    scales = zeroed(m, k, layout, x.device)
-    x_fp4, _ = quantize_into(x, scales, layout, backend, torch.ones(1, device=x.device))
+    x_fp4, scales = operands.quantize(x, layout, backend, weight.alpha)
     stale = scales.masked_fill(_padding_columns(m, k, layout).to(x.device), NAN_SCALE)
     counts = []
     for mode in ("trust", "zero"):  # the second zeroes the padding of `stale` in place
-        with foreign_scales(mode):
-            counts.append(nan_rows(weight.multiply(x_fp4, stale, backend, use_8x4=layout is SfLayout.layout_8x4)))
+        with operands.foreign_scales(mode):
+            counts.append(
+                operands.nan_rows(weight.multiply(x_fp4, stale, backend, use_8x4=layout is SfLayout.layout_8x4))
+            )
     return ColumnsRow(m, k, short(layout), layout.padded_shape(m, k)[1] - k // BLOCK_SIZE, counts[0], m, counts[1], 0)
 
 

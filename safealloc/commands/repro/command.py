@@ -42,15 +42,8 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: each section's rows under its name, its summary under ``sections``."""
-        about = {
-            section.name: {
-                "as_stated": section.as_stated,
-                "backend": section.backend,
-                "text": section.text,
-                "failure": section.failure,
-            }
-            for section in self.sections
-        }
+        keys = ("as_stated", "backend", "text", "failure")
+        about = {section.name: {key: getattr(section, key) for key in keys} for section in self.sections}
         return {
             "command": "safealloc repro",
             "as_stated": self.as_stated,
@@ -72,15 +65,7 @@ def check_backend(device: torch.device, backend: str) -> None:
 
 
 def run(device: torch.device, backend: str, seed: int, replays: int, progress: report.Progress) -> Result:
-    """Run all sections that can run on the device.
-
-    Args:
-        device: where.
-        backend: of the products: one of ours or of FlashInfer's; "auto" is ours.
-        seed: of operands and orders.
-        replays: of each CUDA graph.
-        progress: told each section.
-    """
+    """Run all sections that can run on the device; a backend of FlashInfer's multiplies where safealloc is called."""
     own = ours(device, backend)
     not_run = {}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -90,11 +75,10 @@ def run(device: torch.device, backend: str, seed: int, replays: int, progress: r
         sections.append(columns(device, own, seed))
         progress("safealloc", 0.5)
         sections.append(through_pool(device, own if backend == "auto" else backend, own, seed))
-        reason = replay.refusal(device)
-        if reason is None:
-            sections.append(replay.replay(device, seed, replays, lambda what, done: progress(what, 0.75 + done / 4)))
-        else:
+        if reason := replay.refusal(device):
             not_run["replay"] = reason
+        else:
+            sections.append(replay.replay(device, seed, replays, lambda what, done: progress(what, 0.75 + done / 4)))
     return Result(device, machine.device_name(device), machine.versions(), seed, sections, not_run)
 
 
@@ -104,7 +88,7 @@ def show(result: Result, out: Console) -> None:
     out.print(f"{result.device} ({result.device_name}), {versions}, seed {result.seed}\n")
     for section in result.sections:
         headings = (*section.rows[0].cells(), "as stated") if section.rows else ()
-        rows = (((*row.cells().values(), "yes" if row.as_stated else "NO"), row.as_stated) for row in section.rows)
+        rows = (([*map(_cell, (*row.cells().values(), row.as_stated))], row.as_stated) for row in section.rows)
         report.table(out, f"{section.name}: {section.title} ({section.backend})", headings, rows)
         out.print(f"{section.text}\n")
         if section.failure is not None:
@@ -115,36 +99,29 @@ def show(result: Result, out: Console) -> None:
     out.print("Every row came out as stated." if not failed else f"NOT as stated: {', '.join(failed)}.", style="bold")
 
 
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return "-" if value is None else str(value)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{SUMMARY[0].upper()}{SUMMARY[1:]}. Exit code 1: a row did not come out as stated."
     report.add_device(parser)
     vendors = [name for name in GEMMS if name not in ("triton", "reference")]
-    parser.add_argument(
-        "--backend",
-        choices=("auto", *GEMMS),
-        default="auto",
-        metavar="NAME",
-        help="of the products (%(default)s): auto, triton or reference, which are ours; in the section that goes through "
-        f"safealloc also FlashInfer's {', '.join(vendors)}",
+    about = (
+        "of the products (%(default)s): auto, triton or reference, which are ours; in the section that goes through "
     )
-    parser.add_argument(
-        "--seed", type=report.integer(0), default=0, metavar="N", help="of the random operands and orders (%(default)s)"
-    )
-    parser.add_argument(
-        "--replays",
-        type=report.integer(1),
-        default=200,
-        metavar="N",
-        help="of each CUDA graph, on a CUDA device (%(default)s)",
-    )
+    about += f"safealloc also FlashInfer's {', '.join(vendors)}"
+    parser.add_argument("--backend", choices=("auto", *GEMMS), default="auto", metavar="NAME", help=about)
+    about = "of the random operands and orders (%(default)s)"
+    parser.add_argument("--seed", type=report.integer(0), default=0, metavar="N", help=about)
+    about = "of each CUDA graph, on a CUDA device (%(default)s)"
+    parser.add_argument("--replays", type=report.integer(1), default=200, metavar="N", help=about)
 
 
 def main(given: argparse.Namespace) -> int:
-    """Run all sections and print them.
-
-    Returns:
-        0; 1 where a row did not come out as stated.
-    """
+    """Run all sections and print them; exit code 1 where a row did not come out as stated."""
     report.check_environment()
     report.check_writable(given.json)
     with contextlib.redirect_stdout(sys.stderr):  # whatever a package prints when it is imported

@@ -27,8 +27,8 @@ class Row(Protocol):
     def as_stated(self) -> bool:
         """Whether what was measured is what was stated."""
 
-    def cells(self) -> Mapping[str, str]:
-        """The row as printed, by heading."""
+    def cells(self) -> Mapping[str, object]:
+        """The row as printed, by heading: yes and NO for booleans, a dash for ``None``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,13 @@ class Weight:
 
     fp4: Tensor  # uint8 ``[n, k // 2]``
     scales: Tensor  # uint8, layout_128x4 for ``[n, k]``
-    alpha: Tensor  # float32, one element
+    alpha: Tensor  # float32 1.0; serves as the activation's global scale as well
 
     @classmethod
     def random(cls, n: int, k: int, device: torch.device, generator: torch.Generator) -> Weight:
         """Drawn on the CPU, so that a seed means the same weight on every device."""
         fp4 = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
-        linear = torch.full((n, k // BLOCK_SIZE), ONE, dtype=torch.uint8)
-        scales = SfLayout.layout_128x4.swizzle(linear)
+        scales = SfLayout.layout_128x4.swizzle(torch.full((n, k // BLOCK_SIZE), ONE, dtype=torch.uint8))
         return cls(fp4.to(device), scales.to(device), torch.ones(1, device=device))
 
     def shuffled(self) -> Weight:
@@ -81,18 +80,15 @@ def random_activation(rows: int, k: int, device: torch.device, generator: torch.
     return torch.randn(rows, k, generator=generator).to(torch.bfloat16).to(device)
 
 
-def quantize_into(
-    x: Tensor, scales: Tensor, layout: SfLayout, backend: str, global_scale: Tensor
+def quantize(
+    x: Tensor, layout: SfLayout, backend: str, global_scale: Tensor, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with scales in a buffer of the caller's; only valid scales are written."""
+    """Quantize with scales in a buffer that no pool knows, a zeroed one by default; only valid scales are written."""
+    if scales is None:
+        scales = torch.zeros(layout.padded_shape(*x.shape), dtype=torch.uint8, device=x.device)
     x_fp4 = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8, device=x.device)
     QUANTIZERS[backend].run(x, global_scale, x_fp4, scales, layout, None)
     return x_fp4, scales
-
-
-def zeroed(rows: int, k: int, layout: SfLayout, device: torch.device) -> Tensor:
-    """A zeroed scale buffer that no pool knows."""
-    return torch.zeros(layout.padded_shape(rows, k), dtype=torch.uint8, device=device)
 
 
 @contextlib.contextmanager

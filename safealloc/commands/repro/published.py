@@ -10,18 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
-from safealloc.commands.repro.operands import (
-    ONE,
-    Section,
-    Weight,
-    foreign_scales,
-    max_diff,
-    nan_rows,
-    quantize_into,
-    random_activation,
-    zeroed,
-)
+from safealloc.commands.repro import operands
+from safealloc.commands.repro.operands import Section, Weight
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 
@@ -72,61 +65,42 @@ class PublishedRow:
             and (self.max_diff_zeroed != 0) == disagree
         )
 
-    def cells(self) -> dict[str, str]:
-        return {
-            "m": str(self.m),
-            "backend": self.backend,
-            "written": self.layout_written,
-            "read": self.layout_read,
-            "NaN rows": f"{self.nan_rows}/{self.m}",
-            "issue": f"{self.published_nan_rows}/{self.m}",
-            "diff, pad 1.0": f"{self.max_diff_finite:g}",
-            "error, pad 0": f"{self.max_diff_zeroed:g}",
-            "largest correct": f"{self.largest_correct:g}",
-        }
+    def cells(self) -> dict[str, object]:
+        call = {"m": self.m, "backend": self.backend, "written": self.layout_written, "read": self.layout_read}
+        nan = {"NaN rows": f"{self.nan_rows}/{self.m}", "issue": f"{self.published_nan_rows}/{self.m}"}
+        errors = {"diff, pad 1.0": f"{self.max_diff_finite:g}", "error, pad 0": f"{self.max_diff_zeroed:g}"}
+        return {**call, **nan, **errors, "largest correct": f"{self.largest_correct:g}"}
 
 
 def published(device: torch.device, backend: str, seed: int) -> Section:
-    """The published table, computed.
-
-    Args:
-        device: where it is computed.
-        backend: "reference" or "triton", which read scales exactly where the layout says.
-        seed: of the operands.
-    """
+    """The published table, computed by backend "reference" or "triton", which read scales where the layout says."""
     generator = torch.Generator().manual_seed(seed)
     weight = Weight.random(N, K, device, generator)
     rows = []
     for m in ROWS:
-        x = random_activation(m, K, device, generator)
+        x = operands.random_activation(m, K, device, generator)
         rows += [_row(x, name, weight, backend) for name in BACKENDS]
     rows.sort(key=lambda row: (BACKENDS.index(row.backend), row.m))
     return Section("published", "vLLM issue 37563, again", backend, _text(rows), rows)
 
 
-def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedRow:
+def _row(x: Tensor, name: str, weight: Weight, backend: str) -> PublishedRow:
     m = x.shape[0]
     written, read = SfLayout.layout_128x4, layout_read(name, m)
-    global_scale = torch.ones(1, device=x.device)
-    padded = x.new_zeros(PADDED_ROWS, K)
-    padded[:m] = x
-    differently_padded = padded.clone()
-    differently_padded[m:] = OTHER_PADDING
-    x_fp4, original = quantize_into(padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale)
-    _, other = quantize_into(
-        differently_padded, zeroed(PADDED_ROWS, K, written, x.device), written, backend, global_scale
-    )
+    padding_rows = (0, 0, 0, PADDED_ROWS - m)
+    x_fp4, original = operands.quantize(pad(x, padding_rows), written, backend, weight.alpha)
+    _, other = operands.quantize(pad(x, padding_rows, value=OTHER_PADDING), written, backend, weight.alpha)
     padding = original != other
 
-    def multiply(scales: torch.Tensor, told: SfLayout) -> torch.Tensor:
+    def multiply(scales: Tensor, told: SfLayout) -> Tensor:
         return weight.multiply(x_fp4, scales, backend, use_8x4=told is SfLayout.layout_8x4)[:m]
 
-    with foreign_scales("trust"):
+    with operands.foreign_scales("trust"):
         exact = multiply(original, written)
         unpoisoned = multiply(original, read)
-        poisoned = multiply(original.masked_fill(padding, NAN_SCALE), read)
-        finite = multiply(original.masked_fill(padding, ONE), read)
-        zeroed_padding = multiply(original.masked_fill(padding, 0), read)
+        poisoned, finite, zeroed = (
+            multiply(original.masked_fill(padding, byte), read) for byte in (NAN_SCALE, operands.ONE, 0)
+        )
     return PublishedRow(
         m=m,
         backend=name,
@@ -134,10 +108,10 @@ def _row(x: torch.Tensor, name: str, weight: Weight, backend: str) -> PublishedR
         layout_read=short(read),
         padding_bytes=int(padding.sum()),
         padding_bytes_expected=(PADDED_ROWS - m) * (K // BLOCK_SIZE),
-        nan_rows=nan_rows(poisoned),
+        nan_rows=operands.nan_rows(poisoned),
         published_nan_rows=PUBLISHED_NAN_ROWS[name][m],
-        max_diff_finite=max_diff(finite, unpoisoned),
-        max_diff_zeroed=max_diff(zeroed_padding, exact),
+        max_diff_finite=operands.max_diff(finite, unpoisoned),
+        max_diff_zeroed=operands.max_diff(zeroed, exact),
         largest_correct=float(exact.float().abs().max()),
     )
 

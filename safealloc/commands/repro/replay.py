@@ -23,7 +23,8 @@ from torch import Tensor
 
 from safealloc import PaddingCorruptionError, ScalePool, capture, nvfp4_quantize
 from safealloc.commands.report import Progress
-from safealloc.commands.repro.operands import Section, Weight, foreign_scales, quantize_into, random_activation, zeroed
+from safealloc.commands.repro import operands
+from safealloc.commands.repro.operands import Section, Weight
 from safealloc.formats.format import BLOCK_SIZE, NAN_SCALE
 from safealloc.formats.layout import SfLayout, short
 from safealloc.ops.backends import Call, triton_refusal
@@ -60,26 +61,15 @@ class ReplayRow:
 
     @property
     def as_stated(self) -> bool:
-        return (
-            self.nan_rows_pool == 0
-            and self.wrong_rows_pool == 0
-            and (self.nan_rows_empty > 0 or not self.padding_columns)
-            and self.nodes_empty == self.nodes_pool
-        )
+        pool_is_right = self.nan_rows_pool == self.wrong_rows_pool == 0 and self.nodes_empty == self.nodes_pool
+        return pool_is_right and (self.nan_rows_empty > 0 or not self.padding_columns)
 
-    def cells(self) -> dict[str, str]:
+    def cells(self) -> dict[str, object]:
         total = self.m * self.replays
-        return {
-            "m": str(self.m),
-            "k": str(self.k),
-            "layout": self.layout,
-            "padding columns": str(self.padding_columns),
-            "NaN rows, empty": f"{self.nan_rows_empty}/{total}",
-            "NaN rows, pool": f"{self.nan_rows_pool}/{total}",
-            "wrong rows, pool": f"{self.wrong_rows_pool}/{total}",
-            "nodes, empty": "-" if self.nodes_empty is None else str(self.nodes_empty),
-            "nodes, pool": "-" if self.nodes_pool is None else str(self.nodes_pool),
-        }
+        shape = {"m": self.m, "k": self.k, "layout": self.layout, "padding columns": self.padding_columns}
+        nan = {"NaN rows, empty": f"{self.nan_rows_empty}/{total}", "NaN rows, pool": f"{self.nan_rows_pool}/{total}"}
+        nodes = {"nodes, empty": self.nodes_empty, "nodes, pool": self.nodes_pool}
+        return {**shape, **nan, "wrong rows, pool": f"{self.wrong_rows_pool}/{total}", **nodes}
 
 
 def refusal(device: torch.device) -> str | None:
@@ -90,23 +80,16 @@ def refusal(device: torch.device) -> str | None:
 
 
 def replay(device: torch.device, seed: int, replays: int, progress: Progress) -> Section:
-    """Capture, then replay in random order between the adversary's strikes.
-
-    Args:
-        device: a CUDA device, the current one.
-        seed: of the operands and the order.
-        replays: of each graph.
-        progress: told the share of the replays that is done.
-    """
+    """On the current CUDA device: capture, then replay in random order between the adversary's strikes."""
     generator = torch.Generator().manual_seed(seed)
     weights = {k: Weight.random(N, k, device, generator) for k in K}
-    cases = [
-        _Case(random_activation(m, k, device, generator), layout, weights[k])
-        for m, k, layout in itertools.product(ROWS, K, LAYOUTS)
-    ]
-    with ScalePool(device, growth_in_capture="error") as pool, foreign_scales("trust"):
-        for case in cases:  # compiles every kernel that is captured, for exactly these arguments
-            case.compute_expected()
+    shapes = list(itertools.product(ROWS, K, LAYOUTS))
+    with ScalePool(device, growth_in_capture="error") as pool, operands.foreign_scales("trust"):
+        # This compiles every kernel that is captured, for exactly these arguments.
+        cases = [
+            _Case(operands.random_activation(m, k, device, generator), layout, weights[k]) for m, k, layout in shapes
+        ]
+        for case in cases:
             case.quantize_nan(pool)
             torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=device)
         for layout in LAYOUTS:
@@ -121,26 +104,24 @@ def replay(device: torch.device, seed: int, replays: int, progress: Progress) ->
             checked = pool.verify()
         except PaddingCorruptionError as error:
             checked, failure = 0, str(error)
-        rows = []
-        for number, case in enumerate(cases):
-            empty, pooled = captured[2 * number], captured[2 * number + 1]
-            m, k = case.x.shape
-            row = ReplayRow(
+        rows = [  # even numbers are the graphs with torch.empty
+            ReplayRow(
                 m=m,
                 k=k,
-                layout=short(case.layout),
-                padding_columns=case.layout.padded_shape(m, k)[1] - k // BLOCK_SIZE,
+                layout=short(layout),
+                padding_columns=layout.padded_shape(m, k)[1] - k // BLOCK_SIZE,
                 replays=replays,
                 nan_rows_empty=nan[2 * number],
                 nan_rows_pool=nan[2 * number + 1],
                 wrong_rows_pool=wrong[2 * number + 1],
-                adversary_reached=adversary.reached(empty.scales_address, case.nbytes),
-                nodes_empty=empty.nodes,
-                nodes_pool=pooled.nodes,
+                adversary_reached=adversary.reached(captured[2 * number].scales_address, layout.nbytes(m, k)),
+                nodes_empty=captured[2 * number].nodes,
+                nodes_pool=captured[2 * number + 1].nodes,
             )
-            rows.append(row)
+            for number, (m, k, layout) in enumerate(shapes)
+        ]
         text = _text(rows, checked, adversary)
-        del captured, empty, pooled, adversary  # graphs go before the memory they write
+        del captured, adversary  # graphs go before the memory they write
         torch.cuda.synchronize(device)
     return Section("replay", f"CUDA graphs, {replays} replays each", BACKEND, text, rows, failure)
 
@@ -151,27 +132,19 @@ class _Case:
     def __init__(self, x: Tensor, layout: SfLayout, weight: Weight) -> None:
         self.x, self.layout, self.weight = x, layout, weight
         self.nbytes = layout.nbytes(*x.shape)
-        self.expected = torch.empty(0)
-        self._global_scale = torch.ones(1, device=x.device)
         self._nan = torch.full_like(x, float("nan"))
-
-    def compute_expected(self) -> None:
-        rows, k = self.x.shape
-        scales = zeroed(rows, k, self.layout, self.x.device)
-        self.expected = self._multiply(*quantize_into(self.x, scales, self.layout, BACKEND, self._global_scale))
+        self.expected = self._multiply(*operands.quantize(x, layout, BACKEND, weight.alpha))
 
     def quantize_nan(self, pool: ScalePool) -> None:
-        nvfp4_quantize(self._nan, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
+        nvfp4_quantize(self._nan, self.weight.alpha, layout=self.layout, pool=pool, backend=BACKEND)
 
-    def product_with_empty(self) -> tuple[Tensor, int]:
-        """The product with scales in memory from ``torch.empty``, and their address."""
-        scales = torch.empty(self.layout.padded_shape(*self.x.shape), dtype=torch.uint8, device=self.x.device)
-        x_fp4, _ = quantize_into(self.x, scales, self.layout, BACKEND, self._global_scale)
-        return self._multiply(x_fp4, scales), scales.data_ptr()
-
-    def product_with_pool(self, pool: ScalePool) -> tuple[Tensor, int]:
-        """The product with scales from a pool, and their address."""
-        x_fp4, scales = nvfp4_quantize(self.x, self._global_scale, layout=self.layout, pool=pool, backend=BACKEND)
+    def product(self, pool: ScalePool | None) -> tuple[Tensor, int]:
+        """The product with scales from a pool or, without one, in memory from ``torch.empty``; and their address."""
+        if pool is None:
+            scales = torch.empty(self.layout.padded_shape(*self.x.shape), dtype=torch.uint8, device=self.x.device)
+            x_fp4, _ = operands.quantize(self.x, self.layout, BACKEND, self.weight.alpha, scales)
+        else:
+            x_fp4, scales = nvfp4_quantize(self.x, self.weight.alpha, layout=self.layout, pool=pool, backend=BACKEND)
         return self._multiply(x_fp4, scales), scales.data_ptr()
 
     def _multiply(self, x_fp4: Tensor, scales: Tensor) -> Tensor:
@@ -191,7 +164,7 @@ def _capture(case: _Case, pool: ScalePool, handle: Any, *, from_pool: bool) -> _
     with capture(pool=pool, graph_pool=handle) as graph:
         temporary = torch.full((case.nbytes,), NAN_SCALE, dtype=torch.uint8, device=case.x.device)
         del temporary  # back to the private pool, which hands it out as the next block of this size
-        y, scales_address = case.product_with_pool(pool) if from_pool else case.product_with_empty()
+        y, scales_address = case.product(pool if from_pool else None)
     nodes = pool.graph_report(graph).nodes
     return _Captured(graph, y, case.expected, scales_address, None if nodes is None else sum(nodes.values()))
 
@@ -258,16 +231,10 @@ class _Adversary:
 def _free_blocks(
     segments: Iterable[dict[str, Any]], device: torch.device, memory_pool: tuple[int, ...], stream: int | None = None
 ) -> list[int]:
-    """Bytes of each allocation that together take every free block of a memory pool, in the order to make them.
+    """Bytes of each allocation that together take every free block of a memory pool, on one or (``None``) every stream.
 
     Largest first, so that each gets a block of exactly its size, or the rest of one that was split before: the allocator
-    takes the smallest block that fits.
-
-    Args:
-        segments: ``torch.cuda.memory_snapshot()``.
-        device: whose memory.
-        memory_pool: id of a graph's memory pool; ``(0, 0)`` is where eager work allocates.
-        stream: only blocks that are handed out on it; ``None`` is every stream.
+    takes the smallest block that fits. Eager work allocates from memory pool ``(0, 0)``.
     """
     sizes = []
     for segment in segments:
@@ -275,12 +242,8 @@ def _free_blocks(
             continue
         if stream is not None and segment["stream"] != stream:
             continue
-        small = segment["segment_type"] == "small"
-        for block in segment["blocks"]:
-            if block["state"] != "inactive":
-                continue
-            size = block["size"]
-            if small:  # larger allocations never come from here
+        for size in (block["size"] for block in segment["blocks"] if block["state"] == "inactive"):
+            if segment["segment_type"] == "small":  # larger allocations never come from here
                 sizes += [_SMALL] * (size // _SMALL) + ([size % _SMALL] if size % _SMALL else [])
             elif size > _SMALL:
                 sizes.append(size)

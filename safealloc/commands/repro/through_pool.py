@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from safealloc import LayoutMismatchError, ScalePool, nvfp4_quantize
-from safealloc.commands.repro import columns
-from safealloc.commands.repro.operands import (
-    Section,
-    Weight,
-    foreign_scales,
-    max_diff,
-    nan_rows,
-    random_activation,
-    zeroed,
-)
+from safealloc.commands.repro import columns, operands
+from safealloc.commands.repro.operands import Section, Weight
 from safealloc.commands.repro.published import BACKENDS, PADDED_ROWS, ROWS, K, N, layout_read
 from safealloc.formats.layout import SfLayout, short
 from safealloc.kernels import reference
@@ -55,98 +46,68 @@ class SafeallocRow:
         correct = self.max_error <= 2 * ROUNDING * self.largest_correct
         return self.nan_rows == 0 and self.bitwise_equal and correct and self.refused
 
-    def cells(self) -> dict[str, str]:
-        return {
-            "backend": self.backend if self.section == "published" else self.section,
-            "m": str(self.m),
-            "k": str(self.k),
-            "layout": self.layout,
-            "NaN rows": f"{self.nan_rows}/{self.m}",
-            "bitwise equal": "yes" if self.bitwise_equal else "NO",
-            "max error": f"{self.max_error:.2g}",
-            "refused": "yes" if self.refused else "NO",
-        }
+    def cells(self) -> dict[str, object]:
+        backend = self.backend if self.section == "published" else self.section
+        call = {"backend": backend, "m": self.m, "k": self.k, "layout": self.layout}
+        equal = {"NaN rows": f"{self.nan_rows}/{self.m}", "bitwise equal": self.bitwise_equal}
+        return {**call, **equal, "max error": f"{self.max_error:.2g}", "refused": self.refused}
 
 
 def through_pool(device: torch.device, backend: str, quantizer: str, seed: int) -> Section:
-    """The published rows and some with padding columns, through a pool.
-
-    Args:
-        device: where it is computed.
-        backend: of the GEMM: "reference", "triton" or one of FlashInfer's.
-        quantizer: "reference" or "triton".
-        seed: of the operands.
-    """
+    """The published rows and some with padding columns, through a pool and any GEMM; our quantizers only."""
     generator = torch.Generator().manual_seed(seed)
-    cases: list[tuple[str, str, Tensor, SfLayout, Weight]] = []
-    weight = Weight.random(N, K, device, generator)
-    for name, m in itertools.product(BACKENDS, ROWS):
-        x = random_activation(m, K, device, generator)
-        cases.append(("published", name, x, layout_read(name, m), weight))
+    calls = {(N, K): [("published", name, m, layout_read(name, m)) for name, m in itertools.product(BACKENDS, ROWS)]}
     if GEMMS[backend].package is None:  # FlashInfer's take k in whole tiles
-        for k in COLUMNS_K:
-            weight = Weight.random(columns.N, k, device, generator)
-            for m, layout in itertools.product(COLUMNS_ROWS, columns.LAYOUTS):
-                cases.append(("columns", "-", random_activation(m, k, device, generator), layout, weight))
+        shapes = [("columns", "-", m, layout) for m, layout in itertools.product(COLUMNS_ROWS, columns.LAYOUTS)]
+        calls |= {(columns.N, k): shapes for k in COLUMNS_K}
     rows, refusals = [], []
     with ScalePool(device) as pool:
-        for section, name, x, layout, weight in cases:
-            refusal = GEMMS[backend].refusal(Call(device, layout, torch.bfloat16))
-            if refusal is None:
-                rows.append(_row(section, name, x, layout, weight, backend, quantizer, pool))
-            else:
-                refusals.append(refusal)
+        for (n, k), of_one_weight in calls.items():
+            weight = Weight.random(n, k, device, generator)
+            for section, name, m, layout in of_one_weight:
+                x = operands.random_activation(m, k, device, generator)
+                if refusal := GEMMS[backend].refusal(Call(device, layout, torch.bfloat16)):
+                    refusals.append(refusal)
+                else:
+                    rows.append(_row(section, name, x, layout, weight, backend, quantizer, pool))
     return Section("safealloc", "The same calls through safealloc", backend, _text(rows, refusals), rows)
 
 
 def _row(
     section: str, name: str, x: Tensor, layout: SfLayout, weight: Weight, backend: str, quantizer: str, pool: ScalePool
 ) -> SafeallocRow:
-    m, k = x.shape
-    global_scale = torch.ones(1, device=x.device)
-
     def quantize(x: Tensor, layout: SfLayout = layout) -> tuple[Tensor, Tensor]:
-        return nvfp4_quantize(x, global_scale, layout=layout, pool=pool, backend=quantizer)
+        return nvfp4_quantize(x, weight.alpha, layout=layout, pool=pool, backend=quantizer)
 
+    def refuses(x_fp4: Tensor, scales: Tensor, *, use_8x4: bool) -> bool:
+        try:
+            given.multiply(x_fp4, scales, backend, use_8x4=use_8x4)
+        except LayoutMismatchError:
+            return True
+        return False
+
+    m, k = x.shape
     given = weight.shuffled() if backend == "trtllm" else weight
     quantize(torch.full_like(x, float("nan")))  # the buffer comes back with 0x7F where scales were
     x_fp4, scales = quantize(x)
     y = given.multiply(x_fp4, scales, backend, use_8x4=None)
 
-    fresh = zeroed(m, k, layout, x.device)
+    fresh = torch.zeros_like(scales)
     offsets = layout.offsets(m, k, x.device)
     fresh.view(-1)[offsets] = scales.view(-1)[offsets]
     use_8x4 = layout is SfLayout.layout_8x4
-    with foreign_scales("trust"):
+    with operands.foreign_scales("trust"):
         same = given.multiply(x_fp4, fresh, backend, use_8x4=use_8x4)
 
     dense = reference.dequantize(weight.fp4, weight.scales, SfLayout.layout_128x4)
     exact = reference.dequantize(x_fp4, fresh, layout) @ dense.T
-    refused = _refuses(lambda: given.multiply(x_fp4, scales, backend, use_8x4=not use_8x4))
+    refused = refuses(x_fp4, scales, use_8x4=not use_8x4)
     if section == "published" and use_8x4:
-        padded = x.new_zeros(PADDED_ROWS, k)
-        padded[:m] = x
-        padded_fp4, padded_scales = quantize(padded, SfLayout.layout_128x4)
-        refused &= _refuses(lambda: given.multiply(padded_fp4, padded_scales, backend, use_8x4=True))
-    return SafeallocRow(
-        section=section,
-        backend=name,
-        m=m,
-        k=k,
-        layout=short(layout),
-        nan_rows=nan_rows(y),
-        bitwise_equal=torch.equal(y.view(torch.int16), same.view(torch.int16)),
-        max_error=max_diff(y, exact),
-        largest_correct=float(exact.abs().max()),
-        refused=refused,
-    )
-
-
-def _refuses(call: Callable[[], Tensor]) -> bool:
-    with contextlib.suppress(LayoutMismatchError):
-        call()
-        return False
-    return True
+        padded = quantize(pad(x, (0, 0, 0, PADDED_ROWS - m)), SfLayout.layout_128x4)
+        refused &= refuses(*padded, use_8x4=True)
+    bitwise_equal = torch.equal(y.view(torch.int16), same.view(torch.int16))
+    errors = operands.max_diff(y, exact), float(exact.abs().max())
+    return SafeallocRow(section, name, m, k, short(layout), operands.nan_rows(y), bitwise_equal, *errors, refused)
 
 
 def _text(rows: list[SafeallocRow], refusals: list[str]) -> str:

@@ -27,33 +27,29 @@ Hook = Callable[[Patches, ModuleType, str], None]
 
 
 def _scale_tensor(patches: Patches, module: ModuleType, name: str) -> None:
-    original = getattr(module, name)
+    original: Callable[..., Tensor] = getattr(module, name)
 
     def create_fp4_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
-        if is_sf_swizzled_layout:
-            return scales(m, n, device, None)
-        linear: Tensor = original(m, n, device, is_sf_swizzled_layout)
-        return linear
+        return scales(m, n, device, None) if is_sf_swizzled_layout else original(m, n, device, is_sf_swizzled_layout)
 
-    _keep_original(patches, "vllm_scale_tensor", original)
-    patches.rebind(original, create_fp4_scale_tensor, name)
+    patches.set(allocator, "vllm_scale_tensor", original)
+    patches.rebind(original, create_fp4_scale_tensor)
 
 
 def _output_tensors(patches: Patches, module: ModuleType, name: str) -> None:
-    original = getattr(module, name)
+    original: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
 
     def create_fp4_output_tensors(
         m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool, padded_n: int | None = None
     ) -> tuple[Tensor, Tensor]:
         if not is_sf_swizzled_layout:
             padding = () if padded_n is None else (padded_n,)
-            linear: tuple[Tensor, Tensor] = original(m, n, device, is_sf_swizzled_layout, *padding)
-            return linear
+            return original(m, n, device, is_sf_swizzled_layout, *padding)
         # The buffer has to know the true n: what lies beyond it is padding, which a fused producer never writes.
         output = torch.empty((m, (n if padded_n is None else padded_n) // 2), device=device, dtype=torch.uint8)
         return output, scales(m, n, device, padded_n)
 
-    patches.rebind(original, create_fp4_output_tensors, name)
+    patches.rebind(original, create_fp4_output_tensors)
 
 
 def _quantize_8x4(patches: Patches, module: ModuleType, name: str) -> None:
@@ -62,12 +58,12 @@ def _quantize_8x4(patches: Patches, module: ModuleType, name: str) -> None:
     def flashinfer_quant_nvfp4_8x4_sf_layout(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
         return quantized_8x4(a, a_global_sf)
 
-    _keep_original(patches, "vllm_quantize_8x4", original)
-    patches.rebind(original, flashinfer_quant_nvfp4_8x4_sf_layout, name)
+    patches.set(allocator, "vllm_quantize_8x4", original)
+    patches.rebind(original, flashinfer_quant_nvfp4_8x4_sf_layout)
 
 
 def _mm(patches: Patches, module: ModuleType, name: str) -> None:
-    original = getattr(module, name)
+    original: Callable[..., Tensor] = getattr(module, name)
 
     def flashinfer_scaled_fp4_mm(
         a: Tensor,
@@ -84,20 +80,18 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
         spec = None if mxfp4 or torch.compiler.is_compiling() else spec_of(block_scale_a)
         vllm_says_8x4 = backend == "trtllm" and a.shape[0] <= MAX_ROWS_8X4  # by the rows alone
         if spec is None or vllm_says_8x4 == (spec.layout is SfLayout.layout_8x4):
-            result: Tensor = original(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend, *mxfp4)
-            return result
+            return original(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend, *mxfp4)
         is_8x4 = spec.layout is SfLayout.layout_8x4
         check_operands(spec, a, is_8x4, backend)
         if alpha is None:
             alpha = torch.ones(1, dtype=torch.float32, device=a.device)
         if backend in ("cutlass", "cudnn"):
             block_scale_a, block_scale_b = block_scale_a.view(torch.uint8), block_scale_b.view(torch.uint8)
+        given = (a, b.t(), block_scale_a, block_scale_b.t(), alpha, out_dtype)
         op: Callable[..., Tensor] = module.flashinfer_mm_fp4
-        return op(
-            a, b.t(), block_scale_a, block_scale_b.t(), alpha, out_dtype, use_8x4_sf_layout=is_8x4, backend=backend
-        )
+        return op(*given, use_8x4_sf_layout=is_8x4, backend=backend)
 
-    patches.rebind(original, flashinfer_scaled_fp4_mm, name)
+    patches.rebind(original, flashinfer_scaled_fp4_mm)
 
 
 def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
@@ -119,11 +113,7 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
     """Refuse a GEMM that would read a pool buffer differently from how it was written.
 
-    Args:
-        spec: of the buffer.
-        a: uint8 ``[m, k // 2]``; k may be padded up to the columns of the buffer.
-        use_8x4_sf_layout: the flag of the GEMM.
-        backend: FlashInfer's.
+    k of ``a``, uint8 ``[m, k // 2]``, may be padded up to the columns of the buffer.
 
     Raises:
         LayoutMismatchError: rows, columns or layout differ from the buffer's, or the backend cannot read the layout.
@@ -158,7 +148,7 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
 
     in_table(original, _silu_and_mul_nvfp4_dynamic)
     patches.undo_by(lambda: in_table(_silu_and_mul_nvfp4_dynamic, original))
-    patches.rebind(original, _silu_and_mul_nvfp4_dynamic, name)
+    patches.rebind(original, _silu_and_mul_nvfp4_dynamic)
 
 
 def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
@@ -166,7 +156,7 @@ def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
 
     vLLM's limit of rows protects its worst-case allocation, which is not made here.
     """
-    original = getattr(module, name)
+    original: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
     halves = 2 if name in targets.SILU_EXPERTS.attributes else 1
 
     def experts_quant(
@@ -177,29 +167,19 @@ def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
             rows, k = input_tensor.shape[0], input_tensor.shape[1] // halves
             block_scale = grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets)
         if block_scale is None:
-            result: tuple[Tensor, Tensor] = original(
-                input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk
-            )
-            return result
+            return original(input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk)
         output = torch.empty(rows, k // 2, device=input_tensor.device, dtype=torch.uint8)
-        quantize = getattr(torch.ops._C, name)
-        quantize(output, block_scale, input_tensor, input_global_scale, expert_offsets, blockscale_offsets)
+        offsets = expert_offsets, blockscale_offsets
+        getattr(torch.ops._C, name)(output, block_scale, input_tensor, input_global_scale, *offsets)
         return output, block_scale.view(torch.float8_e4m3fn)
 
     experts_quant.__name__ = experts_quant.__qualname__ = name
-    patches.rebind(original, experts_quant, name)
+    patches.rebind(original, experts_quant)
 
 
-def _attention_fusion(patches: Patches, module: ModuleType, name: str) -> None:
-    fusion = getattr(module, name)
-    original = fusion.__call__
-
-    @functools.wraps(original)
-    def __call__(self: Any, graph: fx.Graph) -> None:  # noqa: N807
-        original(self, graph)
-        zero_for_attention(graph)
-
-    patches.set(fusion, "__call__", __call__)
+def _attention_fusion(original: Callable[..., None], fusion: Any, graph: fx.Graph) -> None:
+    original(fusion, graph)
+    zero_for_attention(graph)
 
 
 def zero_for_attention(graph: fx.Graph) -> int:
@@ -219,58 +199,34 @@ def zero_for_attention(graph: fx.Graph) -> int:
     return changed
 
 
-def _profile(patches: Patches, module: ModuleType, name: str) -> None:
-    worker, method = _method(module, name)
-    original = getattr(worker, method)
-
-    @functools.wraps(original)
-    def determine_available_memory(self: Any) -> Any:
-        log_errors(allocator.begin, self.vllm_config, self.device)
-        return original(self)
-
-    patches.set(worker, method, determine_available_memory)
+def _profile(original: Callable[..., Any], worker: Any) -> Any:
+    log_errors(allocator.begin, worker.vllm_config, worker.device)
+    return original(worker)
 
 
-def _warm_up(patches: Patches, module: ModuleType, name: str) -> None:
-    worker, method = _method(module, name)
-    original = getattr(worker, method)
-
-    @functools.wraps(original)
-    def compile_or_warm_up_model(self: Any) -> Any:
-        result = original(self)
-        log_errors(_log_sites, self)
-        return result
-
-    patches.set(worker, method, compile_or_warm_up_model)
+def _warm_up(original: Callable[..., Any], worker: Any) -> Any:
+    result = original(worker)
+    log_errors(_log_sites, worker)
+    return result
 
 
-def _step(patches: Patches, module: ModuleType, name: str) -> None:
+def _step(original: Callable[..., Any], worker: Any, scheduler_output: Any) -> Any:
     """A safe point before each step; after a step its replay may still be running."""
-    worker, method = _method(module, name)
-    original = getattr(worker, method)
-
-    @functools.wraps(original)
-    def execute_model(self: Any, scheduler_output: Any) -> Any:
-        allocator.safe_point()
-        return original(self, scheduler_output)
-
-    patches.set(worker, method, execute_model)
+    allocator.safe_point()
+    return original(worker, scheduler_output)
 
 
 def _log_sites(worker: Any) -> None:
     sites = allocator.ready()
     bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
-    stats = None if allocator.pool is None else allocator.pool.stats()
+    pool = "no pool yet"
+    if allocator.pool is not None:
+        stats = allocator.pool.stats()
+        pool = f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks"
+    total = sites.served + sum(sites.bypassed.values())
     logger.info(
-        "safealloc: rank %s: serves %d of %d NVFP4 scale sites per step, in %d captures; %s; bypassed: %s",
-        getattr(worker, "rank", 0),
-        sites.served,
-        sites.served + sum(sites.bypassed.values()),
-        sites.captures,
-        "no pool yet"
-        if stats is None
-        else f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks",
-        bypassed or "none",
+        f"safealloc: rank {getattr(worker, 'rank', 0)}: serves {sites.served} of {total} NVFP4 scale sites per step, "
+        f"in {sites.captures} captures; {pool}; bypassed: {bypassed or 'none'}"
     )
 
 
@@ -285,23 +241,27 @@ def _load(patches: Patches, module: ModuleType, name: str) -> None:
         finally:
             allocator.loading -= 1
 
-    patches.rebind(original, process_weights_after_loading, name)
+    patches.rebind(original, process_weights_after_loading)
 
 
-def _linear(patches: Patches, module: ModuleType, name: str) -> None:
-    kernel.add(patches, module)
+def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
+    """A hook for a target that is a method, or for this method of a target that is a class.
 
+    Calls become ``replacement(original, self, ...)``.
+    """
 
-def _method(module: ModuleType, name: str) -> tuple[Any, str]:
-    class_name, _, method = name.partition(".")
-    return getattr(module, class_name), method
+    def hook(patches: Patches, module: ModuleType, name: str) -> None:
+        class_name, _, named = name.partition(".")
+        holder = getattr(module, class_name)
+        original = getattr(holder, method or named)
 
+        @functools.wraps(original)
+        def replaced(self: Any, *given: Any, **options: Any) -> Any:
+            return replacement(original, self, *given, **options)
 
-def _keep_original(patches: Patches, attribute: str, original: Any) -> None:
-    """Give vLLM's own function to the allocator, until it is restored."""
-    before = getattr(allocator, attribute)
-    setattr(allocator, attribute, original)
-    patches.undo_by(lambda: setattr(allocator, attribute, before))
+        patches.set(holder, method or named, replaced)
+
+    return hook
 
 
 def log_errors(function: Callable[..., None], *given: Any) -> None:
@@ -323,12 +283,12 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.FUSED_ACT_QUANT: _fused_act_quant,
     targets.EXPERTS: _experts_quant,
     targets.SILU_EXPERTS: _experts_quant,
-    targets.ATTENTION_FUSION: _attention_fusion,
-    targets.MLA_FUSION: _attention_fusion,
-    targets.PROFILE: _profile,
-    targets.WARM_UP: _warm_up,
-    targets.STEP: _step,
+    targets.ATTENTION_FUSION: _method(_attention_fusion, "__call__"),
+    targets.MLA_FUSION: _method(_attention_fusion, "__call__"),
+    targets.PROFILE: _method(_profile),
+    targets.WARM_UP: _method(_warm_up),
+    targets.STEP: _method(_step),
     targets.LOAD: _load,
-    targets.LINEAR: _linear,
+    targets.LINEAR: lambda patches, module, name: kernel.add(patches, module),
 }
 """By target; the plugin adds the compile-cache key itself."""

@@ -72,15 +72,8 @@ def make(base: type) -> type:
             allocator.linear_ks[layer] = 2 * weight.shape[1]
 
         def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            y = nvfp4_linear(
-                x.contiguous(),
-                layer.weight,
-                layer.weight_scale,
-                layer.input_global_scale_inv,
-                layer.alpha,
-                out_dtype=x.dtype,
-                backend=self.backend,
-            )
+            weight = layer.weight, layer.weight_scale, layer.input_global_scale_inv, layer.alpha
+            y = nvfp4_linear(x.contiguous(), *weight, out_dtype=x.dtype, backend=self.backend)
             return y if bias is None else y + bias
 
     return SafeallocNvFp4LinearKernel

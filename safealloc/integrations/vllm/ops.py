@@ -68,9 +68,7 @@ def bypassed_in_compiled_code() -> str | None:
 
 
 _ALLOCATES = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
-for _name in ("vllm_scales", "vllm_zero_scales"):
-    library.define(f"{_name}(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor", tags=_ALLOCATES)
-library.define("vllm_quantize_8x4(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", tags=_ALLOCATES)
+_SCALES = "(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor"
 
 
 def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
@@ -96,10 +94,11 @@ def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
     return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, SfLayout.layout_8x4, a.device)
 
 
-for _name, _real, _fake in (
-    ("vllm_scales", _scales_op, _scales_fake),
-    ("vllm_zero_scales", _zero_scales_op, _scales_fake),
-    ("vllm_quantize_8x4", _quantize_8x4_op, _quantize_8x4_fake),
+for _name, _schema, _real, _fake in (
+    ("vllm_scales", _SCALES, _scales_op, _scales_fake),
+    ("vllm_zero_scales", _SCALES, _zero_scales_op, _scales_fake),
+    ("vllm_quantize_8x4", "(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", _quantize_8x4_op, _quantize_8x4_fake),
 ):
+    library.define(f"{_name}{_schema}", tags=_ALLOCATES)
     library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"safealloc::{_name}", _fake, lib=library)

@@ -31,14 +31,14 @@ class Patches:
             with self._lock:
                 self._waiting.add(module, action)
 
-    def rebind(self, original: object, replacement: object, name: str) -> None:
+    def rebind(self, original: object, replacement: object) -> None:
         """Replace an object by another under every name that some module has bound it to."""
         with self._lock:
             _rebind(original, replacement)
             self._undo.append(lambda: _rebind(replacement, original))
 
     def set(self, holder: Any, name: str, value: object) -> None:
-        """Set an attribute of a class."""
+        """Set an attribute of a class or an object."""
         with self._lock:
             own = name in vars(holder)
             original = vars(holder).get(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from dataclasses import dataclass, field
 from types import ModuleType
 
 from safealloc import settings
@@ -22,15 +21,9 @@ HOOKS_VERSION = 1
 CACHE_KEY = "SAFEALLOC_VLLM_HOOKS"
 _LOGGER = "vllm.logger"
 
-
-@dataclass
-class _Registration:
-    patches: Patches = field(default_factory=Patches)
-    hooked: tuple[str, ...] = ()
-
-
 _lock = threading.RLock()
-_registration: _Registration | None = None
+_patches = Patches()
+_hooked: tuple[str, ...] | None = None
 
 
 def load() -> None:
@@ -41,7 +34,7 @@ def load() -> None:
 
 def registered() -> tuple[str, ...] | None:
     """The hooks that are registered in this process, or ``None``."""
-    return None if _registration is None else _registration.hooked
+    return _hooked
 
 
 def register() -> None:
@@ -50,13 +43,13 @@ def register() -> None:
     A function is replaced in every module that has already imported it; a module that is imported later is hooked then. Never
     raises, does not initialize CUDA, and makes no pool.
     """
-    global _registration
+    global _hooked
     with _lock:
-        if _registration is not None:
+        if _hooked is not None:
             return
-        _registration = _Registration()
+        _hooked = ()
         try:
-            _registration.hooked = _register(_registration.patches)
+            _hooked = _register()
         except Exception as error:  # vLLM calls plugins unguarded
             logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
             _unregister()
@@ -65,20 +58,19 @@ def register() -> None:
 def unregister() -> None:
     """Put every original of vLLM back; a no-op where nothing is registered."""
     with _lock:
-        if _registration is not None:
+        if _hooked is not None:
             _unregister()
             logger.info("safealloc: unregistered")
 
 
 def _unregister() -> None:
-    global _registration
-    assert _registration is not None
-    _registration.patches.restore()
-    _registration = None
+    global _hooked
+    _patches.restore()
+    _hooked = None
     allocator.reset()
 
 
-def _register(patches: Patches) -> tuple[str, ...]:
+def _register() -> tuple[str, ...]:
     found = targets.installed()
     if found is None:
         raise ImportError("vLLM is not installed")
@@ -86,11 +78,11 @@ def _register(patches: Patches) -> tuple[str, ...]:
     importlib.import_module(_LOGGER)  # sets up the handlers for the messages below
     findings = [one for one in targets.check(version, source) if one.target is not targets.STEP or settings.watching()]
     hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
-    _add_cache_key(patches, hooked)
+    _add_cache_key(hooked)
     for finding in findings:
         hook = HOOKS.get(finding.target)
         if finding.status == "hooked" and hook is not None:
-            patches.when_imported(finding.target.module, functools.partial(_apply, patches, finding))
+            _patches.when_imported(finding.target.module, functools.partial(_apply, finding))
     allocator.enabled = True
     logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(hooked))
     not_hooked = [finding for finding in findings if finding.status in ("changed", "missing")]
@@ -100,21 +92,21 @@ def _register(patches: Patches) -> tuple[str, ...]:
     return hooked
 
 
-def _apply(patches: Patches, finding: targets.Finding, module: ModuleType) -> None:
+def _apply(finding: targets.Finding, module: ModuleType) -> None:
     """Replace one target in its module; an error is logged, and leaves that target to vLLM."""
     target, name = finding.target, finding.attribute
     if not hasattr(module, name.partition(".")[0]):
         return  # defined only where FlashInfer is installed
     try:
-        HOOKS[target](patches, module, name)
+        HOOKS[target](_patches, module, name)
     except Exception as error:
         logger.warning("safealloc: %s is not hooked: %s: %s", target.name, type(error).__name__, error)
 
 
-def _add_cache_key(patches: Patches, hooked: tuple[str, ...]) -> None:
+def _add_cache_key(hooked: tuple[str, ...]) -> None:
     """Keep compiled code of a hooked vLLM and of a plain one apart in vLLM's cache."""
     traced = [name for name in hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
     state = f"{','.join([str(HOOKS_VERSION), *traced])}{',first' if settings.linear() else ''}"
     variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
     variables[CACHE_KEY] = lambda: state
-    patches.undo_by(lambda: variables.pop(CACHE_KEY, None))
+    _patches.undo_by(lambda: variables.pop(CACHE_KEY, None))

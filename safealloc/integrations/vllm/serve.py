@@ -19,19 +19,8 @@ from safealloc import settings
 from safealloc.errors import PaddingCorruptionError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm.startup import (
-    ABOVE_MAX_ROWS,
-    ATTENTION_FUSION,
-    NO_ROWS,
-    OUTSIDE_A_STEP,
-    POOL_ERROR,
-    UNREGISTERED,
-    GroupedSite,
-    Site,
-    Sites,
-    StartUp,
-    Steps,
-)
+from safealloc.integrations.vllm import startup
+from safealloc.integrations.vllm.startup import GroupedSite, Site, Sites, StartUp, Steps
 from safealloc.integrations.vllm.worker import forward_context, logger, workspace_locked
 from safealloc.ops.grouped import clean_grouped_scales
 from safealloc.ops.quantize import nvfp4_quantize
@@ -43,35 +32,26 @@ _LAYOUT_128X4, _LAYOUT_8X4 = SfLayout.layout_128x4, SfLayout.layout_8x4
 
 
 class Allocator:
-    """Answers the calls of one process.
-
-    Attributes:
-        vllm_scale_tensor, vllm_quantize_8x4: vLLM's own functions, which the hooks set.
-        enabled: whether the plugin is registered.
-        steps: what the engine is configured for, once one has started.
-        max_rows: the pool serves calls of up to so many rows.
-        loading: loads of weights that are under way.
-        linear_ks: columns of the input by layer, of the layers on our linear kernel.
-        pool: where the last buffer came from, or ``None``.
-        start_up: set from before vLLM measures memory until after its last capture.
-        logs_growth: whether to log a warning when the pool grows.
-    """
+    """Answers the calls of one process."""
 
     def __init__(self) -> None:
-        self.vllm_scale_tensor: Callable[[int, int, torch.device, bool], Tensor] = _zeroed_scale_tensor
+        # vLLM's own functions, which the hooks set. Where nothing is hooked, code that was compiled before still asks.
+        self.vllm_scale_tensor: Callable[..., Tensor] = lambda m, n, device, is_sf_swizzled_layout: _zeros(m, n, device)
         self.vllm_quantize_8x4: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """As if no engine had started, and nothing were hooked."""
-        self.enabled = False
-        self.steps: Steps | None = None
-        self.max_rows = settings.max_rows() or sys.maxsize
-        self.loading = 0
+        self.enabled = False  # whether the plugin is registered
+        self.steps: Steps | None = None  # what the engine is configured for, once one has started
+        self.max_rows = settings.max_rows() or sys.maxsize  # of a call that the pool serves
+        self.loading = 0  # loads of weights that are under way
+        # Columns of the input by layer, of the layers on our linear kernel.
         self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.pool: ScalePool | None = None
-        self.start_up: StartUp | None = None
-        self.logs_growth = self._error_logged = False
+        self.pool: ScalePool | None = None  # where the last buffer came from
+        self.start_up: StartUp | None = None  # from before vLLM measures memory until after its last capture
+        self.logs_growth = False  # whether to log a warning when the pool grows
+        self._error_logged = False
         self._misses = 0  # of the pool, when its growth was last looked at
 
     # --- calls --------------------------------------------------------------------------------------------------------
@@ -79,10 +59,8 @@ class Allocator:
     def scales(self, m: int, n: int, device: torch.device, padded_n: int | None, bypassed: str | None = None) -> Tensor:
         """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``.
 
-        Args:
-            m, n, device: vLLM's.
-            padded_n: the n of the GEMM, where vLLM pads it.
-            bypassed: why the call is left to vLLM, if the caller knows.
+        ``padded_n`` is the n of the GEMM, where vLLM pads it; ``bypassed`` is why the call is left to vLLM, if the caller
+        knows.
         """
         if padded_n == n:
             padded_n = None
@@ -105,7 +83,7 @@ class Allocator:
         """Like :meth:`scales`, but zeroed per call and not from the pool, for a producer that leaves rows unwritten."""
         tensor = _zeros(m, padded_n or n, device)
         if self.start_up is not None:
-            self._in_start_up(self.start_up.count, ATTENTION_FUSION)
+            self._in_start_up(self.start_up.count, startup.ATTENTION_FUSION)
         return tensor
 
     def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
@@ -137,9 +115,8 @@ class Allocator:
         """Scales in 128x4 for an expert quantizer that writes valid scales only: every other byte is zero.
 
         Args:
-            rows: of all experts together, tokens times experts per token.
+            rows: of all experts together, tokens times experts per token (``topk``).
             k: columns in elements, a multiple of 16.
-            topk: experts per token.
             expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, vLLM's.
 
         Returns:
@@ -148,9 +125,9 @@ class Allocator:
         experts = expert_offsets.shape[0] - 1
         ranks = 1 if self.steps is None else self.steps.ranks
         bypassed = self._bypassed(-(-rows // (topk * ranks)))
-        if bypassed in (UNREGISTERED, NO_ROWS):
+        if bypassed in (startup.UNREGISTERED, startup.NO_ROWS):
             return None
-        if self.start_up is not None and bypassed != OUTSIDE_A_STEP:
+        if self.start_up is not None and bypassed != startup.OUTSIDE_A_STEP:
             self._in_start_up(self.start_up.reserve_grouped, GroupedSite(k, experts, topk))
         if bypassed is None:
             try:
@@ -184,13 +161,13 @@ class Allocator:
     def _bypassed(self, m: int) -> str | None:
         """Why a call is left to vLLM, or ``None``."""
         if not self.enabled:
-            return UNREGISTERED
+            return startup.UNREGISTERED
         if m > self.max_rows:
-            return ABOVE_MAX_ROWS
+            return startup.ABOVE_MAX_ROWS
         if m < 1:  # a data-parallel rank without a token
-            return NO_ROWS
+            return startup.NO_ROWS
         if self.loading or (self.steps is not None and forward_context() is None):
-            return OUTSIDE_A_STEP
+            return startup.OUTSIDE_A_STEP
         return None
 
     def _pool(self, device: torch.device) -> ScalePool:
@@ -209,12 +186,9 @@ class Allocator:
             raise error
         if not self._error_logged:
             self._error_logged = True
-            logger.error(
-                "safealloc: the pool failed and vLLM allocates instead; further errors are not logged: %s: %s",
-                type(error).__name__,
-                error,
-            )
-        return POOL_ERROR
+            failed = "safealloc: the pool failed and vLLM allocates instead; further errors are not logged: %s: %s"
+            logger.error(failed, type(error).__name__, error)
+        return startup.POOL_ERROR
 
     # --- start-up -----------------------------------------------------------------------------------------------------
 
@@ -250,11 +224,8 @@ class Allocator:
         self._misses = pool.misses
         if workspace_locked():
             self.logs_growth = False
-            logger.warning(
-                "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB",
-                shape,
-                pool.cache_bytes >> 20,
-            )
+            grows = "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB"
+            logger.warning(grows, shape, pool.cache_bytes >> 20)
 
 
 def is_raised(error: Exception) -> bool:
@@ -266,11 +237,6 @@ def _zeros(m: int, n: int, device: torch.device) -> Tensor:
     """int32 ``[rounded_m, rounded_n // 4]``."""
     padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // BLOCK_SIZE)
     return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
-
-
-def _zeroed_scale_tensor(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
-    """``create_fp4_scale_tensor`` where nothing is hooked, and code that was compiled before still asks."""
-    return _zeros(m, n, device)
 
 
 allocator = Allocator()

@@ -10,10 +10,6 @@ MAX_TOKENS_PER_EXPERT = 163840
 
 
 def capture_sizes(largest: int) -> tuple[int, ...]:
-    """The batch sizes that vLLM captures: 1, 2, 4, then by 8 below 256, by 16 from there (vLLM 0.33.0).
-
-    Args:
-        largest: no size is above it.
-    """
+    """The batch sizes up to ``largest`` that vLLM captures: 1, 2, 4, then by 8 below 256, by 16 from there (vLLM 0.33.0)."""
     sizes = (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16))
     return tuple(size for size in sizes if size <= largest)

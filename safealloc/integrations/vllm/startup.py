@@ -6,6 +6,8 @@ run and the warm-up: when one is first seen, buffers are reserved for every batc
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -33,19 +35,12 @@ ATTENTION_FUSION = "attention fusion, which leaves rows without a token unwritte
 
 @dataclass
 class Steps:
-    """What one worker's engine is configured for.
+    """What one worker's engine is configured for."""
 
-    Attributes:
-        rows: batch sizes of its CUDA graphs, in tokens.
-        max_rows: the pool serves calls of up to this many rows; prefill above it is vLLM's.
-        copies: micro-batches that run at once.
-        ranks: data-parallel ranks, whose tokens an expert layer gathers.
-    """
-
-    rows: tuple[int, ...]
-    max_rows: int
-    copies: int = 1
-    ranks: int = 1
+    rows: tuple[int, ...]  # batch sizes of its CUDA graphs, in tokens
+    max_rows: int  # of a call that the pool serves; prefill above it is vLLM's
+    copies: int = 1  # micro-batches that run at once
+    ranks: int = 1  # data-parallel ranks, whose tokens an expert layer gathers
 
     @classmethod
     def of(cls, vllm_config: Any) -> Steps:
@@ -70,17 +65,11 @@ class Steps:
 
 @dataclass
 class Sites:
-    """Allocation sites that captured steps went through.
+    """Allocation sites that captured steps went through."""
 
-    Attributes:
-        captures: CUDA graphs that hold pool buffers; several per batch size where vLLM splits its model.
-        served: sites per step that the pool serves.
-        bypassed: sites per step that vLLM serves, by reason.
-    """
-
-    captures: int = 0
-    served: int = 0
-    bypassed: Counter[str] = field(default_factory=Counter)
+    captures: int = 0  # CUDA graphs that hold pool buffers; several per batch size where vLLM splits its model
+    served: int = 0  # sites per step that the pool serves
+    bypassed: Counter[str | None] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
 
 
 class Site(NamedTuple):
@@ -100,18 +89,12 @@ class GroupedSite(NamedTuple):
 
 
 class StartUp:
-    """What a worker's start-up has shown so far, and what was reserved for it.
-
-    Args:
-        pool: where buffers are reserved.
-        steps: what the engine is configured for.
-        linear_ks: columns of the input by layer, of the layers on our linear kernel.
-    """
+    """What a worker's start-up has shown so far, and what was reserved for it."""
 
     def __init__(self, pool: ScalePool, steps: Steps, linear_ks: Mapping[Any, int]) -> None:
-        self.pool = pool
+        self.pool = pool  # where buffers are reserved
         self._steps = steps
-        self._linear_ks = linear_ks
+        self._linear_ks = linear_ks  # columns of the input by layer, of the layers on our linear kernel
         self._copies: Counter[Site] = Counter()  # buffers of a site that are reserved for each captured batch size
         self._grouped: set[GroupedSite] = set()  # for each, one buffer per micro-batch is reserved
         self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # while their storage is alive
@@ -121,17 +104,13 @@ class StartUp:
     def reserve_linear(self) -> None:
         """Reserve for the layers on our linear kernel, whose shapes are known before the profile run."""
         for k in set(self._linear_ks.values()):
-            self._reserve(Site(k, SfLayout.layout_8x4, None), 1)
-            self._reserve(Site(k, SfLayout.layout_128x4, None), 1)
+            for layout in (SfLayout.layout_8x4, SfLayout.layout_128x4):
+                self._reserve(Site(k, layout, None), 1)
 
     def observe(self, rows: int, site: Site, tensor: Tensor, bypassed: str | None) -> None:
         """Note an answered call: count it in a capture; before one, reserve as many buffers as the site holds at once.
 
-        Args:
-            rows: of the call.
-            site: of the call.
-            tensor: the scales that were returned.
-            bypassed: why they are vLLM's own, or ``None``.
+        ``tensor`` are the scales that were returned, and ``bypassed`` is why they are vLLM's own, or ``None``.
         """
         if torch.cuda.is_current_stream_capturing():
             self.count(bypassed)
@@ -161,18 +140,15 @@ class StartUp:
         context = forward_context()
         known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
-            known = self._pass_of[id(context)] = (_weak(context), Counter())
+            alive = (lambda: None) if context is None else weakref.ref(context)
+            known = self._pass_of[id(context)] = (alive, Counter())
             self._passes.append(known[1])
         known[1][bypassed] += 1
 
     def sites(self) -> Sites:
         """Served sites, and bypassed ones by reason: of each the largest number in any captured step."""
-        found = Sites(served=max((counts[None] for counts in self._passes), default=0))
-        for counts in self._passes:
-            for reason, count in counts.items():
-                if reason is not None:
-                    found.bypassed[reason] = max(found.bypassed[reason], count)
-        return found
+        largest: Counter[str | None] = functools.reduce(operator.or_, self._passes, Counter())
+        return Sites(served=largest.pop(None, 0), bypassed=largest)
 
     def _vllm_tensors_held(self, site: Site, tensor: Tensor) -> int:
         """How many tensors that vLLM allocated for a site are alive, including this one."""
@@ -187,7 +163,3 @@ class StartUp:
         elif site.k in self._linear_ks.values():  # up to there our own kernel takes 8x4
             rows = [size for size in rows if size > MAX_ROWS_8X4]
         self.pool.reserve(rows, site.k, site.layout, copies * self._steps.copies, padded_k=site.padded_k)
-
-
-def _weak(context: Any) -> Callable[[], Any]:
-    return (lambda: None) if context is None else weakref.ref(context)

@@ -25,48 +25,34 @@ Source = Callable[[str], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One function, method or class of vLLM.
+    """One function, method or class of vLLM."""
 
-    Attributes:
-        name: what the log and ``doctor`` call it.
-        module: where it is defined, by dotted name.
-        attributes: its name in the module, ``Class.method`` for a method; of several the first that exists counts.
-        parameters: the lists of parameter names that the hook accepts; empty for a class.
-        since: the first release that has it.
-        bodies: digests of the bodies that the hook replaces; empty where it calls the original.
-    """
+    name: str  # in the log and in doctor's table
+    module: str  # where it is defined, by dotted name
+    attributes: tuple[str, ...]  # its name there, Class.method for a method; of several the first that exists counts
+    parameters: tuple[tuple[str, ...], ...] = ()  # the lists of names that the hook accepts; empty for a class
+    since: str = SUPPORTED[0]  # the first release that has it
+    bodies: tuple[str, ...] = ()  # digests of those that the hook replaces; empty where it calls the original
 
-    name: str
-    module: str
-    attributes: tuple[str, ...]
-    parameters: tuple[tuple[str, ...], ...] = ()
-    since: str = SUPPORTED[0]
-    bodies: frozenset[str] = frozenset()
+
+def _function(module: str, name: str, *parameters: tuple[str, ...], bodies: tuple[str, ...] = ()) -> Target:
+    """A function that the log calls by its name."""
+    return Target(name, module, (name,), parameters, bodies=bodies)
 
 
 _CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
 _FUSION, _LINEAR = "vllm.compilation.passes.fusion", "vllm.model_executor.kernels.linear"
 _OUTPUTS = ("m", "n", "device", "is_sf_swizzled_layout")
+_OUTPUTS_BODIES = ("5dba6d0e8a", "11093bc733")
 _MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backend")
 _MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
 _MXFP4 = ("block_size", "use_nvfp4")
 _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
 
-SCALES = Target("create_fp4_scale_tensor", _CUSTOM_OPS, ("create_fp4_scale_tensor",), (_OUTPUTS,))
-OUTPUTS = Target(
-    "create_fp4_output_tensors",
-    _CUSTOM_OPS,
-    ("create_fp4_output_tensors",),
-    (_OUTPUTS, (*_OUTPUTS, "padded_n")),
-    bodies=frozenset({"5dba6d0e8a", "11093bc733"}),
-)
-QUANTIZE_8X4 = Target(
-    "flashinfer_quant_nvfp4_8x4_sf_layout",
-    _FLASHINFER,
-    ("flashinfer_quant_nvfp4_8x4_sf_layout",),
-    (("a", "a_global_sf"),),
-)
-MM = Target("flashinfer_scaled_fp4_mm", _FLASHINFER, ("flashinfer_scaled_fp4_mm",), (_MM, (*_MM, *_MXFP4)))
+SCALES = _function(_CUSTOM_OPS, "create_fp4_scale_tensor", _OUTPUTS)
+OUTPUTS = _function(_CUSTOM_OPS, "create_fp4_output_tensors", _OUTPUTS, (*_OUTPUTS, "padded_n"), bodies=_OUTPUTS_BODIES)
+QUANTIZE_8X4 = _function(_FLASHINFER, "flashinfer_quant_nvfp4_8x4_sf_layout", ("a", "a_global_sf"))
+MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4))
 MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
 FUSED_ACT_QUANT = Target(
     "fused_act_quant",
@@ -74,27 +60,11 @@ FUSED_ACT_QUANT = Target(
     ("_silu_and_mul_nvfp4_dynamic",),
     (("x", "linear"),),
     since="0.30.0",
-    bodies=frozenset({"9d01b31984", "342effc3cf"}),
+    bodies=("9d01b31984", "342effc3cf"),
 )
-EXPERTS = Target(
-    "scaled_fp4_experts_quant",
-    _CUSTOM_OPS,
-    ("scaled_fp4_experts_quant",),
-    (_EXPERTS,),
-    bodies=frozenset({"9f7ccc8ec5"}),
-)
-SILU_EXPERTS = Target(
-    "silu_and_mul_scaled_fp4_experts_quant",
-    _CUSTOM_OPS,
-    ("silu_and_mul_scaled_fp4_experts_quant",),
-    (_EXPERTS,),
-    bodies=frozenset({"115df44c84"}),
-)
-ATTENTION_FUSION = Target(
-    "attention fusion",
-    f"{_FUSION}.attn_quant_fusion",
-    ("AttnQuantFusionPass", "AttnFusionPass"),
-)
+EXPERTS = _function(_CUSTOM_OPS, "scaled_fp4_experts_quant", _EXPERTS, bodies=("9f7ccc8ec5",))
+SILU_EXPERTS = _function(_CUSTOM_OPS, "silu_and_mul_scaled_fp4_experts_quant", _EXPERTS, bodies=("115df44c84",))
+ATTENTION_FUSION = Target("attention fusion", f"{_FUSION}.attn_quant_fusion", ("AttnQuantFusionPass", "AttnFusionPass"))
 MLA_FUSION = Target("MLA fusion", f"{_FUSION}.mla_attn_quant_fusion", ("MLAAttnQuantFusionPass",), since="0.20.0")
 PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memory",), (("self",),))
 WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
@@ -109,44 +79,22 @@ LOAD = Target(
 CACHE_KEY = Target("compile-cache key", "vllm.envs", ("environment_variables",))
 LINEAR = Target("linear kernel", _LINEAR, ("_POSSIBLE_NVFP4_KERNELS",), since="0.20.0")
 
-TARGETS = (
-    SCALES,
-    OUTPUTS,
-    QUANTIZE_8X4,
-    MM,
-    MM_OP,
-    FUSED_ACT_QUANT,
-    EXPERTS,
-    SILU_EXPERTS,
-    ATTENTION_FUSION,
-    MLA_FUSION,
-    PROFILE,
-    WARM_UP,
-    STEP,
-    LOAD,
-    CACHE_KEY,
-    LINEAR,
-)
+TARGETS = tuple(value for value in globals().values() if isinstance(value, Target))
+"""All of the above, in their order."""
 
 Status = Literal["hooked", "changed", "missing", "not yet there"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Whether a vLLM has a target.
-
-    Attributes:
-        target: the target.
-        status: "hooked" if the hook fits; "changed" or "missing" if vLLM's own code is left alone; "not yet there" in a
-            release older than the target.
-        attribute: the name that was found, or "".
-        detail: why it is not hooked.
-    """
+    """Whether a vLLM has a target."""
 
     target: Target
+    # "hooked" if the hook fits, "changed" or "missing" if vLLM's own code is left alone, "not yet there" in a release
+    # older than the target
     status: Status
-    attribute: str = ""
-    detail: str = ""
+    attribute: str = ""  # the name that was found
+    detail: str = ""  # why it is not hooked
 
 
 def installed() -> tuple[str, Source] | None:
@@ -178,7 +126,7 @@ def check(version: str, source: Source) -> list[Finding]:
 
 def own_allocation(source: Source) -> str | None:
     """What vLLM's ``create_fp4_scale_tensor`` allocates with, ``"zeros"`` or ``"empty"``; ``None`` if it is not found."""
-    node = _find(_parsed(source, SCALES.module), SCALES.attributes[0])
+    node = _find(_parsed(source, SCALES.module), SCALES.name)
     if node is None:
         return None
     called = {call.func.attr for call in ast.walk(node) if isinstance(call, ast.Call) and hasattr(call.func, "attr")}
@@ -190,7 +138,7 @@ def kernel_zeroes_padding(source: Source) -> bool | None:
 
     The kernel itself is compiled. ``None`` if the function is not found.
     """
-    node = _find(_parsed(source, SCALES.module), SCALES.attributes[0])
+    node = _find(_parsed(source, SCALES.module), SCALES.name)
     if node is None:
         return None
     text = ast.get_source_segment(source(SCALES.module) or "", node) or ""
