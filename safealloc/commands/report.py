@@ -71,7 +71,7 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def check_environment() -> None:
-    """See before the work starts that no ``SAFEALLOC_*`` variable keeps a default pool from being made."""
+    """Raises: UsageError: a ``SAFEALLOC_*`` variable has a value with which no default pool can be made."""
     try:
         settings.watch()
     except ValueError as error:
@@ -154,7 +154,7 @@ def check_writable(path: Path | None, flag: str = "--json") -> None:
 
 
 def deliver(path: Path | None, result: dict[str, Any], show: Callable[[Console], None]) -> None:
-    """Write a result as JSON if a path is given, and print its tables unless the JSON is printed."""
+    """Write a result as JSON if a path is given, and print its tables unless the JSON is printed; raises as :func:`write`."""
     write_json(path, result)
     if path != STANDARD_OUTPUT:
         with printing():
@@ -162,7 +162,7 @@ def deliver(path: Path | None, result: dict[str, Any], show: Callable[[Console],
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result if a path is given; NaN and infinities become null, since JSON has none."""
+    """Write a result if a path is given; NaN and infinities become null, since JSON has none; raises as :func:`write`."""
     if path is not None:
         write(path, json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", "--json")
 
