@@ -11,6 +11,9 @@ import nox
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TORCHES = ("2.9", "2.11", "2.13", "newest")
+BESIDE = {
+    "2.9": ("numpy<2.4", "setuptools")
+}  # Triton 3.5's interpreter fails with NumPy 2.4; Inductor imports setuptools
 MATRIX = "benchmarks/results/matrix-cpu.json"
 
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -22,7 +25,8 @@ nox.options.sessions = ["lint", "docs", "build"]
 def tests(session: nox.Session, torch: str) -> None:
     """The unit tests; arguments go to pytest. PyPI's torch is a CUDA build of several gigabytes (see CONTRIBUTING.md)."""
     # One call, so that the Triton of the test extra is the one that this torch asks for.
-    session.install("torch" if torch == "newest" else f"torch=={torch}.*", "-e", ".[test]")
+    version = "torch" if torch == "newest" else f"torch=={torch}.*"
+    session.install(version, *BESIDE.get(torch, ()), "-e", ".[test]")
     junit = f"{session.create_tmp()}/junit.xml"
     arguments = session.posargs or ["tests/unit"]
     session.run("pytest", *arguments, f"--junitxml={junit}", success_codes=[0, 1])
