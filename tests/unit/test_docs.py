@@ -27,9 +27,6 @@ ROOT = Path(safealloc.__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = pytest.mark.skipif(not PAGES[0].exists(), reason="needs a checkout: README.md is not installed")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-with_python = pytest.mark.parametrize(  # in the generated docs/api.md it is signatures
-    "page", [page for page in PAGES if page.name != "api.md"], ids=lambda page: page.name
-)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -69,7 +66,7 @@ def test_every_block_of_code_is_closed():
 # --- Python ---------------------------------------------------------------------------------------------------------------
 
 
-@with_python
+@pages
 def test_python_compiles_and_imports_names_that_exist(page):
     for code in blocks(page, "python"):
         for node in ast.walk(ast.parse(code, page.name)):
