@@ -11,9 +11,8 @@ import nox
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TORCHES = ("2.9", "2.11", "2.13", "newest")
-BESIDE = {
-    "2.9": ("numpy<2.4", "setuptools")
-}  # Triton 3.5's interpreter fails with NumPy 2.4; Inductor imports setuptools
+OLD_NUMPY = "numpy<2.4"  # the interpreter of Triton 3.5 and 3.6 fails with later ones
+BESIDE = {"2.9": (OLD_NUMPY, "setuptools"), "2.11": (OLD_NUMPY,)}  # Inductor of torch 2.9 imports setuptools
 MATRIX = "benchmarks/results/matrix-cpu.json"
 
 nox.options.default_venv_backend = "uv|virtualenv"
