@@ -11,6 +11,8 @@ import nox
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TORCHES = ("2.9", "2.11", "2.13", "newest")
+OLD_NUMPY = "numpy<2.4"  # the interpreter of Triton 3.5 and 3.6 fails with later ones
+BESIDE = {"2.9": (OLD_NUMPY, "setuptools"), "2.11": (OLD_NUMPY,)}  # Inductor of torch 2.9 imports setuptools
 MATRIX = "benchmarks/results/matrix-cpu.json"
 
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -22,7 +24,8 @@ nox.options.sessions = ["lint", "docs", "build"]
 def tests(session: nox.Session, torch: str) -> None:
     """The unit tests; arguments go to pytest. PyPI's torch is a CUDA build of several gigabytes (see CONTRIBUTING.md)."""
     # One call, so that the Triton of the test extra is the one that this torch asks for.
-    session.install("torch" if torch == "newest" else f"torch=={torch}.*", "-e", ".[test]")
+    version = "torch" if torch == "newest" else f"torch=={torch}.*"
+    session.install(version, *BESIDE.get(torch, ()), "-e", ".[test]")
     junit = f"{session.create_tmp()}/junit.xml"
     arguments = session.posargs or ["tests/unit"]
     session.run("pytest", *arguments, f"--junitxml={junit}", success_codes=[0, 1])

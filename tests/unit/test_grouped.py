@@ -321,13 +321,11 @@ def test_the_op_matches_its_schema_and_fake(pool: ScalePool) -> None:
         )
 
     @torch.compile(backend="eager", fullgraph=True)
-    def with_a_pool(x: Tensor) -> Tensor:
-        return nvfp4_quantize_grouped(
-            x, torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
-        )[0]
+    def with_a_pool(x: Tensor, *grouped: Tensor) -> Tensor:
+        return nvfp4_quantize_grouped(x, *grouped, layout=SfLayout.layout_8x4, pool=pool)[0]
 
     with pytest.raises(Exception, match="leave pool out"):
-        with_a_pool(activation(12))
+        with_a_pool(activation(12), *given[1:4])
 
 
 def test_a_closed_pool_is_refused(pool: ScalePool) -> None:
