@@ -51,9 +51,12 @@ class PrivateMemory:
 
     def allocate(self, make: Callable[[], _T]) -> _T:
         """What ``make`` returns, with all that it allocates on this thread from here."""
-        begun = [True]
-        torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self.id)
+        begun = [True]  # before it is: what is interrupted in between is ended in vain, which is harmless
         try:
+            try:
+                torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self.id)
+            except RuntimeError:  # this thread allocates here already: a signal handler or a finalizer came in
+                begun.clear()
             return make()
         finally:
             try:
@@ -63,9 +66,11 @@ class PrivateMemory:
 
     def _end(self, begun: list[bool]) -> None:
         if begun:
-            torch._C._cuda_endAllocateToPool(self._index, self.id)
+            with contextlib.suppress(RuntimeError):  # it had not begun
+                torch._C._cuda_endAllocateToPool(self._index, self.id)
+                begun.clear()
+                torch._C._cuda_releasePool(self._index, self.id)
             begun.clear()
-            torch._C._cuda_releasePool(self._index, self.id)
 
 
 def end_recording(device: torch.device, handle: tuple[int, int]) -> None:

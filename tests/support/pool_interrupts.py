@@ -1,6 +1,6 @@
 """Exceptions at any line of a pool, and whether everything is right afterwards.
 
-``cd tests; python -m support.pool_interrupts SECONDS [FILE]`` injects them at random for so long, with re-entries beside, and
+``cd tests; python -m support.pool_interrupts SECONDS [FILE [SEED]]`` injects them at random for so long, with re-entries beside, and
 writes what came out as JSON.
 """
 
@@ -252,7 +252,7 @@ def main() -> None:
         "command": "python -m support.pool_interrupts",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "exceptions_injected": inject(seconds * 0.8, random.Random(0)),
+        "exceptions_injected": inject(seconds * 0.8, random.Random(int(sys.argv[3]) if len(sys.argv) > 3 else 0)),
         "lost_or_shared": 0,  # a buffer that is lost or shared ends this with an AssertionError
         **re_enter(seconds * 0.2),
     }
