@@ -1,6 +1,6 @@
 """Exceptions at any line of a pool, and whether everything is right afterwards.
 
-``cd tests; python -m support.pool_interrupts SECONDS [FILE [SEED]]`` injects them at random for so long, with re-entries beside, and
+``cd tests; python -m support.pool_interrupts SECONDS [FILE [SEED]]`` injects them at random, with re-entries beside, and
 writes what came out as JSON.
 """
 
