@@ -143,8 +143,14 @@ class Inventory:
             return None
         return self.make(spec, owner, kept=False)
 
-    def make(self, spec: ScaleSpec, owner: Hashable, *, kept: bool) -> tuple[Buffer, Tensor]:
+    def make(
+        self, spec: ScaleSpec, owner: Hashable, *, kept: bool, filled_on: int | None = None
+    ) -> tuple[Buffer, Tensor]:
         """A new buffer, with a claim on it.
+
+        Args:
+            spec, owner, kept: of the buffer.
+            filled_on: the raw stream that is current, which whoever takes the buffer out of stock has to let pass.
 
         Raises:
             PoolExhaustedError: beyond ``max_bytes``.
@@ -158,6 +164,9 @@ class Inventory:
             base = self._base_from_memory(spec)
         buffer = Buffer(spec, base, kept=kept)
         claim = base.data
+        drain = None if filled_on is None else Drain.on([filled_on], self.device)
+        if drain is not None:
+            buffer.drain_with(drain)
         remember(base, spec, self.pool)
         self._hint(buffer, owner)
         self.by_address[buffer.address] = buffer
@@ -174,11 +183,8 @@ class Inventory:
         self.make_room(sum(spec.nbytes for spec in specs))
         before = set(self.by_address)
         try:
-            made = [self.make(spec, STOCK, kept=True) for spec in specs]
-            drain = Drain.on([stream], self.device) if made else None
-            for buffer, _ in made:
-                assert drain is not None
-                buffer.drain_with(drain)
+            for spec in specs:
+                self.make(spec, STOCK, kept=True, filled_on=stream)
         except BaseException:
             for address in set(self.by_address) - before:
                 self.forget(self.by_address[address])
