@@ -7,6 +7,7 @@ logs it when it is made and takes the slower public way, and ``safealloc doctor`
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,16 @@ REASONS: dict[str, str] = {}
 """What does not work here, by name, and what follows; empty where everything does."""
 
 references: Callable[[Any], int] = sys.getrefcount
+logger = logging.getLogger("safealloc.pool")
+_logged: set[str] = set()
+
+
+def log_reasons() -> None:
+    """Log each reason once in a process; called when a pool is made."""
+    for name, reason in REASONS.items():
+        if name not in _logged:
+            _logged.add(name)
+            logger.warning("torch %s has no usable %s: %s", torch.__version__, name, reason)
 
 
 def _use_count() -> Callable[[int], int]:

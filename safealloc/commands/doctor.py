@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from safealloc import ScalePool, _optional, capture, settings
+from safealloc import ScalePool, _optional, _torch, capture, settings
 from safealloc.commands import doctor_vllm, machine, report
 from safealloc.errors import SafeAllocError
 from safealloc.formats.layout import SfLayout, short
@@ -79,6 +79,7 @@ class Result:
             },
             "devices": [asdict(device) for device in self.devices],
             "inductor": self.inductor,
+            "private_torch": dict(_torch.REASONS),
             "vllm": asdict(self.vllm),
         }
 
@@ -122,6 +123,8 @@ def show(result: Result, out: Console) -> None:
         out.print(f"Graph lifetimes on {device.device}: {device.graph_lifetimes or 'tracked by the CUDA driver'}.\n")
     doctor_vllm.show(result.vllm, out)
     out.print(f"Inductor: {result.inductor or 'leaves pool buffers alone'}.")
+    for name, reason in _torch.REASONS.items():
+        out.print(f"torch {torch.__version__} has no usable {name}: {reason}.")
 
 
 def _cells(found: BackendFinding) -> tuple[str, str, str, str]:

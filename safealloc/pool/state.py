@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
+from safealloc import _torch
 from safealloc._checks import check_is_tensor, checked_bytes, checked_count, checked_device
 from safealloc.errors import PoolClosedError, SafeAllocError
 from safealloc.formats.layout import SfLayout
@@ -69,6 +70,7 @@ class PoolState(OfOneProcess):
         self._streams: set[int] = set()  # on which buffers are used
         self.misses = 0
         """Acquires so far that had to make a buffer."""
+        _torch.log_reasons()
         super().__init__()
 
     # --- looking ------------------------------------------------------------------------------------------------------
