@@ -140,7 +140,7 @@ class Buffer:
         self.drained_use = -1
         self.storage = base.untyped_storage()
         self.cdata: int = self.storage._cdata
-        self.standard = _standard(self.cdata)
+        self.standard = _standard(self.cdata) if base.is_cuda else None  # CPU memory moves when it is shared
         claim = base.data
         self.claimed_uses: int = _use_count(self.cdata)
         self.claimed_references = _references(self.storage)
@@ -161,7 +161,7 @@ class Buffer:
             and _use_count(self.cdata) == self.claimed_uses
             and _references(self.storage) == self.claimed_references
             and tensor.data_ptr() == self.address
-            and _standard(self.cdata) == self.standard
+            and (self.standard is None or _standard(self.cdata) == self.standard)
         ):
             return tensor
         return None
@@ -172,7 +172,9 @@ class Buffer:
 
     def altered(self) -> bool:
         """A holder has resized or moved the storage, or sent it to another process: it is never handed out again."""
-        return self.base.data_ptr() != self.address or _standard(self.cdata) != self.standard
+        if self.base.data_ptr() != self.address:
+            return True
+        return self.standard is not None and _standard(self.cdata) != self.standard
 
     def give_to(self, owner: Hashable) -> None:
         """Change the owner of a buffer that is claimed: from here on it belongs to nobody else."""

@@ -85,13 +85,13 @@ class ScalePool(PoolState):
         stream = self._raw_stream(self._index)
         if (
             (not stream or not self._capturing(stream))  # the default stream, 0, is never in a capture
-            and type(rows) is type(k) is int  # 4.0 and True are equal to what is filed, and are errors
-            and type(layout) is SfLayout
-            and (padded_k is None or type(padded_k) is int)
+            and rows.__class__ is k.__class__ is int  # 4.0 and True are equal to what is filed, and are errors
+            and layout.__class__ is SfLayout
+            and (padded_k is None or padded_k.__class__ is int)
             and not _dispatch_modes()  # fake tensors, perhaps
         ):
             try:  # what is there costs less so than by get()
-                buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
+                buffers = self._ready[rows, k, layout, padded_k, stream]
             except KeyError:
                 buffers = _NO_BUFFERS
             for buffer in buffers:
@@ -102,9 +102,9 @@ class ScalePool(PoolState):
                     and _references(buffer.storage) == buffer.claimed_references
                     and buffer.ready_for == stream
                     and tensor.data_ptr() == buffer.address
-                    and _standard(buffer.cdata) == buffer.standard
+                    and (buffer.standard is None or _standard(buffer.cdata) == buffer.standard)
                 ):
-                    buffer.last_use = self._tick()
+                    buffer.last_use = next(self._ticks)
                     return tensor
                 del tensor  # or nobody else could claim it
         return self._serve(ScaleSpec.checked(rows, k, layout, padded_k), stream)
@@ -150,7 +150,7 @@ class ScalePool(PoolState):
         found = found or self._inventory.take(spec, (STOCK,), Buffer.drained, stream)
         given = found or self._inventory.make_cached(spec, stream)
         tensor = given[1] if given else self._inventory.make_for_one_call(spec)
-        request = self._tick()
+        request = next(self._ticks)
         if given:
             given[0].last_use = request
         if not found:
@@ -165,7 +165,7 @@ class ScalePool(PoolState):
                 f"no idle buffer for {spec} in this capture, and a pool does not grow in one: call pool.{spec.reserve_call} "
                 "before the capture (copies=N for N held at once, or on different graph memory-pool handles)"
             )
-        self._tick()
+        next(self._ticks)
         if tensor is not None:
             return tensor
         tensor = self._inventory.make_in_capture(spec)

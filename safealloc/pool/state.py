@@ -62,10 +62,11 @@ class PoolState(OfOneProcess):
         self._inventory = Inventory(
             self.device, *limits, self._number, poison=poison, red_zones=debug, ready=not watched
         )
+        self._ready = self._inventory.ready  # for one attribute less on the hit path
         self._watch = Watch(self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair)
         self._graphs = GraphUses(self._number)
         self._warned: set[ScaleSpec] = set()
-        self._tick = itertools.count(1).__next__  # requests and looks, in an order that all threads agree on
+        self._ticks = itertools.count(1)  # requests and looks, in an order that all threads agree on
         self._looks = self._fallbacks = 0
         self._streams: set[int] = set()  # on which buffers are used
         self.misses = 0
@@ -214,7 +215,7 @@ class PoolState(OfOneProcess):
     def _now(self) -> int:
         """A number between those of the requests before and after."""
         self._looks += 1
-        return self._tick()
+        return next(self._ticks)
 
     # --- the pool as an object ----------------------------------------------------------------------------------------
 
@@ -228,6 +229,7 @@ class PoolState(OfOneProcess):
         # Not dropped: freeing the parent's device memory from here would be an error.
         self._left_behind = self._inventory, self._watch
         self._inventory = Inventory(self.device)
+        self._ready = self._inventory.ready
         self._watch = Watch(self._inventory)
 
 
