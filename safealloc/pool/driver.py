@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -99,8 +98,8 @@ def current_stream(device: torch.device) -> Callable[[int], int]:
 
 
 def capture_query(device: torch.device) -> Callable[[int], bool]:
-    """What tells whether a raw stream is capturing (:func:`is_capturing`); on a CPU always false."""
-    return is_capturing if device.type == "cuda" else _never
+    """What tells whether a raw stream is capturing, an invalidated capture too; on a CPU always false."""
+    return _stream_status().capturing if device.type == "cuda" else _never
 
 
 def _no_stream(index: int) -> int:
@@ -111,32 +110,37 @@ def _never(stream: int) -> bool:
     return False
 
 
-_SLOTS = 64  # queries under way at once, in all threads and handlers, before two could read one answer
-
-
 class _StreamStatus:
     """Whether a raw stream is capturing, without what it takes to find out which capture.
 
     On the path of every acquire. The driver is asked directly, with the interpreter's lock held: what PyTorch has looks up
-    the current device and its context first, and costs more.
+    the current device and its context first, and costs more. Each stream has an answer of its own, so that whoever comes in
+    between the question and the look, a thread or a handler, leaves an answer about the same stream.
     """
 
     def __init__(self) -> None:
-        self._answers = (ctypes.c_int * _SLOTS)()
-        size = ctypes.sizeof(ctypes.c_int)
-        self._slots = [ctypes.c_void_p(ctypes.addressof(self._answers) + slot * size) for slot in range(_SLOTS)]
-        self._turn = itertools.count().__next__
         self._query = ctypes.PyDLL("libcuda.so.1").cuStreamIsCapturing
-        self._pointers: dict[int, ctypes.c_void_p] = {}
+        self._streams: dict[int, tuple[ctypes.c_void_p, object, ctypes.c_int]] = {}
 
-    def error_or_status(self, stream: int) -> tuple[int, int]:
-        """The driver's error code and answer."""
-        pointer = self._pointers.get(stream)
-        if pointer is None:
-            pointer = self._pointers[stream] = ctypes.c_void_p(stream)
-        slot = self._turn() % _SLOTS
-        error: int = self._query(pointer, self._slots[slot])
-        return error, self._answers[slot]
+    def capturing(self, stream: int) -> bool:
+        """True in a capture, an invalidated one too; of stream 0, which CUDA does not capture, nobody needs to ask."""
+        try:
+            pointer, reference, answer = self._streams[stream]
+        except KeyError:
+            pointer, reference, answer = self._add(stream)
+        if error := self._query(pointer, reference):
+            raise RuntimeError(f"cuStreamIsCapturing failed with {error} for stream {stream:#x}")
+        return answer.value != 0
+
+    def may_record(self, stream: int) -> bool:
+        """Whether an event can be recorded on a raw stream without ending up in somebody's capture, or ending one."""
+        pointer, reference, answer = self._streams.get(stream) or self._add(stream)
+        # Of stream 0 an error says that a stream which waits for it is capturing.
+        return not self._query(pointer, reference) and not answer.value
+
+    def _add(self, stream: int) -> tuple[ctypes.c_void_p, object, ctypes.c_int]:
+        answer = ctypes.c_int()
+        return self._streams.setdefault(stream, (ctypes.c_void_p(stream), ctypes.byref(answer), answer))
 
 
 @functools.cache
@@ -144,18 +148,9 @@ def _stream_status() -> _StreamStatus:
     return _StreamStatus()
 
 
-def is_capturing(stream: int) -> bool:
-    """True in a capture, an invalidated one too; of stream 0, which CUDA does not capture, nobody needs to ask."""
-    error, status = _stream_status().error_or_status(stream)
-    if error:
-        raise RuntimeError(f"cuStreamIsCapturing failed with {error} for stream {stream:#x}")
-    return status != 0
-
-
 def may_record(stream: int) -> bool:
     """Whether an event can be recorded on a raw stream without ending up in somebody's capture, or ending one."""
-    error, status = _stream_status().error_or_status(stream)
-    return not error and not status  # of stream 0 an error says that a stream which waits for it is capturing
+    return _stream_status().may_record(stream)
 
 
 def record_event(stream: int, device: torch.device) -> torch.cuda.Event:
