@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch import _dynamo as dynamo
+from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 import safealloc
-from safealloc import ScaleSpec, SfLayout
+from safealloc import ScalePool, ScaleSpec, SfLayout, use_pool
 from safealloc.kernels import reference
 
 CPU = torch.device("cpu")
@@ -66,3 +69,19 @@ def compiled_code(function: Callable[..., Any], *arguments: Any) -> tuple[Any, s
     result, sources = run_and_get_code(torch.compile(function, fullgraph=True), *arguments)
     (source,) = sources
     return result, source[source.index("def call(") : source.index("runner = Runner")]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing compiled before or after, in memory or on disk. A test file that imports it uses it."""
+    produced.clear()
+    dynamo.reset()
+    with config.patch({"force_disable_caches": True, "fx_graph_cache": False}):
+        yield
+    dynamo.reset()
+
+
+@pytest.fixture
+def pool() -> Iterator[ScalePool]:
+    with ScalePool("cpu") as pool, use_pool(pool):
+        yield pool

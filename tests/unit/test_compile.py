@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo as dynamo
-from support.compiled import ALPHA, CPU, ONE, W_FP4, W_SCALES, K, N, activation, ops, produced, total
+from support.compiled import ALPHA, CPU, ONE, W_FP4, W_SCALES, K, N, activation, fresh, ops, pool, produced, total  # noqa: F401
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor import config
 
 from safealloc import (
     LayoutMismatchError,
@@ -28,22 +27,6 @@ ROWS = (5, 9, 2, 32, 33, 128, 140)
 
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Nothing compiled before or after, in memory or on disk."""
-    produced.clear()
-    dynamo.reset()
-    with config.patch({"force_disable_caches": True, "fx_graph_cache": False}):
-        yield
-    dynamo.reset()
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool, use_pool(pool):
-        yield pool
 
 
 # --- dynamic rows ------------------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo as dynamo
 import torch._inductor.lowering as lowering
-from support.compiled import CPU, ONE, W_FP4, W_SCALES, K, activation, compiled_code, ops, produced, total
+from support.compiled import CPU, ONE, W_FP4, W_SCALES, K, activation, compiled_code, fresh, ops, pool, total  # noqa: F401
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.scheduler import BaseSchedulerNode
@@ -29,28 +28,11 @@ from safealloc import (
     mm_fp4,
     nvfp4_linear,
     nvfp4_quantize,
-    use_pool,
 )
 from safealloc.formats.format import NAN_SCALE
 from safealloc.ops.inductor import forbid_reuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Nothing compiled before or after, in memory or on disk."""
-    produced.clear()
-    dynamo.reset()
-    with config.patch({"force_disable_caches": True, "fx_graph_cache": False}):
-        yield
-    dynamo.reset()
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool, use_pool(pool):
-        yield pool
 
 
 # --- Inductor's reuse of memory ----------------------------------------------------------------------------------------

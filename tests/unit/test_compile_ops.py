@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo as dynamo
-from support.compiled import ALPHA, CPU, ONE, W_FP4, W_SCALES, K, N, activation, compiled_code, ops, produced
+from support.compiled import ALPHA, CPU, ONE, W_FP4, W_SCALES, K, N, activation, compiled_code, fresh, ops, pool  # noqa: F401
 from torch import Tensor
-from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from safealloc import (
@@ -19,27 +16,10 @@ from safealloc import (
     SfLayout,
     nvfp4_linear,
     nvfp4_quantize,
-    use_pool,
 )
 
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
 pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Nothing compiled before or after, in memory or on disk."""
-    produced.clear()
-    dynamo.reset()
-    with config.patch({"force_disable_caches": True, "fx_graph_cache": False}):
-        yield
-    dynamo.reset()
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool, use_pool(pool):
-        yield pool
 
 
 def check_op(op: Any, *arguments: Any) -> None:
