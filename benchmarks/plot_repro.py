@@ -49,7 +49,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     (correct,) = right.plot(
         places, [row["largest_correct"] for row in published], **mark("correct", 22), markeredgewidth=2
     )
-    right.set_ylabel("largest of any output")
+    right.set_ylabel("largest over all outputs")
     right.set_ylim(bottom=0)
     right.set_title("Stale scales are 1.0")
 

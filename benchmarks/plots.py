@@ -144,7 +144,9 @@ def decode(result: dict[str, Any]) -> plt.Figure | None:
         "Right of 0: slower than the pool. Left of 0: faster.\n"
         f"A marker is the median over batch sizes {batches[0]} to {batches[-1]}, a bar their spread."
     )
-    return finish(figure, "What clean padding costs a decode step", explained, handles, machine(result))
+    return finish(
+        figure, "What clean padding costs the linear layers of a decode step", explained, handles, machine(result)
+    )
 
 
 def memory(result: dict[str, Any]) -> plt.Figure | None:
