@@ -18,14 +18,14 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.figure import GRAY, GREEN, INK, ORANGE, PANEL, RED, style
+from benchmarks.figure import BYTES, INK, PAPER, ROOT, save, style
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYOUT, ROWS, K = SfLayout.layout_128x4, 5, 80
-REAL, PADDING_ROW, PADDING_COLUMN = 0, 1, 2
-COLORS = (GREEN, "#c3c9d1", ORANGE)
+VALID, PADDING_ROW, PADDING_COLUMN = 0, 1, 2
+COLORS = (BYTES["valid scales"], BYTES["padding rows"], BYTES["padding columns"])
+STALE = BYTES["stale bytes"]
 TEXT = ("white", INK, INK)
 TILE_BYTES = LAYOUT.tile.rows * LAYOUT.tile.cols
 LINE = LAYOUT.tile.outer_rows * LAYOUT.tile.cols  # bytes of a tile between two inner rows
@@ -39,7 +39,7 @@ def kinds() -> np.ndarray:
     """What each byte of the buffer is, in matrix order: ``[padded_rows, padded_cols]`` of the numbers above."""
     padding = LAYOUT.padding_mask(ROWS, K)
     logical = LAYOUT.logical(padding.view(torch.uint8), ROWS, K)
-    found = torch.where(logical.bool(), PADDING_ROW, REAL)
+    found = torch.where(logical.bool(), PADDING_ROW, VALID)
     found[:ROWS][logical[:ROWS].bool()] = PADDING_COLUMN
     return found.numpy()
 
@@ -58,15 +58,16 @@ def in_memory() -> np.ndarray:
 
 
 def description() -> str:
-    """What the picture shows: the matrix, and where its real scales and its padding columns lie."""
+    """What the picture shows: the matrix, and where its valid scales and its padding columns lie."""
     what, where = kinds(), offsets()
-    real, columns = (" ".join(map(str, where[what == kind])) for kind in (REAL, PADDING_COLUMN))
-    return f"{LAYOUT.name} [{ROWS}, {K}] in {what.size} bytes: real scales at {real}; padding columns at {columns}"
+    real, columns = (" ".join(map(str, where[what == kind])) for kind in (VALID, PADDING_COLUMN))
+    return f"{LAYOUT.name} [{ROWS}, {K}] in {what.size} bytes: valid scales at {real}; padding columns at {columns}"
 
 
 def draw() -> plt.Figure:
     """The figure: the matrix, the tiles as they lie in memory, and the whole buffer as one strip."""
     style()
+    plt.rcParams["font.size"] = 12  # the figure is wide, and shown at the width of the others
     figure = plt.figure(figsize=(12, 10))
     _matrix(figure.add_axes((0.055, 0.43, 0.285, 0.42)))
     _tiles(figure.add_axes((0.37, 0.43, 0.615, 0.42)))
@@ -83,11 +84,11 @@ def draw() -> plt.Figure:
         figure.text(x, 0.95, title, va="top", fontsize=12, fontweight="bold")
     counts = np.bincount(kinds().ravel())
     names = (
-        f"real scales: {ROWS} rows x {K // BLOCK_SIZE} columns = {counts[REAL]} bytes",
+        f"valid scales: {ROWS} rows x {K // BLOCK_SIZE} columns = {counts[VALID]} bytes",
         f"padding rows: {counts[PADDING_ROW]} bytes",
         f"padding columns: {counts[PADDING_COLUMN]} bytes",
     )
-    order = (REAL, PADDING_COLUMN, PADDING_ROW)
+    order = (VALID, PADDING_COLUMN, PADDING_ROW)
     figure.legend(
         handles=[Patch(color=COLORS[kind], label=names[kind]) for kind in order],
         loc="upper center",
@@ -107,7 +108,7 @@ def _matrix(axes: plt.Axes) -> None:
     places = [*range(9), 9 + GAP]
     for row, y in zip(shown, places, strict=True):
         for column in range(cols):
-            _cell(axes, column, y, what[row, column], str(where[row, column]), 8.5)
+            _cell(axes, column, y, what[row, column], str(where[row, column]), 10)
     _break(axes, 0, cols, 9, GAP)
     _frame(axes, cols, 10 + GAP)
     axes.plot([LAYOUT.tile.cols] * 2, [0, 10 + GAP], color=INK, lw=2)
@@ -135,7 +136,7 @@ def _tiles(axes: plt.Axes) -> None:
         for group in range(LAYOUT.tile.outer_rows):
             x = left + group * LAYOUT.tile.cols
             first = row_at[tile * TILE_BYTES + group * LAYOUT.tile.cols]
-            axes.text(x + 2, -0.15, f"{first} + i" if first else "row i", ha="center", va="bottom", fontsize=9.5)
+            axes.text(x + 2, -0.15, f"{first} + i" if first else "row i", ha="center", va="bottom", fontsize=11)
             axes.plot([x, x], [0, 10 + GAP], color=INK, lw=2 if group == 0 else 1.2)
         axes.plot([left + LINE] * 2, [0, 10 + GAP], color=INK, lw=2)
         for y in (0, 10 + GAP):
@@ -144,7 +145,7 @@ def _tiles(axes: plt.Axes) -> None:
         axes.text(left + LINE / 2, -0.75, f"tile {tile}: {columns}", ha="center", va="bottom", fontweight="bold")
         labels = [tile * TILE_BYTES + line * LINE for line in shown]
         for label, y in zip(labels, places, strict=True):
-            axes.text(left - 0.2, y + 0.5, str(label), ha="right", va="center", fontsize=9)
+            axes.text(left - 0.15, y + 0.5, str(label), ha="right", va="center", fontsize=11)
     _frame(axes, tiles * (LINE + BETWEEN) - BETWEEN, 10 + GAP, border=False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -167,36 +168,34 @@ def _strip(axes: plt.Axes) -> None:
     axes.add_patch(Rectangle((0, top), total, bottom - top, fill=False, edgecolor=INK, lw=1.5))
     for offset, side in ((0, "left"), (TILE_BYTES, "right"), (total - 1, "right")):
         axes.plot([offset] * 2, [bottom, bottom + 0.15], color=INK)
-        axes.text(offset, bottom + 0.22, f"byte {offset}", ha=side, va="top", fontsize=10)
-    real = int((what == REAL).sum())
-    title = (
-        f"(c) the whole buffer: a quantizer that skips padding writes {real} of {total} bytes. What do the others hold?"
-    )
+        axes.text(offset, bottom + 0.22, f"byte {offset}", ha=side, va="top", fontsize=11.5)
+    valid = int((what == VALID).sum())
+    title = f"(c) the whole buffer: a quantizer that skips padding writes {valid} of {total} bytes. What do the others hold?"
     axes.text(0, -0.15, title, va="top", fontsize=12, fontweight="bold")
     between = (total - 3 * BOX_WIDTH) / 2
     lefts = [number * (BOX_WIDTH + between) for number in range(3)]
     origins = (
         ("allocator", "torch.empty gives memory\nas a dead tensor left it"),
         ("CUDA graph", "the same address at each replay,\nafter other nodes wrote there"),
-        ("another producer", "a larger batch was written there,\nthe next writes its real rows only"),
+        ("another producer", "a larger batch was written there,\nthe next writes its own rows only"),
     )
     for left, (name, text) in zip(lefts, origins, strict=True):
-        _box(axes, left, 0.95, name, text, RED)
-        _arrow(axes, left + BOX_WIDTH / 2, 0.95 + BOX, top - 0.05, RED)
+        _box(axes, left, 0.95, name, text, STALE)
+        _arrow(axes, left + BOX_WIDTH / 2, 0.95 + BOX, top - 0.05, STALE)
         if left:
-            axes.text(left - between / 2, 3.1, "stale bytes", ha="center", va="center", color=RED, fontsize=11)
-    real, columns = (int(np.median(np.flatnonzero(what == kind))) for kind in (REAL, PADDING_COLUMN))
+            axes.text(left - between / 2, 3.1, "stale bytes", ha="center", va="center", color=STALE, fontsize=11)
+    valid, columns = (int(np.median(np.flatnonzero(what == kind))) for kind in (VALID, PADDING_COLUMN))
     readers = (
-        (real, GREEN, "real scales", "the quantizer writes them at each step,\nthe GEMM reads them"),
+        (valid, COLORS[VALID], "valid scales", "the quantizer writes them at each step,\nthe GEMM reads them"),
         (
             columns,
-            ORANGE,
+            COLORS[PADDING_COLUMN],
             "padding columns",
-            "read with the real ones, as whole tiles:\nNaN * 0 = NaN, and the row is lost",
+            "read with the valid ones, as whole tiles:\nNaN * 0 = NaN, and the row is lost",
         ),
         (
             lefts[2] + BOX_WIDTH / 2,
-            GRAY,
+            COLORS[PADDING_ROW],
             "padding rows",
             "GEMMs may read them, and so does\none that reads another layout",
         ),
@@ -211,8 +210,8 @@ def _strip(axes: plt.Axes) -> None:
 
 def _box(axes: plt.Axes, left: float, top: float, name: str, text: str, color: str) -> None:
     axes.add_patch(Rectangle((left, top), BOX_WIDTH, BOX, facecolor="white", edgecolor=color, lw=2))
-    axes.text(left + BOX_WIDTH / 2, top + 0.16, name, ha="center", va="top", fontsize=11, fontweight="bold")
-    axes.text(left + BOX_WIDTH / 2, top + 0.58, text, ha="center", va="top", fontsize=10.5, linespacing=1.2)
+    axes.text(left + BOX_WIDTH / 2, top + 0.16, name, ha="center", va="top", fontsize=12.5, fontweight="bold")
+    axes.text(left + BOX_WIDTH / 2, top + 0.58, text, ha="center", va="top", fontsize=12, linespacing=1.2)
 
 
 def _arrow(axes: plt.Axes, x: float, start: float, end: float, color: str) -> None:
@@ -226,7 +225,7 @@ def _cell(axes: plt.Axes, x: float, y: float, kind: int, text: str, size: float)
 
 
 def _break(axes: plt.Axes, left: float, width: float, y: float, height: float) -> None:
-    axes.add_patch(Rectangle((left, y + 0.02), width, height - 0.04, facecolor=PANEL, zorder=3))
+    axes.add_patch(Rectangle((left, y + 0.02), width, height - 0.04, facecolor=PAPER, zorder=3))
     axes.text(
         left + width / 2, y + height / 2, ". . .", zorder=4, ha="center", va="center", fontsize=12, fontweight="bold"
     )
@@ -249,8 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("picture", nargs="?", type=Path, default=ROOT / "docs/tile.png")
     given = parser.parse_args(arguments)
     figure = draw()
-    figure.savefig(given.picture, dpi=150, facecolor=PANEL, metadata={"Description": description()})
-    plt.close(figure)
+    save(figure, given.picture, description())
     print(f"wrote {given.picture}")
 
 

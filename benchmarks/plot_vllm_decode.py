@@ -5,67 +5,67 @@ python -m benchmarks.plot_vllm_decode [benchmarks/results/vllm-decode-h200.json]
 
 from __future__ import annotations
 
-from pathlib import Path
+import statistics
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GRAY, GREEN, GRID, INK, RED, style, write
+from benchmarks.figure import INK, LOOKS, ROOT, WIDTH, finish, grid, style, write
 
-ROOT = Path(__file__).resolve().parents[1]
-
-COLORS = {
-    "vLLM's own": RED,
-    "torch.empty": GRAY,
-    "pool": GREEN,
-}
-LABELS = {"vLLM's own": "vLLM's own (torch.zeros)", "torch.empty": "torch.empty (unsafe)"}
+WAYS = {"vLLM's own": "zeros", "torch.empty": "empty", "pool": "pool"}  # vLLM 0.25.1's own way is torch.zeros
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """GPU time a step that the allocator adds to torch.empty, and time per output token relative to vLLM's own."""
+    """What the allocator adds to a decode step and to the time per output token.
+
+    On the left are microseconds over torch.empty, on the right percent of vLLM's own. Differences are within a round: a
+    marker is their median, a bar reaches from the least to the greatest.
+    """
     style()
-    allocators = {name: found for name, found in result["allocators"].items() if name in COLORS}
-    batches = [row["batch"] for row in allocators["pool"]["batches"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-    shown = [name for name in allocators if name != "torch.empty"]
-    bars(left, batches, {name: values(allocators[name], "replay_over_empty_us") for name in shown})
-    left.set_ylabel("GPU time a decode step over torch.empty (µs)")
-    left.set_title("What the scale buffers cost a step", loc="left")
-    right_shown = [name for name in allocators if name != "vLLM's own"]
-    relative = {
-        name: [100 * (ratio - 1) for ratio in values(allocators[name], "tpot_to_vllms_own")] for name in right_shown
-    }
-    bars(right, batches, relative)
-    right.set_ylabel("time per output token against vLLM's own (%)")
-    right.set_title("End to end", loc="left")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6))
+    handles: dict[str, Any] = {}
+    steps = {name: of_rounds(result, name, "replay") for name in WAYS}
+    tokens = {name: of_rounds(result, name, "tpot") for name in WAYS}
+    batches = list(steps["pool"])
+    for name in ("vLLM's own", "pool"):
+        pairs = [zip(steps[name][batch], steps["torch.empty"][batch], strict=True) for batch in batches]
+        points(left, name, [[1e6 * (ours - empty) for ours, empty in pair] for pair in pairs], handles)
+    for name in ("torch.empty", "pool"):
+        pairs = [zip(tokens[name][batch], tokens["vLLM's own"][batch], strict=True) for batch in batches]
+        points(right, name, [[100 * (ours / own - 1) for ours, own in pair] for pair in pairs], handles)
+    left.set_title("GPU time of a decode step")
+    left.set_ylabel("over torch.empty (µs)")
+    right.set_title("Time per output token")
+    right.set_ylabel("against torch.zeros (%)")
+    for axes in (left, right):
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_xticks(range(len(batches)), batches)
+        axes.set_xlabel("batch size")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+        grid(axes)
     versions = result["versions"]
-    figure.suptitle(
-        f"vLLM {versions['vllm']}, Llama 8B shape, NVFP4 on a Triton GEMM, {result['device']}",
-        x=0.01,
-        ha="left",
-        fontsize=11,
+    explained = (
+        "Above 0: slower than torch.empty (left), than vLLM's own torch.zeros (right). Below 0: faster.\n"
+        f"A marker is the median of {result['rounds']} rounds, a bar their spread. "
+        "Where it crosses 0, the difference is noise."
     )
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in allocators]
-    figure.legend(handles, [LABELS.get(name, name) for name in allocators], ncol=3, loc="lower center", frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 0.98))
-    return figure
+    title = f"In the engine: vLLM {versions['vllm']}, a Llama of 8B shape"
+    source = f"NVFP4 on a Triton GEMM, {result['device']}, torch {versions['torch']}"
+    return finish(figure, title, explained, handles, source)
 
 
-def values(allocator: dict[str, Any], key: str) -> list[float]:
-    return [row[key] for row in allocator["batches"]]
+def of_rounds(result: dict[str, Any], name: str, what: str) -> dict[str, list[float]]:
+    """Batch size -> seconds in each round."""
+    return dict(result["seconds"][name][what])
 
 
-def bars(axes: plt.Axes, batches: list[int], series: dict[str, list[float]]) -> None:
-    width = 0.8 / len(series)
-    for number, (name, heights) in enumerate(series.items()):
-        at = [x + (number - (len(series) - 1) / 2) * width for x in range(len(batches))]
-        axes.bar(at, heights, width * 0.92, color=COLORS[name])
-    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axes.set_xlabel("batch size")
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
+def points(axes: plt.Axes, name: str, found: list[list[float]], handles: dict[str, Any]) -> None:
+    """The median of the rounds at each batch size, and a bar from the least to the greatest."""
+    look = {"markersize": 7, **LOOKS[WAYS[name]], "linestyle": ""}
+    shift = 0.12 if name == "pool" else -0.12
+    at = [place + shift for place in range(len(found))]
+    axes.vlines(at, [min(rounds) for rounds in found], [max(rounds) for rounds in found], color=look["color"])
+    (handles[look["label"]],) = axes.plot(at, [statistics.median(rounds) for rounds in found], **look)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures docs/bench-*.png, drawn from what ``python -m benchmarks --json`` wrote.
 
-python -m benchmarks.plots [benchmarks/results/bench-h200.json] [docs]
+python -m benchmarks.plots [FILE.json FOLDER]    # without them, those of docs/ from benchmarks/results/
 """
 
 from __future__ import annotations
@@ -8,67 +8,61 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.figure import GRAY, GRID, INK, save, style
+from benchmarks.figure import INK, LOOKS, ROOT, WIDTH, finish, grid, machine, save, style
 
-ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {
+    "bench-quantize.png": "bench-h200.json",
+    "bench-decode.png": "bench-h200.json",
+    "bench-memory.png": "bench-h200.json",
+    "bench-host.png": "bench-host-h100.json",
+    "bench-moe.png": "bench-moe-h200.json",
+}
+"""Which result each picture of the docs is drawn from."""
 
 # Names are those of the JSON: the modules that measure need Triton, and this one does not import them.
-LOOKS = {
-    "pool": {"color": "#12946a", "marker": "o", "zorder": 3, "label": "pool"},
-    "zeros": {"color": "#a8281e", "marker": "^", "zorder": 3, "label": "torch.zeros at each call"},
-    "padding in the kernel": {"color": "#eba52e", "marker": "D", "zorder": 3, "label": "padding stored by the kernel"},
-    "zeroing the returned buffer": {
-        "color": "#3f5fc4",
-        "marker": "v",
-        "zorder": 3,
-        "label": "zeroing the returned buffer",
-    },
-    # The two floors coincide with the pool: one is drawn around it, one over it.
-    "empty": {
-        "color": "#a3aab3",
-        "marker": "s",
-        "markersize": 10,
-        "markerfacecolor": "none",
-        "zorder": 2.5,
-        "label": "torch.empty (unsafe)",
-    },
-    "linear": {
-        "color": INK,
-        "marker": "x",
-        "markersize": 4.5,
-        "linestyle": ":",
-        "linewidth": 1.2,
-        "zorder": 4,
-        "label": "linear, without padding",
-    },
+WAYS = {
+    "pool": "pool",
+    "zeros": "zeros",
+    "padding in the kernel": "in kernel",
+    "padding in the kernel, wide stores": "wide",
+    "empty": "empty",
 }
-"""How the pool and the baselines are drawn: colors that the color-blind can tell apart, and different markers."""
-
-_MOE_LOOKS: dict[str, dict[str, Any]] = {
-    "pool": LOOKS["pool"],
-    "pool, cleaned by a separate kernel": {
-        "color": "#3f5fc4",
-        "marker": "v",
-        "zorder": 3,
-        "label": "pool, cleaned by a separate kernel",
-    },
-    "right-sized, zeroed": {"color": "#eba52e", "marker": "D", "zorder": 3, "label": "right-sized, torch.zeros"},
-    "vLLM's size, zeroed": {"color": "#a8281e", "marker": "^", "zorder": 3, "label": "vLLM's size, torch.zeros"},
-    "quantization alone": LOOKS["empty"] | {"label": "quantization alone (unsafe)"},
+MOE_WAYS = {
+    "pool": "pool",
+    "pool, cleaned by a separate kernel": "pool and cleaner",
+    "right-sized, zeroed": "zeros",
+    "vLLM's size, zeroed": "large zeros",
+    "quantization alone": "empty",
 }
-"""The same for grouped quantization."""
-
-_OTHER_MARKERS = "P*<>h"  # for names that are not in LOOKS
-_KS = (4096, 8192, 28672)
 EMPTY_NODE = "empty kernel"
-_MODELS_A_ROW = 4
-_OURS = ("pool", "torch.ops.safealloc", "hook", "nvfp4", "triton_quantize")  # prefixes of our calls on the host
+_MEMORY_WAYS = {"pool": "pool", "allocated and filled at each call": "zeros"}
+_KS = (4096, 8192, 28672)
+_BUFFER = "A scale buffer"
+_HOST_PARTS = {  # panels, and what each call is
+    _BUFFER: {
+        "torch.empty": "empty",
+        "torch.zeros": "zeros",
+        "pool.acquire": "pool",
+        "pool.acquire, side stream": "pool",
+        "torch.ops.safealloc.acquire": "pool",
+        "torch.empty as vLLM calls it (stand-in)": "empty",
+        "torch.zeros as vLLM calls it (stand-in)": "zeros",
+        "hook in vLLM": "pool",
+    },
+    "A quantization or a layer": {
+        "bare Triton launch": "launch",
+        "triton_quantize.quantize": "pool",
+        "nvfp4_quantize": "pool",
+        "nvfp4_quantize, default pool": "pool",
+        "nvfp4_linear": "pool",
+    },
+}
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -82,15 +76,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    pictures: dict[str, Callable[[dict[str, Any]], plt.Figure | None]] = {
-        "bench-quantize.png": quantize,
-        "bench-decode.png": decode,
-        "bench-memory.png": memory,
-        "bench-host.png": host,
-        "bench-moe.png": moe,
-    }
     written = []
-    for name, drawn_by in pictures.items():
+    for name, drawn_by in DRAWN_BY.items():
         figure = drawn_by(result)
         if figure is not None:
             save(figure, folder / name)
@@ -105,122 +92,128 @@ def quantize(result: dict[str, Any]) -> plt.Figure | None:
     if not ks:
         return None
     style()
-    figure, panels = plt.subplots(1, len(ks), figsize=(11, 4.9), sharey=True, squeeze=False)
-    baselines = _looks(row["baselines"] for row in rows)
+    figure, panels = plt.subplots(1, len(ks), figsize=(WIDTH, 4.3), sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
     for axes, k in zip(panels[0], ks, strict=True):
         of_k = sorted((row for row in rows if row["k"] == k), key=lambda row: int(row["rows"]))
-        for name, look in baselines.items():
-            points = [(row["rows"], row["baselines"][name]) for row in of_k if name in row["baselines"]]
-            handles[look["label"]] = _line(axes, points, look)
+        _lines(axes, "rows", of_k, WAYS, handles)
         nodes = [row["floor"][EMPTY_NODE]["us"] for row in of_k if EMPTY_NODE in row.get("floor", {})]
         if nodes:
-            label = "node of an empty kernel"
-            handles[label] = axes.axhline(statistics.median(nodes), color=GRAY, linestyle="--", linewidth=1.2)
-        _log2(axes, [row["rows"] for row in of_k])
-        axes.set_xlabel("rows")
-        axes.set_title(f"k = {k}", loc="left")
-    panels[0][0].set_ylabel("GPU time of a quantization (µs)")
+            look = LOOKS["empty kernel"]
+            handles[look["label"]] = axes.axhline(statistics.median(nodes), **look)
+        axes.set_xlabel("rows of the activation")
+        axes.set_title(f"k = {k}")
+    panels[0][0].set_ylabel("GPU time (µs)")
     panels[0][0].set_ylim(bottom=0)
-    return _finish(figure, "Quantizing an activation in 128x4, as a node of a CUDA graph", handles, result)
+    explained = "One quantization in 128x4 as a node of a CUDA graph. Lower is better."
+    return finish(figure, "What clean padding costs a quantization", explained, handles, machine(result))
 
 
 def decode(result: dict[str, Any]) -> plt.Figure | None:
-    """GPU time of a decode step over the pool's, one panel per model; ``None`` where it was not measured."""
+    """What a decode step takes beyond the pool's, in percent, one line per model; ``None`` where it was not measured.
+
+    A marker is the median over batch sizes. A bar reaches from the lowest to the highest quartile of any batch size.
+    """
     models = result.get("decode", {}).get("models", ())
     if not models:
         return None
     style()
-    lines = -(-len(models) // _MODELS_A_ROW)
-    columns = -(-len(models) // lines)
-    figure, panels = plt.subplots(lines, columns, figsize=(max(3.3 * columns, 7), 1.3 + 2.9 * lines), squeeze=False)
-    baselines = _looks(batch["baselines"] for model in models for batch in model["batches"])
-    zero = baselines.pop("pool", None)
-    handles: dict[str, Any] = {}
-    for axes, model in zip(panels.flat, models, strict=False):
-        if zero is not None:
-            handles["pool (zero)"] = axes.axhline(0, color=zero["color"], linewidth=2)
-        for name, look in baselines.items():
-            points = [
-                (batch["batch"], _times(model["quantizations"], batch["baselines"][name]["over_pool_per_quantization"]))
-                for batch in model["batches"]
-                if name in batch["baselines"]
-            ]
-            handles[look["label"]] = _line(axes, points, look)
-        _log2(axes, [batch["batch"] for batch in model["batches"]])
-        axes.set_title(
-            f"{model['model']}\nTP {model['tensor_parallel']}, {model['quantizations']} quantizations per step",
-            loc="left",
-            fontsize=10,
-        )
-        axes.set_xlabel("batch size")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("GPU time of a step\nover the pool's (µs)")
-    for axes in list(panels.flat)[len(models) :]:
-        axes.set_visible(False)
-    return _finish(figure, "What each baseline adds to a decode step, compared with the pool", handles, result)
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.2 + 0.5 * len(models)))
+    axes.axvline(0, color=LOOKS["pool"]["color"], linewidth=2.5)
+    handles: dict[str, Any] = {"pool": axes.plot([], [], **LOOKS["pool"])[0]}
+    ways = [name for name in WAYS if name != "pool"]
+    for place, model in enumerate(models):
+        axes.plot([0], [place], **LOOKS["pool"])
+        for name in ways:
+            shares = [share for batch in model["batches"] for share in _share(model, batch, name)]
+            if not shares:
+                continue
+            look = LOOKS[WAYS[name]]
+            at = place + 0.2 * (ways.index(name) - (len(ways) - 1) / 2)
+            middle = statistics.median(share[1] for share in shares)
+            axes.hlines(at, min(share[0] for share in shares), max(share[2] for share in shares), color=look["color"])
+            (handles[look["label"]],) = axes.plot([middle], [at], **{**look, "linestyle": "", "markersize": 6.5})
+    axes.set_yticks(range(len(models)), [f"{model['model']}, TP {model['tensor_parallel']}" for model in models])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("GPU time of a decode step against the same step with the pool (%)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    grid(axes, "x")
+    batches = sorted({batch["batch"] for model in models for batch in model["batches"]})
+    explained = (
+        "Right of 0: slower than the pool. Left of 0: faster.\n"
+        f"A marker is the median over batch sizes {batches[0]} to {batches[-1]}, a bar their spread."
+    )
+    return finish(
+        figure, "What clean padding costs the linear layers of a decode step", explained, handles, machine(result)
+    )
 
 
 def memory(result: dict[str, Any]) -> plt.Figure | None:
     """Bytes of scale buffers for vLLM's captured batch sizes; ``None`` where the result has none.
 
-    ``result["memory"]`` is a list of ``{"sizes": count, "largest": batch, "bars": {label: bytes}}``.
+    ``result["memory"]`` is a list of ``{"sizes": count, "largest": batch, "bars": {name: bytes}}``.
     """
     groups = result.get("memory") or ()
     if not groups:
         return None
     style()
-    labels = list(dict.fromkeys(label for group in groups for label in group["bars"]))
-    colors = dict(zip(labels, ("#12946a", "#a3aab3", "#3f5fc4", "#eba52e", "#a8281e", INK), strict=False))
-    figure, axes = plt.subplots(figsize=(7.5, 4.4))
-    width = 0.8 / len(labels)
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
     handles: dict[str, Any] = {}
-    for number, label in enumerate(labels):
-        at = [place + (number - (len(labels) - 1) / 2) * width for place in range(len(groups))]
-        heights = [group["bars"].get(label, 0) / 2**20 for group in groups]
-        bars = axes.bar(at, heights, width * 0.92, color=colors.get(label, GRAY))
-        axes.bar_label(bars, [f"{height:.1f}" if height >= 1 else f"{height:.2g}" for height in heights], padding=2)
-        handles[label] = bars
-    axes.set_xticks(
-        range(len(groups)), [f"{group['sizes']} captured batch sizes\nup to {group['largest']}" for group in groups]
+    names = [name for name in _MEMORY_WAYS if any(name in group["bars"] for group in groups)]
+    places = [len(names) * 1.3 * number for number in range(len(groups))]
+    for number, name in enumerate(names):
+        look = LOOKS[_MEMORY_WAYS[name]]
+        sizes = [group["bars"].get(name, 0) / 2**20 for group in groups]
+        bars = axes.barh([place + number for place in places], sizes, 0.8, color=look["color"])
+        axes.bar_label(bars, [f"{size:.1f} MiB" for size in sizes], padding=4)
+        handles[look["label"]] = bars
+    middle = (len(names) - 1) / 2
+    labels = [f"{group['sizes']} batch sizes\nup to {group['largest']}" for group in groups]
+    axes.set_yticks([place + middle for place in places], labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("scale buffers of all captured CUDA graphs (MiB)")
+    axes.margins(x=0.12)
+    grid(axes, "x")
+    explained = (
+        "Computed, not measured. Lower is better. Here the pool takes more: it keeps a buffer for each batch size."
     )
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylabel("scale buffers (MiB)")
-    axes.margins(y=0.12)
-    _grid(axes)
-    return _finish(figure, "Memory for Llama 3.3 70B on one GPU", handles, result, machine=False)
+    return finish(figure, "Memory for Llama 3.3 70B on one GPU", explained, handles, "")
 
 
 def host(result: dict[str, Any]) -> plt.Figure | None:
     """Host time per call, one bar each; ``None`` where it was not measured."""
-    part = result.get("host", {})
-    calls = part.get("calls")
+    calls = result.get("host", {}).get("calls")
     if not calls:
         return None
     style()
-    figure, axes = plt.subplots(figsize=(9, 1.9 + 0.36 * len(calls)))
-    places = range(len(calls))
-    times = [call["us"] for call in calls.values()]
-    errors = [
-        [max(call["us"] - call["quartiles"][0], 0) for call in calls.values()],
-        [max(call["quartiles"][1] - call["us"], 0) for call in calls.values()],
-    ]
-    ours = [name.startswith(_OURS) for name in calls]
-    kinds = {True: ("safealloc", "#12946a"), False: ("without safealloc", "#a3aab3")}
-    bars = axes.barh(places, times, 0.68, color=[kinds[one][1] for one in ours])
-    axes.errorbar(times, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-    edge = max(call["quartiles"][1] for call in calls.values())
-    for place, call in zip(places, calls.values(), strict=True):
-        end = max(call["us"], call["quartiles"][1]) + 0.012 * edge
-        axes.text(end, place, f"{call['us']:.2f}", va="center", fontsize=9)
-    axes.set_yticks(places, list(calls))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.1 * edge)
-    axes.set_xlabel("host time per call (µs)")
-    axes.grid(axis="x", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    handles = {kinds[one][0]: bars[ours.index(one)] for one in (True, False) if one in ours}
-    return _finish(figure, "Host time per call", handles, result)
+    looks = {name: look for known in _HOST_PARTS.values() for name, look in known.items()}
+    parts = {title: [name for name in known if name in calls] for title, known in _HOST_PARTS.items()}
+    parts[_BUFFER] += [name for name in calls if name not in looks]  # an installed vLLM's own function
+    parts = {title: names for title, names in parts.items() if names}
+    lengths = [len(names) for names in parts.values()]
+    figure, panels = plt.subplots(
+        len(parts), 1, figsize=(WIDTH, 2.2 + 0.3 * sum(lengths)), height_ratios=lengths, squeeze=False
+    )
+    handles: dict[str, Any] = {}
+    for axes, (title, names) in zip(panels[:, 0], parts.items(), strict=True):
+        edge = max(calls[name]["quartiles"][1] for name in names)
+        for place, name in enumerate(names):
+            look, call = LOOKS[looks.get(name, "vllm")], calls[name]
+            handles.setdefault(look["label"], axes.barh(place, call["us"], 0.68, color=look["color"]))
+            low, high = call["quartiles"]
+            spread = [[max(call["us"] - low, 0)], [max(high - call["us"], 0)]]
+            axes.errorbar([call["us"]], [place], xerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+            axes.text(max(call["us"], high) + 0.012 * edge, place, f"{call['us']:.2f}", va="center", fontsize=9)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.1 * edge)
+        axes.set_title(title)
+        grid(axes, "x")
+    panels[-1, 0].set_xlabel("host time per call (µs)")
+    explained = "Lower is better. Error bars are quartiles. The two scales differ."
+    return finish(figure, "What a call costs the host", explained, handles, machine(result))
 
 
 def moe(result: dict[str, Any]) -> plt.Figure | None:
@@ -230,96 +223,78 @@ def moe(result: dict[str, Any]) -> plt.Figure | None:
     if not ks:
         return None
     style()
-    figure, panels = plt.subplots(1, len(ks), figsize=(max(4.6 * len(ks), 7), 4.6), sharey=True, squeeze=False)
-    baselines = {name: look for name, look in _MOE_LOOKS.items() if any(name in row["baselines"] for row in rows)}
+    figure, panels = plt.subplots(1, len(ks), figsize=(WIDTH, 4.6), sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
     for axes, k in zip(panels[0], ks, strict=True):
         of_k = sorted((row for row in rows if row["k"] == k), key=lambda row: int(row["batch"]))
-        for name, look in baselines.items():
-            points = [(row["batch"], row["baselines"][name]) for row in of_k if name in row["baselines"]]
-            handles[look["label"]] = _line(axes, points, look)
-        _log2(axes, [row["batch"] for row in of_k])
+        _lines(axes, "batch", of_k, MOE_WAYS, handles)
         axes.set_yscale("log")
         axes.set_xlabel("tokens")
-        fused = ", after SiLU and mul" if of_k[0]["silu_and_mul"] else ""
-        axes.set_title(f"k = {k}{fused}", loc="left")
-    panels[0][0].set_ylabel("GPU time of a quantization (µs)")
+        axes.set_title(f"k = {k}" + (", after SiLU and mul" if of_k[0]["silu_and_mul"] else ""))
+    panels[0][0].set_ylabel("GPU time (µs, log scale)")
     panels[0][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    title = f"MoE: grouped quantization, {result['moe']['experts']} experts, {result['moe']['topk']} per token"
-    return _finish(figure, title, handles, result)
+    explained = f"{result['moe']['experts']} experts, {result['moe']['topk']} per token. Lower is better."
+    return finish(figure, "MoE: quantizing rows grouped by expert", explained, handles, machine(result))
+
+
+DRAWN_BY: dict[str, Callable[[dict[str, Any]], plt.Figure | None]] = {
+    "bench-quantize.png": quantize,
+    "bench-decode.png": decode,
+    "bench-memory.png": memory,
+    "bench-host.png": host,
+    "bench-moe.png": moe,
+}
+"""Each picture, and the function that draws it from a result."""
 
 
 # --- parts of a picture -----------------------------------------------------------------------------------------------
 
 
-def _looks(measurements: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How each baseline of these mappings is drawn; the names in :data:`LOOKS` come first, in its order."""
-    names = list(dict.fromkeys(name for measured in measurements for name in measured))
-    looks: dict[str, dict[str, Any]] = {name: {**look} for name, look in LOOKS.items() if name in names}
-    for number, name in enumerate(name for name in names if name not in LOOKS):
-        looks[name] = {"color": f"C{number}", "marker": _OTHER_MARKERS[number % len(_OTHER_MARKERS)], "label": name}
-    return looks
-
-
-def _line(axes: plt.Axes, points: Sequence[tuple[int, Mapping[str, Any]]], look: Mapping[str, Any]) -> Any:
-    """Draw medians, with quartiles as bars, of ``(x, {"us", "quartiles"})``; returns the line."""
-    at = [x for x, _ in points]
-    axes.vlines(at, *zip(*(y["quartiles"] for _, y in points), strict=True), color=look["color"], linewidth=1)
-    (line,) = axes.plot(at, [y["us"] for _, y in points], **{"markersize": 6.5, "linewidth": 1.6, **look})
-    return line
-
-
-def _times(factor: int, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {"us": factor * found["us"], "quartiles": [factor * quartile for quartile in found["quartiles"]]}
-
-
-def _log2(axes: plt.Axes, ticks: Sequence[int]) -> None:
+def _lines(
+    axes: plt.Axes, x: str, rows: Sequence[Mapping[str, Any]], ways: Mapping[str, str], handles: dict[str, Any]
+) -> None:
+    """A line of medians per baseline, with quartiles as bars, over ``row[x]``."""
+    for name, way in ways.items():
+        points = [(row[x], row["baselines"][name]) for row in rows if name in row["baselines"]]
+        if not points:
+            continue
+        look = {"markersize": 6, "linewidth": 1.6, **LOOKS[way]}
+        at = [place for place, _ in points]
+        axes.vlines(
+            at, *zip(*(found["quartiles"] for _, found in points), strict=True), color=look["color"], linewidth=1
+        )
+        (handles[look["label"]],) = axes.plot(at, [found["us"] for _, found in points], **look)
+    ticks = [row[x] for row in rows]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    _grid(axes)
+    grid(axes)
 
 
-def _grid(axes: plt.Axes) -> None:
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _finish(
-    figure: plt.Figure, title: str, handles: Mapping[str, Any], result: Mapping[str, Any], *, machine: bool = True
-) -> plt.Figure:
-    """Title above, legend and machine below the panels."""
-    inches = figure.get_figheight()
-    figure.text(0.01, 1 - 0.1 / inches, title, va="top", fontsize=12, fontweight="bold")
-    for columns in range(min(4, len(handles)), 0, -1):
-        legend = figure.legend(
-            list(handles.values()),
-            list(handles),
-            ncol=columns,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 0.22 / inches),
-            frameon=False,
-        )
-        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
-            break
-        legend.remove()
-    rows = -(-len(handles) // columns)
-    if machine:
-        versions = result.get("versions", {})
-        known = [f"{name} {versions[name]}" for name in ("torch", "triton") if versions.get(name)]
-        where = ", ".join([str(result.get("device_name") or result.get("device") or "unknown device"), *known])
-        figure.text(0.995, 0.07 / inches, where, ha="right", fontsize=7.5, color=GRAY)
-    figure.tight_layout(rect=(0, (0.3 + 0.24 * rows) / inches, 1, 1 - 0.33 / inches))
-    return figure
+def _share(model: Mapping[str, Any], batch: Mapping[str, Any], name: str) -> list[tuple[float, float, float]]:
+    """Lower quartile, median and upper quartile of what a baseline adds to the pool's step, in percent of that step."""
+    if name not in batch["baselines"]:
+        return []
+    over = batch["baselines"][name]["over_pool_per_quantization"]
+    percent = 100 * model["quantizations"] / batch["baselines"]["pool"]["us"]
+    low, high = over["quartiles"]
+    return [(low * percent, over["us"] * percent, high * percent)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw from the JSON on the command line into the folder on the command line."""
+    """Draw from the JSON on the command line into its folder; without them, the pictures of the docs."""
     parser = argparse.ArgumentParser(description="Draw the pictures of what python -m benchmarks --json wrote.")
-    parser.add_argument("result", nargs="?", type=Path, default=ROOT / "benchmarks/results/bench-h200.json")
+    parser.add_argument("result", nargs="?", type=Path, help="default: those of docs/, each from its committed result")
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs")
     given = parser.parse_args(arguments)
-    for picture in draw(json.loads(given.result.read_text()), given.folder):
+    if given.result:
+        written = draw(json.loads(given.result.read_text()), given.folder)
+    else:
+        written = [given.folder / name for name in SOURCES]
+        for picture in written:
+            result = json.loads((ROOT / "benchmarks/results" / SOURCES[picture.name]).read_text())
+            save(DRAWN_BY[picture.name](result), picture)  # type: ignore[arg-type]
+    for picture in written:
         print(f"wrote {picture}")
 
 

@@ -284,7 +284,7 @@ def test_the_picture_of_a_tile_shows_the_layout(plot):
     kinds, offsets, memory = plot.kinds(), plot.offsets(), plot.in_memory()
     for (row, column), offset in zip(itertools.product(range(128), range(8)), offsets.ravel(), strict=True):
         assert offset == column // 4 * 512 + row % 32 * 16 + row // 32 * 4 + column % 4
-        kind = plot.PADDING_ROW if row >= 5 else plot.PADDING_COLUMN if column >= 5 else plot.REAL
+        kind = plot.PADDING_ROW if row >= 5 else plot.PADDING_COLUMN if column >= 5 else plot.VALID
         assert (kinds[row, column], memory[offset]) == (kind, kind)
 
 
