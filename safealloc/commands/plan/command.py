@@ -160,6 +160,8 @@ def run(config: Path, deployment: Deployment, *, as_nvfp4: bool = False) -> Resu
         for layer, site in architectures.sites(fields, deployment):
             found.setdefault((stored.scheme(layer, site), site), []).append(layer)
         placed = [(scheme, replace(site, layers=tuple(layers))) for (scheme, site), layers in found.items()]
+        if deployment.expert_parallel and not any(isinstance(site, ExpertSite) for _, site in placed):
+            raise ValueError("vLLM refuses --enable-expert-parallel: the configuration has no routed experts")
         nvfp4 = [site for scheme, site in placed if scheme == checkpoint.NVFP4]
         sites, experts, remarks = _served(nvfp4, deployment)
         shapes = {(site.k, -(-rows // site.row_ranks)) for site in sites for rows in deployment.sizes}
@@ -186,14 +188,16 @@ def _served(
             ["this GPU runs NVFP4 weights with Marlin, without scales of activations: a pool holds nothing"],
         )
     kernel = deployment.expert_kernel
-    for site in routed if kernel in (CUTLASS, FLASHINFER_CUTLASS) else ():
-        if site.gated and site.w13 % 128:  # prepare_nvfp4_moe_layer_for_fi_or_cutlass
-            raise ValueError(
-                f"vLLM refuses {site.name} with {kernel}: gate and up have {site.w13} rows on each rank, not a multiple of "
-                "128; other ranks or --enable-expert-parallel may do"
-            )
     if not routed:
         return sites, None, []
+    unfit = next((site for site in routed if site.gated and site.w13 % 128), None)
+    if unfit is not None and kernel in (None, CUTLASS, FLASHINFER_CUTLASS):  # prepare_nvfp4_moe_layer_for_fi_or_cutlass
+        rows = f"gate and up have {unfit.w13} rows on each rank, not a multiple of 128"
+        if kernel is None:
+            return sites, None, [f"vLLM refuses {unfit.name} with CUTLASS: {rows}"]
+        raise ValueError(
+            f"vLLM refuses {unfit.name} with {kernel}: {rows}; other ranks or --enable-expert-parallel may do"
+        )
     if kernel in (None, CUTLASS):
         buffers = expert_buffers(routed, deployment.sizes[-1] * deployment.data)
         return sites, Experts(routed, buffers, kernel is not None), []
