@@ -204,7 +204,7 @@ MINIMAX_M2_5 = _shape(
     48,
     8,
     head_dim=128,
-    rotary_dim=64,
+    **_MINIMAX,
     num_local_experts=256,
     num_experts_per_tok=8,
 )

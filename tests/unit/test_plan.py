@@ -316,7 +316,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--sizes", "1, 8,300", "--tp", "2", "--layout", "trtllm"]) == 0
     printed = capsys.readouterr().out
     assert "Buffers for 3 captured batch sizes" in printed
-    assert "xpert" not in printed
+    assert "Expert scales" not in printed
 
 
 def test_vllms_spellings_of_options(tmp_path, capsys):
@@ -356,7 +356,7 @@ def test_the_command_for_experts(tmp_path, capsys):
     assert main(["plan", str(config), "--tp", "8", "--expert-parallel", "--json", str(result)]) == 0
     printed = capsys.readouterr().out
     assert "Expert scales: 32 experts on each rank" in printed
-    assert "if that runs; --gpu says where it does" in printed
+    assert "at once: --gpu says if it runs." in printed
     assert json.loads(result.read_text())["expert_parallel"] is True
     assert main(["plan", str(config), "--sizes", "163840"]) == 0
     assert "are freed" not in capsys.readouterr().out
@@ -369,7 +369,20 @@ def test_the_command_where_a_pool_holds_nothing(tmp_path, capsys):
     assert "No activation is quantized to NVFP4: a pool holds nothing" in printed
     assert "Buffers" not in printed
     assert main(["plan", str(tmp_path), "--as-nvfp4"]) == 0
-    assert "102 buffers, 30.1 MiB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM, TP 1, as NVFP4: " in printed
+    assert "102 buffers, 30.1 MiB" in printed
+
+
+def test_layers_of_other_schemes_are_named_with_them(tmp_path, capsys):
+    quantization = {"quant_algo": "W4A16_NVFP4", "ignore": ["model.layers.*.self_attn*"]}
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B | {"quantization_config": quantization}))
+    assert main(["plan", str(tmp_path), "--json", str(tmp_path / "plan.json")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "self_attn.o_proj 8192 4096 94 unquantized" in lines
+    assert "mlp.experts 4096 3072 94 W4A16_NVFP4" in lines
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [site["scheme"] for site in written["others"]] == ["unquantized", "unquantized", "W4A16_NVFP4"]
 
 
 @pytest.mark.parametrize(

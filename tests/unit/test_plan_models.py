@@ -22,7 +22,7 @@ from support.published_configs import (
 )
 
 from safealloc.commands.plan import command as plan
-from safealloc.commands.plan.architectures import ARCHITECTURES
+from safealloc.commands.plan.architectures import ARCHITECTURES, Site
 from safealloc.commands.plan.deployment import Deployment
 from safealloc.commands.report import UsageError
 from safealloc.integrations.vllm.sizes import capture_sizes
@@ -40,7 +40,8 @@ def planned(folder: Path, fields: Any, beside: Fields | None = None, ranks: int 
 
 def shapes(result: plan.Result) -> dict[str, tuple[int, int, int]]:
     """Columns of the input and the output, and layers, by name."""
-    return {site.name: (site.k, site.n, len(site.layers)) for _, site in result.linear}
+    linear = [site for _, site in result.layers if isinstance(site, Site)]
+    return {site.name: (site.k, site.n, len(site.layers)) for site in linear}
 
 
 # name: MiB as published; k of its NVFP4 layers; MiB if all were NVFP4; experts on one GPU and the k of their inputs

@@ -1,7 +1,7 @@
 """The linear layers that vLLM 0.32.0 runs in a captured step, by architecture, with their shapes on one rank.
 
-Not among them: the router and the language-model head, which vLLM keeps out of NVFP4 or out of its graphs; ``kv_b_proj`` of
-latent attention, which only prefill runs, inside the attention op; vision towers; the layers of a draft model.
+Not among them: routers, which checkpoints leave unquantized; the language-model head, which runs outside of CUDA graphs;
+``kv_b_proj`` of latent attention, which only prefill runs, inside the attention op; vision towers; the layers of a draft model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from safealloc.commands.plan.deployment import Deployment
@@ -47,14 +47,14 @@ class ExpertSite:
         return len(self.projections) == 3
 
     @property
-    def w13(self) -> int:
-        """Columns of w13's output."""
+    def n(self) -> int:
+        """Columns of the output of w13."""
         return self.width * (1 + self.gated)
 
 
-def as_dict(site: Site) -> dict[str, Any]:
+def as_dict(site: Site | ExpertSite) -> dict[str, Any]:
     """For JSON: how many layers instead of which."""
-    return {name: value for name, value in asdict(site).items() if name != "row_ranks"} | {"layers": len(site.layers)}
+    return {"name": site.name, "k": site.k, "n": site.n, "layers": len(site.layers)}
 
 
 class Model:

@@ -79,9 +79,9 @@ def read(fields: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Checkpo
         return _modelopt(inner)
     if "config_groups" in quantization:
         return _compressed_tensors(quantization)
-    return constant(
-        str(quantization.get("quant_method", "unknown")).upper(), _strings(quantization, "modules_to_not_convert")
-    )
+    left = _strings(quantization, "modules_to_not_convert")
+    method = str(quantization.get("quant_method", "unknown")).upper()
+    return constant(method, [*left, *(f"{name}.*" for name in left)])
 
 
 def constant(scheme: str, ignored: Sequence[str] = ()) -> Checkpoint:

@@ -107,7 +107,7 @@ class Result:
     model: str  # the configuration's architecture
     deployment: Deployment
     quantization: str  # what the checkpoint says, in a word
-    linear: Sequence[tuple[str, Site]]  # the linear layers, each with how it is quantized
+    layers: Sequence[tuple[str, Site | ExpertSite]]  # linear layers and experts, each with how it is quantized
     sites: Sequence[Site]  # where activations are quantized to NVFP4 in tiles, once for a row
     buffers: Sequence[ScaleSpec]  # of those sites, one per number of rows and k
     # what it also holds for routed experts, which no other number includes; ``None`` where there is nothing
@@ -124,7 +124,7 @@ class Result:
         return max((spec.nbytes for spec in self.buffers), default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        others = [(scheme, site) for scheme, site in self.linear if scheme != checkpoint.NVFP4]
+        others = [(scheme, site) for scheme, site in self.layers if scheme != checkpoint.NVFP4]
         return {
             "command": "safealloc plan",
             "model": self.model,
@@ -167,8 +167,8 @@ def run(config: Path, deployment: Deployment, *, as_nvfp4: bool = False) -> Resu
         shapes = {(site.k, -(-rows // site.row_ranks)) for site in sites for rows in deployment.sizes}
         buffers = [ScaleSpec.checked(rows, k, _layout(rows, deployment)) for k, rows in sorted(shapes)]
         name = architectures.architecture(fields)
-        linear = [(scheme, site) for scheme, site in placed if isinstance(site, Site)]
-        return Result(name, deployment, stored.method, linear, sites, buffers, experts, remarks)
+        method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
+        return Result(name, deployment, method, placed, sites, buffers, experts, remarks)
     except ValueError as error:
         raise report.UsageError(str(error)) from error
 
@@ -185,14 +185,14 @@ def _served(
         return (
             [],
             None,
-            ["this GPU runs NVFP4 weights with Marlin, without scales of activations: a pool holds nothing"],
+            ["this GPU runs NVFP4 weights with Marlin, which quantizes no activation: a pool holds nothing"],
         )
     kernel = deployment.expert_kernel
     if not routed:
         return sites, None, []
-    unfit = next((site for site in routed if site.gated and site.w13 % 128), None)
+    unfit = next((site for site in routed if site.gated and site.n % 128), None)
     if unfit is not None and kernel in (None, CUTLASS, FLASHINFER_CUTLASS):  # prepare_nvfp4_moe_layer_for_fi_or_cutlass
-        rows = f"gate and up have {unfit.w13} rows on each rank, not a multiple of 128"
+        rows = f"gate and up have {unfit.n} rows on each rank, not a multiple of 128"
         if kernel is None:
             return sites, None, [f"vLLM refuses {unfit.name} with CUTLASS: {rows}"]
         raise ValueError(
@@ -202,7 +202,7 @@ def _served(
         buffers = expert_buffers(routed, deployment.sizes[-1] * deployment.data)
         return sites, Experts(routed, buffers, kernel is not None), []
     if kernel == FLASHINFER_CUTLASS and deployment.data == 1:
-        inputs = [Site(f"{site.name}.w13", site.k, site.w13, site.layers) for site in routed]
+        inputs = [Site(f"{site.name}.w13", site.k, site.n, site.layers) for site in routed]
         return [*sites, *inputs], None, [f"{kernel} runs the experts; a pool holds the scales of their input only"]
     return sites, None, [f"{kernel} runs the experts; a pool holds no scales for them"]
 
@@ -224,10 +224,10 @@ def expert_buffers(sites: Sequence[ExpertSite], largest: int) -> dict[str, Scale
 
 def show(result: Result, out: Console) -> None:
     """Print a plan: buffers of one k and layout share a row."""
-    layers = [(site.name, str(site.k), str(site.n), str(len(site.layers)), scheme) for scheme, site in result.linear]
+    layers = [(site.name, str(site.k), str(site.n), str(len(site.layers)), scheme) for scheme, site in result.layers]
     deployment = result.deployment
     ranks = f"TP {deployment.tensor}" + (f", DP {deployment.data}" if deployment.data > 1 else "")
-    title = f"{result.model}, {ranks}: linear layers of a checkpoint that is {result.quantization}"
+    title = f"{result.model}, {ranks}, {result.quantization}: linear layers and experts"
     report.table(out, title, ("", "k", "n", "layers", "scheme"), report.fine(layers))
     groups: dict[tuple[int, SfLayout], list[ScaleSpec]] = {}
     for spec in result.buffers:
@@ -262,10 +262,9 @@ def _show_experts(experts: Experts, out: Console) -> None:
     headings = ("", "k", "rows", "padded shape", "bytes", "right-sized", "vLLM, per call")
     report.table(out, title, headings, report.fine(rows))
     freed = experts.freed_nbytes
-    if freed is None:
-        compared = "if that runs; --gpu says where it does"
-    else:
-        compared = f"{_size(freed)} are freed" if freed >= 0 else f"{_size(-freed)} less"
+    compared = (
+        f"{_size(abs(freed))} {'are freed' if freed >= 0 else 'less'}" if freed is not None else "--gpu says if it runs"
+    )
     out.print(
         f"In all {_size(experts.nbytes)} with row records, on each rank, for all captured batch sizes; the graphs of "
         f"vLLM's CUTLASS path hold {_size(experts.vllm_nbytes)} at once: {compared}."
@@ -344,8 +343,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, type=rank, default=1, metavar="N", help=about)
     about = "each rank has whole routed experts; without it each expert is split"
     parser.add_argument("--enable-expert-parallel", "-ep", "--expert-parallel", action="store_true", help=about)
-    about = "what runs NVFP4 experts (%(default)s: vLLM's default on the GPU)"
-    parser.add_argument("--moe-backend", choices=MOE_BACKENDS, default="auto", help=about)
+    about = f"what runs NVFP4 experts: {', '.join(MOE_BACKENDS)} (%(default)s)"
+    parser.add_argument("--moe-backend", choices=MOE_BACKENDS, default="auto", metavar="KERNELS", help=about)
     about = "draft tokens of speculative decoding: a number, or JSON with num_speculative_tokens"
     parser.add_argument("--spec-tokens", "--speculative-config", "-sc", type=tokens, default=0, metavar="N", help=about)
     about = "requests at once, which bound the default batch sizes (%(default)s)"

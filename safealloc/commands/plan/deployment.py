@@ -72,7 +72,7 @@ class Deployment:
 
 def default_sizes(capability: int | None, spec_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
     """Batch sizes in tokens, before decode graphs have theirs (``VllmConfig._set_cudagraph_sizes``)."""
-    largest, query = MAX_CAPTURE_SIZES[capability == FIRST_WITH_NVFP4], spec_tokens + 1
+    largest, query = MAX_CAPTURE_SIZES[capability == 10], spec_tokens + 1
     most = min(2 * max_num_seqs * query, largest)
     if spec_tokens:
         requests = min(max_num_seqs, largest)
@@ -85,7 +85,7 @@ def default_sizes(capability: int | None, spec_tokens: int, max_num_seqs: int) -
 def with_decode_sizes(sizes: Iterable[int], spec_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
     """Sizes, with those of decode graphs: each is rounded up to whole requests of ``spec_tokens + 1`` tokens.
 
-    Model runner V2, the default, captures both (``CudaGraphManager._init_candidates``); V1 captures the rounded ones only.
+    Model runner V2 captures both (``CudaGraphManager._init_candidates``); V1, which is not planned, the rounded ones only.
     """
     given, query = set(sizes), spec_tokens + 1
     rounded = {-(-size // query) * query for size in given}
