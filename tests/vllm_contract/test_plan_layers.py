@@ -130,7 +130,7 @@ def vllm_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Noting, l
     """Makes one layer of vLLM's, and returns what was noted: linear layers, and what experts were made with."""
 
     def make(
-        fields: Fields, module: str, layer_class: str, layer: int, ranks: int
+        fields: Fields, module: str, layer_class: str, layer: int, ranks: int, **parallel: Any
     ) -> tuple[Noting, list[dict[str, Any]]]:
         own = {
             name: value
@@ -153,6 +153,8 @@ def vllm_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Noting, l
             found, "FusedMoEFactory", lambda **given: experts.append(given) or Anything(), raising=False
         )
         vllm_config, noting = VllmConfig(device_config=DeviceConfig("cpu")), Noting()
+        for name, value in parallel.items():
+            object.__setattr__(vllm_config.parallel_config, name, value)
         model = SimpleNamespace(
             hf_config=config,
             hf_text_config=config,
@@ -182,11 +184,12 @@ def vllm_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Noting, l
     return make
 
 
-def planned(fields: Fields, layer: int, ranks: int) -> tuple[dict[str, tuple[int, int]], list[ExpertSite]]:
+def planned(
+    fields: Fields, layer: int, ranks: int, **parallel: Any
+) -> tuple[dict[str, tuple[int, int]], list[ExpertSite]]:
     """The linear layers and experts of one layer, by our table."""
-    found = [
-        site for number, site in architectures.sites(language_model(fields), Deployment((1,), ranks)) if number == layer
-    ]
+    every = architectures.sites(language_model(fields), Deployment((1,), ranks, **parallel))
+    found = [site for number, site in every if number == layer]
     linear = {f"model.layers.{layer}.{site.name}": (site.k, site.n) for site in found if isinstance(site, Site)}
     return linear, [site for site in found if isinstance(site, ExpertSite)]
 
@@ -234,6 +237,27 @@ def test_the_linear_layers_of_a_layer_are_vllms(fields, module, layer_class, lay
             (f"model.layers.{layer}.{site.name}".replace(old, new), site.k, site.width * ranks, site.experts, site.topk)
             for site in experts
         ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "module", "layer_class", "layer"),
+    [
+        (published.DEEPSEEK_V3, "deepseek_v2", "DeepseekV2DecoderLayer", 3),
+        (published.LLAMA_4_SCOUT, "llama4", "Llama4DecoderLayer", 0),
+        (published.QWEN3_NEXT_80B, "qwen3_next", "Qwen3NextDecoderLayer", 3),
+        (published.GLM_4_6, "glm4_moe", "Glm4MoeDecoderLayer", 3),
+        (published.NEMOTRON_3_NANO, "nemotron_h", "NemotronHMoEDecoderLayer", 1),
+    ],
+)
+def test_with_data_and_expert_parallelism_shared_experts_are_whole_as_in_vllm(
+    fields, module, layer_class, layer, vllm_layer
+):
+    parallel = {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_expert_parallel": True}
+    noting, _ = vllm_layer(fields, module, layer_class, layer, 4, **parallel)
+    linear, _ = planned(fields, layer, 4, data=2, expert_parallel=True)
+    assert {
+        name: shape for name, shape in noting.shapes().items() if not name.endswith((".gate", ".kv_b_proj"))
+    } == linear
 
 
 PACKED = {

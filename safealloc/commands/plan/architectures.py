@@ -1,7 +1,7 @@
 """The linear layers that vLLM 0.32.0 runs in a captured step, by architecture, with their shapes on one rank.
 
 Not among them: routers, which checkpoints leave unquantized; the language-model head, which runs outside of CUDA graphs;
-``kv_b_proj`` of latent attention, which only prefill runs, inside the attention op; vision towers; the layers of a draft model.
+``kv_b_proj`` of latent attention, which only prefill runs, inside the attention op; vision towers; draft models.
 """
 
 from __future__ import annotations
