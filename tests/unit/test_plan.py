@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.model_configs import DEEPSEEK_R1, LLAMA_70B, MIXTRAL_8X7B, QWEN3_235B
+from support.model_configs import DEEPSEEK_R1, LLAMA_70B, MIXTRAL_8X7B, NVFP4, QWEN3_235B
+from support.published_configs import GLM_4_6
 
 from safealloc import ScalePool
 from safealloc.cli import main
@@ -128,6 +129,8 @@ def test_ranks_share_the_rows_of_whole_shared_experts_with_data_and_expert_paral
     assert rows == {2048: [1, 4, 64, 512], 2304: [4, 512]}  # o_proj has 2048 columns too
     shared = [site for site in result.sites if "shared" in site.name]
     assert [(site.k, site.n) for site in shared] == [(7168, 4096), (2048, 7168)]
+    glm = planned(tmp_path, GLM_4_6 | NVFP4, 8, [4, 512], data=2, expert_parallel=True)  # vLLM does not do so there
+    assert {spec.rows for spec in glm.buffers} == {4, 512}
     with_tensor_parallelism_only = planned(tmp_path, DEEPSEEK_R1, 8, [4, 512], expert_parallel=True)
     assert {spec.rows for spec in with_tensor_parallelism_only.buffers} == {4, 512}
 

@@ -249,9 +249,7 @@ def test_the_linear_layers_of_a_layer_are_vllms(fields, module, layer_class, lay
         (published.NEMOTRON_3_NANO, "nemotron_h", "NemotronHMoEDecoderLayer", 1),
     ],
 )
-def test_with_data_and_expert_parallelism_shared_experts_are_whole_as_in_vllm(
-    fields, module, layer_class, layer, vllm_layer
-):
+def test_shared_experts_with_data_and_expert_parallelism_are_vllms(fields, module, layer_class, layer, vllm_layer):
     parallel = {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_expert_parallel": True}
     noting, _ = vllm_layer(fields, module, layer_class, layer, 4, **parallel)
     linear, _ = planned(fields, layer, 4, data=2, expert_parallel=True)

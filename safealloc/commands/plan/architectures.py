@@ -166,7 +166,7 @@ def _mamba(model: Model) -> Part:
 def _mlp(
     model: Model, layer: int, name: str = "mlp", width: int | None = None, *, gated: bool = True, shared: bool = False
 ) -> Part:
-    """``width`` is the intermediate size if it is not given; ``shared``: the shared experts of an MoE layer."""
+    """``width`` is the intermediate size if it is not given; ``shared``: ranks may share the rows, not the columns."""
     width = width or model.number("intermediate_size")
     ranks = model.deployment.row_ranks if shared else 1
     own = model.split(width, f"{name}.down_proj") if ranks == 1 else width
@@ -207,14 +207,14 @@ def _qwen_mlp(model: Model, layer: int) -> Part:
     yield from _experts(model, layer, count="num_experts", width="moe_intermediate_size")
 
 
-def _first_dense(model: Model, layer: int) -> Part:
+def _first_dense(model: Model, layer: int, *, shared_by_rows: bool = True) -> Part:
     """The first layers are dense, the others have routed and shared experts."""
     if layer < model.number("first_k_dense_replace", 0, 0) or layer % model.number("moe_layer_freq", 1):
         yield from _mlp(model, layer)
         return
     if shared := model.number("n_shared_experts", 0, 0):
         width = shared * model.number("moe_intermediate_size")
-        yield from _mlp(model, layer, "mlp.shared_experts", width, shared=True)
+        yield from _mlp(model, layer, "mlp.shared_experts", width, shared=shared_by_rows)
     yield from _experts(model, layer, count="n_routed_experts", width="moe_intermediate_size")
 
 
@@ -268,7 +268,7 @@ _TABLE: Sequence[tuple[str, tuple[Callable[[Model, int], Part], ...]]] = (
     ("Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration", (_gated_or_delta_net, _qwen_mlp)),
     ("MixtralForCausalLM MiniMaxM2ForCausalLM", (_attention, _mixtral_experts)),
     ("GptOssForCausalLM", (_attention, _experts)),
-    ("Glm4MoeForCausalLM", (_attention, _first_dense)),
+    ("Glm4MoeForCausalLM", (_attention, functools.partial(_first_dense, shared_by_rows=False))),
     ("DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV32ForCausalLM", (_latent_attention, _first_dense)),
     ("GlmMoeDsaForCausalLM KimiK25ForConditionalGeneration", (_latent_attention, _first_dense)),
     ("Llama4ForCausalLM Llama4ForConditionalGeneration", (_attention, _llama4_mlp)),
