@@ -19,7 +19,7 @@ from benchmarks import timing
 from benchmarks.baselines import POOL, ZEROS, Baseline, baselines
 from benchmarks.models import MODELS, Model
 from benchmarks.summary import summary
-from safealloc.commands.models import Site, as_dict
+from safealloc.commands.plan.architectures import Site, as_dict
 from safealloc.commands.report import Progress
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels import triton_gemm

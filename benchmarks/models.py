@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from safealloc.commands import models
-from safealloc.commands.models import Site
+from safealloc.commands.plan import architectures
+from safealloc.commands.plan.architectures import Site
+from safealloc.commands.plan.deployment import Deployment
 from safealloc.formats.layout import SfLayout
 
 
@@ -48,17 +50,18 @@ def weight_nbytes(site: Site) -> int:
     return site.n * site.k // 2 + SfLayout.layout_128x4.nbytes(site.n, site.k)
 
 
-def model(name: str, fields: Mapping[str, int], tensor_parallel: int) -> Model:
-    """The model with these fields of ``config.json``.
-
-    ``kv_b_proj`` is left out: at decode vLLM multiplies by its two halves in bfloat16 (``mla_attention.py``, vLLM 0.33.0),
-    so only prefill quantizes there.
-    """
-    found = models.sites(fields, tensor_parallel)
-    return Model(name, tensor_parallel, tuple(site for site in found if site.name != "kv_b_proj"))
+def model(name: str, fields: Mapping[str, Any], tensor_parallel: int) -> Model:
+    """The model with these fields of ``config.json``, without its routed experts."""
+    layers: dict[Site, list[int]] = {}
+    for layer, site in architectures.sites(fields, Deployment((), tensor_parallel)):
+        if isinstance(site, Site):
+            layers.setdefault(site, []).append(layer)
+    sites = (replace(site, layers=tuple(numbers)) for site, numbers in layers.items())
+    return Model(name, tensor_parallel, tuple(sites))
 
 
 LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
@@ -66,6 +69,7 @@ LLAMA_8B = {
     "num_hidden_layers": 32,
 }
 LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
     "hidden_size": 8192,
     "intermediate_size": 28672,
     "num_attention_heads": 64,
@@ -73,6 +77,7 @@ LLAMA_70B = {
     "num_hidden_layers": 80,
 }
 QWEN3_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
     "hidden_size": 5120,
     "intermediate_size": 25600,
     "num_attention_heads": 64,
@@ -81,6 +86,7 @@ QWEN3_32B = {
     "num_hidden_layers": 64,
 }
 DEEPSEEK_R1 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
     "hidden_size": 7168,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
@@ -88,6 +94,7 @@ DEEPSEEK_R1 = {
     "num_hidden_layers": 61,
     "n_routed_experts": 256,
     "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
     "first_k_dense_replace": 3,
     "moe_layer_freq": 1,
     "q_lora_rank": 1536,

@@ -10,7 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from safealloc.commands import doctor, plan
+from safealloc.commands import doctor
+from safealloc.commands.plan import command as plan
+from safealloc.commands.plan.deployment import Deployment
 
 CONFIG = {  # of a small Llama
     "architectures": ["LlamaForCausalLM"],
@@ -28,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         config.write_text(json.dumps(CONFIG))
-        planned = plan.run(config, tensor_parallel=1, sizes=[1, 2, 4, 8, 16], layout_rule="128x4")
+        planned = plan.run(config, Deployment(sizes=(1, 2, 4, 8, 16)), as_nvfp4=True)  # it is not quantized
     print(f"{planned.model}: {len(planned.buffers)} buffers, {planned.nbytes} bytes on each rank")
     for site in planned.sites:
         print(f"  {site.name}: k={site.k}, n={site.n}, in {len(site.layers)} layers")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from safealloc._version import __version__
-from safealloc.commands import audit, doctor, plan, report
+from safealloc.commands import audit, doctor, report
+from safealloc.commands.plan import command as plan
 from safealloc.commands.repro import command as repro
 
 _COMMANDS = {"repro": repro, "doctor": doctor, "plan": plan, "audit": audit}

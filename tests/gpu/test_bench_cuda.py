@@ -8,7 +8,7 @@ import torch
 from benchmarks import timing
 from benchmarks.models import Model
 from safealloc import ScalePool
-from safealloc.commands.models import Site
+from safealloc.commands.plan.architectures import Site
 
 pytestmark = pytest.mark.gpu
 

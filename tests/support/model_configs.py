@@ -1,56 +1,17 @@
-"""Fields of real models' ``config.json``, as far as ``safealloc plan`` reads them."""
+"""Four models whose linear layers and experts are all NVFP4: fields of their ``config.json``, and such a quantization."""
 
 from __future__ import annotations
 
 from typing import Any
 
-LLAMA_70B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 80,
+from support.published_configs import DEEPSEEK_V3, LLAMA_3_70B, QWEN3_235B_A22B
+from support.published_configs import MIXTRAL_8X7B as MIXTRAL
+
+NVFP4 = {
+    "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]}
 }
-DEEPSEEK_R1: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "num_hidden_layers": 61,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-QWEN3_235B: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_hidden_layers": 94,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-MIXTRAL_8X7B: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
+
+LLAMA_70B: dict[str, Any] = LLAMA_3_70B | NVFP4
+DEEPSEEK_R1: dict[str, Any] = DEEPSEEK_V3 | NVFP4
+QWEN3_235B: dict[str, Any] = QWEN3_235B_A22B | NVFP4
+MIXTRAL_8X7B: dict[str, Any] = MIXTRAL | NVFP4

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.models import MODELS, Model, weight_nbytes
-from safealloc.commands.models import Site
+from safealloc.commands.plan.architectures import Site
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels import reference
 from safealloc.pool.pool import ScalePool
@@ -19,49 +19,49 @@ from safealloc.pool.pool import ScalePool
 SHAPES = {
     # model, ranks: (site, k, n, layers), from the published config.json by hand
     ("Llama 3.1 8B", 1): [
-        ("qkv_proj", 4096, 6144, 32),
-        ("o_proj", 4096, 4096, 32),
+        ("self_attn.qkv_proj", 4096, 6144, 32),
+        ("self_attn.o_proj", 4096, 4096, 32),
         ("mlp.gate_up_proj", 4096, 28672, 32),
         ("mlp.down_proj", 14336, 4096, 32),
     ],
     ("Llama 3.1 8B", 8): [
-        ("qkv_proj", 4096, 768, 32),
-        ("o_proj", 512, 4096, 32),
+        ("self_attn.qkv_proj", 4096, 768, 32),
+        ("self_attn.o_proj", 512, 4096, 32),
         ("mlp.gate_up_proj", 4096, 3584, 32),
         ("mlp.down_proj", 1792, 4096, 32),
     ],
     ("Llama 3.3 70B", 1): [
-        ("qkv_proj", 8192, 10240, 80),
-        ("o_proj", 8192, 8192, 80),
+        ("self_attn.qkv_proj", 8192, 10240, 80),
+        ("self_attn.o_proj", 8192, 8192, 80),
         ("mlp.gate_up_proj", 8192, 57344, 80),
         ("mlp.down_proj", 28672, 8192, 80),
     ],
     ("Llama 3.3 70B", 8): [
-        ("qkv_proj", 8192, 1280, 80),
-        ("o_proj", 1024, 8192, 80),
+        ("self_attn.qkv_proj", 8192, 1280, 80),
+        ("self_attn.o_proj", 1024, 8192, 80),
         ("mlp.gate_up_proj", 8192, 7168, 80),
         ("mlp.down_proj", 3584, 8192, 80),
     ],
     ("Qwen3 32B", 1): [
-        ("qkv_proj", 5120, 10240, 64),
-        ("o_proj", 8192, 5120, 64),
+        ("self_attn.qkv_proj", 5120, 10240, 64),
+        ("self_attn.o_proj", 8192, 5120, 64),
         ("mlp.gate_up_proj", 5120, 51200, 64),
         ("mlp.down_proj", 25600, 5120, 64),
     ],
     ("Qwen3 32B", 8): [
-        ("qkv_proj", 5120, 1280, 64),
-        ("o_proj", 1024, 5120, 64),
+        ("self_attn.qkv_proj", 5120, 1280, 64),
+        ("self_attn.o_proj", 1024, 5120, 64),
         ("mlp.gate_up_proj", 5120, 6400, 64),
         ("mlp.down_proj", 3200, 5120, 64),
     ],
     ("DeepSeek-R1 without routed experts", 8): [
-        ("fused_qkv_a_proj", 7168, 2112, 61),
-        ("q_b_proj", 1536, 3072, 61),
-        ("o_proj", 2048, 7168, 61),
+        ("self_attn.fused_qkv_a_proj", 7168, 2112, 61),
+        ("self_attn.q_b_proj", 1536, 3072, 61),
+        ("self_attn.o_proj", 2048, 7168, 61),
         ("mlp.gate_up_proj", 7168, 4608, 3),
         ("mlp.down_proj", 2304, 7168, 3),
-        ("shared_experts.gate_up_proj", 7168, 512, 58),
-        ("shared_experts.down_proj", 256, 7168, 58),
+        ("mlp.shared_experts.gate_up_proj", 7168, 512, 58),
+        ("mlp.shared_experts.down_proj", 256, 7168, 58),
     ],
 }
 BY_KEY = {(model.name, model.tensor_parallel): model for model in MODELS}
@@ -78,16 +78,16 @@ class TestModels:
         assert len(model.step) == sum(layers for *_, layers in shapes)
 
     def test_a_weights_bytes_are_its_codes_and_its_scales(self):
-        assert weight_nbytes(Site("qkv_proj", 4096, 768, (0,))) == 768 * 2048 + 768 * 256
+        assert weight_nbytes(Site("self_attn.qkv_proj", 4096, 768, (0,))) == 768 * 2048 + 768 * 256
         assert weight_nbytes(Site("short", 48, 3, (0,))) == 3 * 24 + 128 * 4  # padding is read too
         whole = BY_KEY["Llama 3.3 70B", 1].weight_nbytes
         assert whole == 80 * 8192 * (10240 + 8192 + 57344 + 28672) * 9 // 16
 
     def test_a_step_runs_layer_by_layer(self):
         steps = [(site.name, number) for site, number in BY_KEY["DeepSeek-R1 without routed experts", 8].step]
-        attention = ["fused_qkv_a_proj", "q_b_proj", "o_proj"]
+        attention = [f"self_attn.{name}" for name in ("fused_qkv_a_proj", "q_b_proj", "o_proj")]
         assert steps[:5] == [(name, 0) for name in (*attention, "mlp.gate_up_proj", "mlp.down_proj")]
-        shared = ["shared_experts.gate_up_proj", "shared_experts.down_proj"]
+        shared = ["mlp.shared_experts.gate_up_proj", "mlp.shared_experts.down_proj"]
         assert steps[15:20] == [(name, 3) for name in attention] + [(name, 0) for name in shared]
         assert steps[-5:] == [(name, 60) for name in attention] + [(name, 57) for name in shared]
 
