@@ -52,8 +52,12 @@ class FakeCuda:
         """Destroy a graph: its user objects' destructors run one by one, one a step."""
         objects = self._retained.pop(graph)
         for number in reversed(objects) if backwards else objects:
-            ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._addresses.pop(number)))
+            self.run_destructor(number)
             yield number
+
+    def run_destructor(self, number: int) -> None:
+        """Of a user object."""
+        ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._addresses.pop(number)))
 
     def cuStreamGetCaptureInfo_v2(self, stream: Any, status: Any, number: Any, graph: Any, *unused: None) -> int:
         if stream.value in self.capturing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -28,6 +29,21 @@ class RawGraphs:
     def stream(self, stream: torch.cuda.Stream) -> Any:
         return self.driver.CUstream(stream.cuda_stream)
 
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    def new_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def fill(self, tensor: torch.Tensor, value: int) -> None:
+        """Write a tensor on the current stream."""
+        tensor.fill_(value)
+
     # --- captures -----------------------------------------------------------------------------------------------------
 
     def begin(self, stream: torch.cuda.Stream, mode: str = "THREAD_LOCAL", into: Any = None) -> None:
@@ -49,8 +65,8 @@ class RawGraphs:
         stream: torch.cuda.Stream | None = None,
     ) -> Any:
         """The graph of what ``body`` launches on a stream, which is current then."""
-        stream = stream or torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        stream = stream or self.new_stream()
+        with self.on(stream):
             self.begin(stream, mode, into)
             try:
                 body()
@@ -59,6 +75,12 @@ class RawGraphs:
         return graph
 
     # --- graphs -------------------------------------------------------------------------------------------------------
+
+    def create(self) -> Any:
+        return self("cuGraphCreate", 0)
+
+    def clone(self, graph: Any) -> Any:
+        return self("cuGraphClone", graph)
 
     def instantiate(self, graph: Any) -> Any:
         return self("cuGraphInstantiate", graph, 0)
@@ -83,6 +105,10 @@ class RawGraphs:
     def add_child(self, parent: Any, child: Any) -> Any:
         """A node that is a copy of a graph."""
         return self("cuGraphAddChildGraphNode", parent, None, 0, child)
+
+    def set_child(self, executable: Any, node: Any, child: Any) -> None:
+        """Change what a node of an executable graph is a copy of."""
+        self("cuGraphExecChildGraphNodeSetParams", executable, node, child)
 
     def add_conditional(self, graph: Any) -> Any:
         """The empty body of a new conditional node, which runs at each launch."""
