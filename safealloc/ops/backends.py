@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from safealloc import _optional
+from safealloc.formats.format import BLOCK_SIZE, MX_BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import reference, reference_grouped, vendors
@@ -29,6 +30,7 @@ class Call(NamedTuple):
     out_dtype: torch.dtype | None = None  # of a GEMM's result
     valid_rows: bool = False  # a quantization with a device-side row count
     row_alpha: bool | None = False  # a GEMM with one alpha per row; None: there is one row, so that one alpha is both
+    block_size: int = BLOCK_SIZE  # columns for each scale
 
 
 call_for = functools.cache(Call)
@@ -44,6 +46,13 @@ class Backend:
     run: Callable[..., None]  # all rows of a table take the same call, that of row "reference"
     automatic: bool = True  # whether "auto" may take it
     package: str | None = None  # whose kernel it is, where it is not ours
+    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)  # columns for each scale that it can read
+
+    def why_not(self, call: Call) -> str | None:
+        """Why it cannot run a call, or ``None``."""
+        if call.block_size not in self.block_sizes:
+            return f"it does not read scales of blocks of {call.block_size} columns"
+        return self.refusal(call)
 
 
 class Table(UserDict[str, Backend]):
@@ -75,11 +84,15 @@ class Table(UserDict[str, Backend]):
 
     def _choose(self, name: str, call: Call) -> Backend:
         if name == "auto":
-            return next(row for row in self.values() if row.automatic and row.refusal(call) is None)
+            refusals = {name: row.why_not(call) for name, row in self.items() if row.automatic}
+            chosen = next((name for name, reason in refusals.items() if reason is None), None)
+            if chosen is None:
+                raise ValueError(f"no backend can run this: {'; '.join(f'{row}: {refusals[row]}' for row in refusals)}")
+            return self[chosen]
         row = self.get(name)
         if row is None:
             raise ValueError(f"backend must be one of {', '.join(['auto', *self])}, got {name!r}")
-        reason = row.refusal(call)
+        reason = row.why_not(call)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot run this: {reason}")
         return row
@@ -181,8 +194,9 @@ def _flashinfer(
     reads: tuple[SfLayout, ...] = (SfLayout.layout_128x4,),
     returns: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
     row_alpha: tuple[int, ...] = (),
+    mxfp4: bool = False,
 ) -> Backend:
-    """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row."""
+    """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row; ``mxfp4``: it runs that too."""
 
     def refusal(call: Call) -> str | None:
         if call.layout not in reads:
@@ -196,21 +210,22 @@ def _flashinfer(
         return package_refusal(call, "flashinfer", capabilities)
 
     run = functools.partial(vendors.flashinfer_mm, backend="auto" if name == "flashinfer" else name)
-    return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer")
+    sizes = (BLOCK_SIZE, MX_BLOCK_SIZE) if mxfp4 else (BLOCK_SIZE,)
+    return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer", block_sizes=sizes)
 
 
 GEMMS = Table(
-    _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103)),  # FlashInfer's own choice
+    _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103), mxfp4=True),  # FlashInfer's own choice
     _triton("triton_gemm", "mm"),
     _reference(reference.mm),
-    _flashinfer("cudnn", _BLACKWELL),
+    _flashinfer("cudnn", _BLACKWELL, mxfp4=True),
     _flashinfer(
         "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
     ),
     _flashinfer("cutlass", _BLACKWELL),
-    _flashinfer("cute-dsl", (100, 103, 107, 120, 121), row_alpha=(100, 103)),
-    _flashinfer("cutedsl_low_latency", (100, 103, 107)),
-    _flashinfer("b12x", (120, 121)),
+    _flashinfer("cute-dsl", (100, 103, 107, 120, 121), row_alpha=(100, 103), mxfp4=True),
+    _flashinfer("cutedsl_low_latency", (100, 103, 107), mxfp4=True),
+    _flashinfer("b12x", (120, 121), mxfp4=True),
     _flashinfer("cake", (), row_alpha=(100, 103)),
 )
 """GEMMs. What FlashInfer's run on, read and return, and where with an alpha per row: its ``mm_fp4`` requirements (0.7.2).

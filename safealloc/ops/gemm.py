@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from safealloc._checks import BYTES, FP4, check_contiguous, check_tensor
-from safealloc._optional import missing, require
 from safealloc.errors import LayoutMismatchError, SafeAllocError
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, MX_BLOCK_SIZE, nvfp4_k
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
@@ -54,7 +53,7 @@ def mm_fp4(
     *,
     skip_check: bool = False,
 ) -> Tensor:
-    """NVFP4 GEMM ``alpha * (a @ b)``, called as ``flashinfer.mm_fp4``.
+    """NVFP4 or MXFP4 GEMM ``alpha * (a @ b)``, called as ``flashinfer.mm_fp4``.
 
     Args:
         a: uint8 or float4_e2m1fn_x2 ``[m, k // 2]``, contiguous.
@@ -65,32 +64,32 @@ def mm_fp4(
         alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
         out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
         out: result ``[m, n]``, contiguous; ``None`` makes one.
-        block_size: 16. 32 is MXFP4, which goes to FlashInfer untouched.
+        block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4, which FlashInfer runs and no
+            pool has scales for.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
         backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
             choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it runs by its
             name only. With "auto", 8x4 scales go to "triton".
-        use_nvfp4, enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
+        use_nvfp4: False is MXFP4.
+        enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
     Returns:
         ``out``, ``[m, n]``.
 
     Raises:
-        LayoutMismatchError: the flag, the rows or the columns contradict the buffer.
+        LayoutMismatchError: the flag, the rows, the columns or the format contradict the buffer.
         SafeAllocError: scales from elsewhere, in mode ``"error"``.
         TypeError, ValueError: an argument is wrong, or the backend cannot run it. Nothing was launched in either case.
     """
-    if block_size != BLOCK_SIZE or not use_nvfp4:
-        if reason := missing("flashinfer"):
-            raise ValueError(f"MXFP4 (block_size={block_size}, use_nvfp4={use_nvfp4}) goes to FlashInfer, and {reason}")
-        options = {"backend": backend, "use_nvfp4": use_nvfp4, "enable_pdl": enable_pdl, "skip_check": skip_check}
-        passed_through: Tensor = require("flashinfer").mm_fp4(
-            a, b, a_descale, b_descale, alpha, out_dtype, out, block_size, bool(use_8x4_sf_layout), **options
+    if block_size != (BLOCK_SIZE if use_nvfp4 else MX_BLOCK_SIZE):
+        raise ValueError(
+            f"block_size must be {BLOCK_SIZE}, or {MX_BLOCK_SIZE} with use_nvfp4=False, got {block_size} with "
+            f"use_nvfp4={use_nvfp4}"
         )
-        return passed_through
     if torch.compiler.is_compiling():
+        options = use_8x4_sf_layout, backend, enable_pdl, skip_check
         result: Tensor = torch.ops.safealloc.mm_fp4(
-            a, b, a_descale, b_descale, alpha, out_dtype, use_8x4_sf_layout, backend, enable_pdl, skip_check, a_descale
+            a, b, a_descale, b_descale, alpha, out_dtype, *options, a_descale, block_size
         )
         return result if out is None else out.copy_(result)
     check_tensor("a", a, FP4, "[m, k // 2]")
@@ -98,20 +97,24 @@ def mm_fp4(
     check_tensor("b", b, FP4, "[k // 2, n]", a.device)
     check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
     weight, weight_scales = _untransposed("b", b, "weight"), _untransposed("b_descale", b_descale, "weight_scales")
-    n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T")
+    n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T", block_size)
     m = a.shape[0]
     if m < 1 or 2 * a.shape[1] != k:
         raise ValueError(
             f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
         )
     check_result(m, n, alpha, out_dtype, out, a.device)
-    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device)
-    row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m))
+    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, block_size)
+    row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m, block_size))
     if foreign:
-        a_descale = _treat_foreign(a_descale, layout, m, k)
+        a_descale = _treat_foreign(a_descale, layout, m, k, block_size)
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    row.run(a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check)
+    if block_size == BLOCK_SIZE:
+        row.run(a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check)
+    else:
+        further = {"enable_pdl": enable_pdl, "skip_check": skip_check, "block_size": block_size}
+        row.run(a, weight, a_descale, weight_scales, alpha, out, layout, **further)
     return out
 
 
@@ -131,8 +134,9 @@ def check_weight(
     device: torch.device,
     weight_name: str = "weight_fp4",
     scales_name: str = "weight_scale",
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[int, int]:
-    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4.
+    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4, one for each ``block_size`` columns.
 
     Raises:
         TypeError, ValueError: they are not that.
@@ -140,18 +144,18 @@ def check_weight(
     check_tensor(weight_name, weight, FP4, "[n, k // 2]", device)
     check_contiguous(weight_name, weight)
     n, k = weight.shape[0], 2 * weight.shape[1]
-    if n < 1 or k < BLOCK_SIZE or k % BLOCK_SIZE:
+    if n < 1 or k < block_size or k % block_size:
         raise ValueError(
-            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {BLOCK_SIZE}, got n={n}, k={k}"
+            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {block_size}, got n={n}, k={k}"
         )
     check_tensor(scales_name, scales, BYTES, "[padded_n, padded_cols]", device)
     check_contiguous(scales_name, scales)
-    spec = ScaleSpec(n, k, SfLayout.layout_128x4)
+    spec = ScaleSpec(n, nvfp4_k(k, block_size), SfLayout.layout_128x4)
     if scales.numel() != spec.scale_bytes:
         raise ValueError(
             f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
         )
-    known = _known_spec(scales_name, scales)
+    known = _known_spec(scales_name, scales, block_size)
     if known is not None and (known.experts is not None or (known.rows, known.layout) != (n, spec.layout)):
         raise LayoutMismatchError(f"{scales_name} holds scales of {known}, a weight of {spec} was given with them")
     return n, k
@@ -179,15 +183,20 @@ def check_result(
 
 
 def call_of(
-    layout: SfLayout, alpha: Tensor | None, out_dtype: torch.dtype, device: torch.device, m: int | None = None
+    layout: SfLayout,
+    alpha: Tensor | None,
+    out_dtype: torch.dtype,
+    device: torch.device,
+    m: int | None = None,
+    block_size: int = BLOCK_SIZE,
 ) -> Call:
     """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
     row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
-    return call_for(device, layout, out_dtype, False, row_alpha)
+    return call_for(device, layout, out_dtype, False, row_alpha, block_size)
 
 
 def _layout_of(
-    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device
+    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device, block_size: int
 ) -> tuple[SfLayout, bool]:
     """The layout of the scales, and whether no pool made them: then it is only what the caller says."""
     check_tensor("a_descale", a_descale, BYTES, None, device)
@@ -195,14 +204,15 @@ def _layout_of(
     asked = None
     if use_8x4_sf_layout is not None:
         asked = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    spec = _known_spec("a_descale", a_descale)
+    spec = _known_spec("a_descale", a_descale, block_size)
     if spec is not None:
         check_agrees(spec, m, k, asked)
         return spec.layout, False
     layout = SfLayout.layout_128x4 if asked is None else asked
-    needed = layout.nbytes(m, k)
+    scale_k = nvfp4_k(k, block_size)
+    needed = layout.nbytes(m, scale_k)
     if a_descale.numel() != needed:
-        others = [other.name for other in SfLayout if other.nbytes(m, k) == a_descale.numel()]
+        others = [other.name for other in SfLayout if other.nbytes(m, scale_k) == a_descale.numel()]
         kind = LayoutMismatchError if others else ValueError
         raise kind(
             f"a_descale for m={m}, k={k} in {layout.name} has {needed} bytes, got {a_descale.numel()}"
@@ -211,15 +221,20 @@ def _layout_of(
     return layout, True
 
 
-def _known_spec(name: str, scales: Tensor) -> ScaleSpec | None:
+def _known_spec(name: str, scales: Tensor, block_size: int) -> ScaleSpec | None:
     """What scales hold, if that is known: a buffer of a pool, or whole row tiles of one.
 
     Raises:
-        LayoutMismatchError: any other view of a buffer, whose bytes are no matrix of their own.
+        LayoutMismatchError: any other view of a buffer, whose bytes are no matrix of their own, or scales of another format.
     """
     note = note_of(scales)
     if note is None or not scales.numel():
         return None
+    if block_size != BLOCK_SIZE:
+        raise LayoutMismatchError(
+            f"{name} is a pool's buffer of NVFP4 scales ({note.spec}), one for each {BLOCK_SIZE} columns, and "
+            f"block_size={block_size} reads it as MXFP4 scales"
+        )
     spec = note.spec_in(scales)
     if spec is None:
         raise LayoutMismatchError(
@@ -256,18 +271,19 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> Non
         )
 
 
-def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int) -> Tensor:
+def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int, block_size: int) -> Tensor:
     """Scales that no pool made, with zero padding: themselves, or a copy where their storage holds more than them."""
     if _foreign_scales == "error":
-        raise SafeAllocError(
-            "a_descale is from no pool, and set_foreign_scales is 'error': take it from safealloc.nvfp4_quantize, or have "
-            "the producer write into pool.acquire(rows, k, layout)"
-        )
-    if _foreign_scales == "trust" or not ScaleSpec(m, k, layout).padding_views(a_descale.view(torch.uint8)):
+        remedy = "take it from safealloc.nvfp4_quantize, or have the producer write into pool.acquire(rows, k, layout)"
+        if block_size != BLOCK_SIZE:
+            remedy = "no pool has MXFP4 scales, which need mode 'zero' or 'trust'"
+        raise SafeAllocError(f"a_descale is from no pool, and set_foreign_scales is 'error': {remedy}")
+    spec = ScaleSpec(m, nvfp4_k(k, block_size), layout)
+    if _foreign_scales == "trust" or not spec.padding_views(a_descale.view(torch.uint8)):
         return a_descale
     if not _is_whole_storage(a_descale):
         a_descale = a_descale.clone()  # what is padding here may be another matrix's scales
-    zero_padding(a_descale, layout, m, k)
+    zero_padding(a_descale, layout, m, spec.k)
     return a_descale
 
 
@@ -289,6 +305,7 @@ def _op(
     enable_pdl: bool,
     skip_check: bool,
     foreign_descale: Tensor,
+    block_size: int = BLOCK_SIZE,
 ) -> Tensor:
     spec = spec_of(a_descale)
     if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
@@ -300,8 +317,10 @@ def _op(
         b_descale,
         alpha,
         out_dtype,
+        block_size=block_size,
         use_8x4_sf_layout=use_8x4_sf_layout,
         backend=backend,
+        use_nvfp4=block_size == BLOCK_SIZE,
         enable_pdl=enable_pdl,
         skip_check=skip_check,
     )
@@ -309,7 +328,8 @@ def _op(
 
 register(
     "mm_fp4(Tensor a, Tensor b, Tensor a_descale, Tensor b_descale, Tensor? alpha, ScalarType out_dtype, "
-    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale) -> Tensor",
+    "bool? use_8x4_sf_layout, str backend, bool enable_pdl, bool skip_check, Tensor(a!) foreign_descale, int block_size=16) "
+    "-> Tensor",
     _op,
     lambda a, b, a_descale, b_descale, alpha, out_dtype, *rest: a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype),
 )

@@ -281,9 +281,11 @@ def _aligned(nbytes: int, device: torch.device) -> Tensor:
     if device.type == "cpu":  # whole pages: a slice of more would be aligned too, but start at another storage offset
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=torch.uint8)
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
-        memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
+    with driver.relaxed():
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
+            memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
+    if memory.data_ptr() % ALIGNMENT:
         start = -memory.data_ptr() % ALIGNMENT
         memory = memory[start : start + nbytes]
     return memory

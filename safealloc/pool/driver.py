@@ -4,16 +4,18 @@ PyTorch tells whether the current stream is capturing, but neither which capture
 made is gone. The CUDA driver tells both, for every capture of the process, whoever began it:
 
 - ``cuStreamGetCaptureInfo`` gives a capture an id, the same on each stream that was forked into it, never used again.
-- A *user object* retained by the graph under capture follows it into the executable graph, and its destructor runs when the
-  last of them is destroyed and no replay is in flight (CUDA Programming Guide, "CUDA User Objects"). The destructor runs on
-  a thread of the driver, where Python must not: here it is libc's ``sem_post``, and the semaphore is looked at later.
+- A *user object* retained by the graph under capture follows it into clones, child graphs and executable graphs, and an
+  executable graph that is updated has those of the graph that it was updated to. Its destructor runs when the last of them is
+  destroyed and no replay is in flight (CUDA Programming Guide, "CUDA User Objects"). That is on a thread of the driver, where
+  Python must not run: here it is libc's ``sem_post``, and the semaphore is looked at later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
@@ -55,7 +57,7 @@ class Capture:
 
 
 _captures: dict[int, Capture] = {}  # by id; owns what living graphs use. No lock: finalizers may come in at any line
-_destroyed_counts = [0, 0]  # what _all_destroyed() said at the last look; graphs found destroyed so far
+_found_destroyed: list[int] = []  # the same numbers, of those whose graphs are gone
 
 
 def under_way(stream: int) -> Capture | None:
@@ -74,22 +76,24 @@ def under_way(stream: int) -> Capture | None:
         return None
     capture = _captures.get(capture_id.value)
     if capture is None:
-        capture = _captures.setdefault(capture_id.value, Capture(capture_id.value, graph.value))
+        made = Capture(capture_id.value, graph.value)
+        capture = _captures.setdefault(capture_id.value, made)
+        if capture is not made:  # a finalizer came in; the graph will post for this one too
+            _captures[-id(made)] = made
     return capture
 
 
 def destroyed() -> int:
     """How many graphs were found destroyed so far; lets go of what only they used.
 
-    One look at one semaphore where nothing has changed: an engine holds thousands of graphs.
+    One look at one semaphore where nothing has changed: an engine holds thousands of graphs. A graph posts two semaphores,
+    one after the other, and is looked for until it was found.
     """
-    posted = _all_destroyed().value if _captures else _destroyed_counts[0]
-    if posted != _destroyed_counts[0]:
-        for capture in [capture for capture in list(_captures.values()) if not capture.alive]:
-            if _captures.pop(capture.id, None) is not None:
-                _destroyed_counts[1] += 1
-        _destroyed_counts[0] = posted  # last: what is interrupted is looked at again
-    return _destroyed_counts[1]
+    if _captures and _all_destroyed().value != len(_found_destroyed):
+        for number in [number for number, capture in list(_captures.items()) if not capture.alive]:
+            if _captures.pop(number, None) is not None:
+                _found_destroyed.append(number)
+    return len(_found_destroyed)
 
 
 def current_stream(device: torch.device) -> Callable[[int], int]:
@@ -161,15 +165,23 @@ def record_event(stream: int, device: torch.device) -> torch.cuda.Event:
     return event
 
 
-def event_passed(event: torch.cuda.Event) -> bool:
-    """Whether an event has passed, also while this thread or another captures in a mode that forbids to ask."""
+@contextlib.contextmanager
+def relaxed() -> Iterator[None]:
+    """Inside, this thread may allocate and ask events, also while it or another captures in a mode that forbids that."""
     mode = ctypes.c_int(_RELAXED)
     exchange = _libcuda().cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))
     try:
-        return bool(event.query())
-    finally:
         exchange(ctypes.byref(mode))
+        yield
+    finally:
+        if mode.value != _RELAXED:  # else it was relaxed before, or an interrupt came before it was exchanged
+            exchange(ctypes.byref(mode))
+
+
+def event_passed(event: torch.cuda.Event) -> bool:
+    """Whether an event has passed, also while a capture is under way."""
+    with relaxed():
+        return bool(event.query())
 
 
 class _Semaphore:

@@ -21,6 +21,7 @@ from torch import Tensor
 from safealloc import _torch
 from safealloc.errors import PoolExhaustedError
 from safealloc.formats.spec import ScaleSpec
+from safealloc.pool import driver
 from safealloc.pool.buffer import GONE, RETURNING, STOCK, Buffer, Drain, OneCallBuffer, zero_padded
 from safealloc.pool.contents import remember
 from safealloc.pool.memory import PrivateMemory
@@ -294,7 +295,8 @@ class Inventory:
         if memory is not None:
             self._memory = None
             memory.release()
-            torch.cuda.empty_cache()
+            with driver.relaxed():  # somebody may be capturing
+                torch.cuda.empty_cache()
 
     def _evict(self, nbytes: int) -> bool:
         """Give up idle buffers of the cache of at least so many bytes, least recently used first; none if too few."""

@@ -1,8 +1,11 @@
 """Streams, captures and graphs on a CPU: numbers for raw streams, and captures whose graphs end when a test says so."""
 
+# ruff: noqa: N802 - functions of the CUDA driver have its names
+
 from __future__ import annotations
 
-from collections.abc import Hashable
+import ctypes
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +28,55 @@ class FakeCapture:
 
     def keep(self, thing: object) -> None:
         self.kept.append(thing)
+
+
+class FakeCuda:
+    """What :mod:`safealloc.pool.driver` calls of the CUDA driver: captures, user objects, and a thread's capture mode."""
+
+    _ids = iter(range(1 << 40, 1 << 62))
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing: dict[int, tuple[int, int]] = {}  # raw stream: id and graph of its capture
+        self.mode = 0  # global
+        self._addresses: dict[int, int] = {}  # of what a destructor is called with, by user object
+        self._retained: dict[int, list[int]] = {}  # user objects by graph
+        monkeypatch.setattr(driver, "_libcuda", lambda: self)
+
+    def begin(self, stream: int) -> int:
+        """A capture on a raw stream; returns its graph."""
+        graph = next(self._ids)
+        self.capturing[stream] = next(self._ids), graph
+        return graph
+
+    def destructors_of(self, graph: int, *, backwards: bool = False) -> Iterator[int]:
+        """Destroy a graph: its user objects' destructors run one by one, one a step."""
+        objects = self._retained.pop(graph)
+        for number in reversed(objects) if backwards else objects:
+            self.run_destructor(number)
+            yield number
+
+    def run_destructor(self, number: int) -> None:
+        """Of a user object."""
+        ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._addresses.pop(number)))
+
+    def cuStreamGetCaptureInfo_v2(self, stream: Any, status: Any, number: Any, graph: Any, *unused: None) -> int:
+        if stream.value in self.capturing:
+            number._obj.value, graph._obj.value = self.capturing[stream.value]
+        status._obj.value = int(stream.value in self.capturing)
+        return 0
+
+    def cuUserObjectCreate(self, out: Any, address: Any, destructor: Any, count: int, flags: int) -> int:
+        out._obj.value = next(self._ids)
+        self._addresses[out._obj.value] = address.value
+        return 0
+
+    def cuGraphRetainUserObject(self, graph: Any, user_object: Any, count: int, flags: int) -> int:
+        self._retained.setdefault(graph.value, []).append(user_object.value)
+        return 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+        return 0
 
 
 class FakeWorld:

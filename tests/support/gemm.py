@@ -16,6 +16,58 @@ ONE = torch.ones(1)
 FLASHINFER_NAMES = ["cudnn", "trtllm", "cutlass", "cute-dsl", "cutedsl_low_latency", "b12x", "cake"]
 
 
+class FakeFlashInfer:
+    """Records the arguments of ``mm_fp4``, bound to FlashInfer's parameter names, and computes the product."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def mm_fp4(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_descale: Tensor,
+        b_descale: Tensor,
+        alpha: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        out: Tensor | None = None,
+        block_size: int = 16,
+        use_8x4_sf_layout: bool = False,
+        backend: str = "auto",
+        use_nvfp4: bool = True,
+        enable_pdl: bool = True,
+        *,
+        skip_check: bool = False,
+    ) -> Tensor:
+        call = dict(locals())
+        del call["self"]
+        self.calls.append(call)
+        if out is None:
+            out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype)
+        if block_size == 32:
+            values = mxfp4_values(a, a_descale), mxfp4_values(b.T, b_descale.T)
+            return out.copy_(values[0] @ values[1].T * (1 if alpha is None else alpha))
+        layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+        a_bytes, scale_bytes = a.view(torch.uint8), a_descale.view(torch.uint8)
+        reference.mm(a_bytes, b.T.view(torch.uint8), scale_bytes, b_descale.T.view(torch.uint8), alpha, out, layout)
+        return out
+
+
+def mxfp4_values(data: Tensor, scales: Tensor) -> Tensor:
+    """The values of MXFP4 data and its scales in layout_128x4, float32 ``[rows, whole tiles of k]``.
+
+    As tensor cores read them: zero data in padding columns is multiplied by the scales there too.
+    """
+    rows, half = data.shape
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nibbles = torch.stack([data.view(torch.uint8) & 15, data.view(torch.uint8) >> 4], dim=2).view(rows, 2 * half).long()
+    values = magnitudes[nibbles & 7] * (1 - 2 * (nibbles >> 3))
+    exponents = SfLayout.layout_128x4.logical(scales, rows, half)[:rows]  # half of k, since it counts blocks of 16
+    factors = torch.where(exponents == 255, torch.nan, torch.exp2(exponents.float() - 127))
+    values = torch.nn.functional.pad(values, (0, 32 * factors.shape[1] - 2 * half))
+    return values * factors.repeat_interleave(32, dim=1)
+
+
 class Operands:
     """An activation and a weight, quantized; the pool holds both buffers."""
 

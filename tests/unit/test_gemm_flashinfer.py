@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gemm import FLASHINFER_NAMES, ONE, M, N, Operands, check_refused, close
+from support.gemm import FLASHINFER_NAMES, ONE, FakeFlashInfer, M, N, Operands, check_refused, close
 from torch import Tensor
 
 from safealloc import (
@@ -18,7 +18,6 @@ from safealloc import (
     set_foreign_scales,
 )
 from safealloc.formats.format import NAN_SCALE
-from safealloc.kernels import reference
 from safealloc.ops import backends
 
 FP4 = torch.float4_e2m1fn_x2
@@ -37,42 +36,6 @@ def foreign() -> Iterator[Callable[[Any], Any]]:
     before = set_foreign_scales("zero")
     yield set_foreign_scales
     set_foreign_scales(before)
-
-
-class FakeFlashInfer:
-    """Records the arguments of ``mm_fp4``, bound to FlashInfer's parameter names, and computes the product."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def mm_fp4(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_descale: Tensor,
-        b_descale: Tensor,
-        alpha: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
-        out: Tensor | None = None,
-        block_size: int = 16,
-        use_8x4_sf_layout: bool = False,
-        backend: str = "auto",
-        use_nvfp4: bool = True,
-        enable_pdl: bool = True,
-        *,
-        skip_check: bool = False,
-    ) -> Tensor:
-        call = dict(locals())
-        del call["self"]
-        self.calls.append(call)
-        if block_size != 16:
-            return a
-        if out is None:
-            out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype)
-        layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-        a_bytes, scale_bytes = a.view(torch.uint8), a_descale.view(torch.uint8)
-        reference.mm(a_bytes, b.T.view(torch.uint8), scale_bytes, b_descale.T.view(torch.uint8), alpha, out, layout)
-        return out
 
 
 ROW_ALPHA = {"flashinfer", "auto", "cute-dsl", "cake"}
@@ -234,43 +197,3 @@ def test_foreign_scales_are_zeroed_for_flashinfer_too(
     assert flashinfer.calls[0]["a_descale"] is scales
     assert torch.equal(scales, operands.a_descale)
     assert torch.equal(out, mm_fp4(*operands.arguments, backend="reference"))
-
-
-@pytest.mark.parametrize("flag", [None, False, True])
-def test_mxfp4_passes_through_untouched(
-    flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], flag: bool | None
-) -> None:
-    """Nothing of it is ours: no check, no zeroing, whatever the arguments are."""
-    foreign("error")
-    scales = torch.full((77,), NAN_SCALE, dtype=torch.uint8)
-    a, b, b_descale, out = torch.ones(3, 5), torch.ones(7), torch.ones(2), torch.ones(1)
-    result = mm_fp4(a, b, scales, b_descale, ONE, torch.float16, out, 32, flag, "cudnn", False, False, skip_check=True)
-    assert result is a
-    assert bool((scales == NAN_SCALE).all())
-    same(
-        flashinfer.calls[0],
-        {
-            "a": a,
-            "b": b,
-            "a_descale": scales,
-            "b_descale": b_descale,
-            "alpha": ONE,
-            "out_dtype": torch.float16,
-            "out": out,
-            "block_size": 32,
-            "use_8x4_sf_layout": bool(flag),
-            "backend": "cudnn",
-            "use_nvfp4": False,
-            "enable_pdl": False,
-            "skip_check": True,
-        },
-    )
-
-
-def test_mxfp4_without_flashinfer_is_refused(monkeypatch: pytest.MonkeyPatch, pool: ScalePool) -> None:
-    """A backend that cannot run is a ValueError that says why, here as elsewhere."""
-    real = _optional.load
-    reason = "flashinfer is not installed"
-    monkeypatch.setattr(_optional, "load", lambda name: reason if name == "flashinfer" else real(name))
-    with pytest.raises(ValueError, match=reason):
-        mm_fp4(*Operands(pool).arguments, block_size=32, use_nvfp4=False)

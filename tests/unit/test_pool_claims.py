@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.fake_captures import FakeWorld
 from support.internals import buffers_of
 
 from safealloc import ScalePool, SfLayout
@@ -274,3 +276,29 @@ def test_a_storage_that_a_holder_moved_is_never_handed_out_again(pool: ScalePool
     assert len(buffers_of(pool)) <= buffers
     assert pool.verify() <= buffers
     pool.trim()
+
+
+@pytest.mark.parametrize("how", ["acquire", "acquire in a capture", "trim"])
+def test_a_storage_that_a_holder_sent_to_another_process_is_never_handed_out_again(
+    monkeypatch, caplog, how: str
+) -> None:
+    """CUDA IPC replaces the deleter of a storage; here a stand-in says that it did."""
+    world, sent = FakeWorld(monkeypatch), set()
+    for module in ("buffer", "pool"):
+        monkeypatch.setattr(f"safealloc.pool.{module}._standard", lambda cdata: cdata not in sent)
+    world.pool.reserve(8, 64, LAYOUT, copies=1)
+    if how == "acquire in a capture":
+        world.begin(1, handle="graph")
+    tensor = world.acquire(1)
+    (buffer,) = buffers_of(world.pool)
+    sent.add(buffer.cdata)
+    del tensor
+    if how == "trim":
+        buffer.kept = False
+        assert world.pool.trim() == buffer.nbytes
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert world.address(1) != buffer.address  # "buffer" keeps the memory, so that nobody else gets the address
+        assert "resized, moved or shared" in caplog.text
+    assert buffer not in buffers_of(world.pool)
