@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from typing import NoReturn
-
-import torch
 
 from safealloc.errors import PoolPicklingError
 
@@ -26,21 +23,10 @@ class OfOneProcess:
         raise NotImplementedError
 
 
-def lock_of(device: torch.device) -> threading.RLock:
-    """The one lock of all pools on a device.
-
-    A thread that is in one pool may get into another by a finalizer or a signal handler. With a lock for each pool, two such
-    threads could wait for each other.
-    """
-    return _locks.get(device) or _locks.setdefault(device, threading.RLock())
-
-
-_locks: dict[torch.device, threading.RLock] = {}
 _alive: weakref.WeakSet[OfOneProcess] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    _locks.clear()  # a thread of the parent may have held one
     for one in list(_alive):
         one._leave_to_parent(os.getppid())
 

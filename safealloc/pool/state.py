@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from safealloc.pool.driver import Capture
 from safealloc.pool.graphs import GraphUses
 from safealloc.pool.inventory import Inventory
 from safealloc.pool.memory import check_allocator
-from safealloc.pool.process import OfOneProcess, lock_of
+from safealloc.pool.process import OfOneProcess
 from safealloc.pool.reports import GraphReport, PoolStats
 from safealloc.pool.watch import Watch
 
@@ -54,7 +55,7 @@ class PoolState(OfOneProcess):
         self._index = self.device.index or 0
         self._raw_stream, self._capturing = driver.current_stream(self.device), driver.capture_query(self.device)
         self._number = next(_pool_numbers)
-        self._lock = lock_of(self.device)
+        self._lock = threading.RLock()
         self._unusable: str | None = None
         watched = debug or verify_every > 0  # every handout is seen, so that none is answered by the hit path
         limits = self.max_bytes, self.cache_bytes
@@ -223,7 +224,7 @@ class PoolState(OfOneProcess):
         return f"<ScalePool on {self.device}: {state}>"
 
     def _leave_to_parent(self, parent: int) -> None:
-        self._lock = lock_of(self.device)
+        self._lock = threading.RLock()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
         self._left_behind = self._inventory, self._watch
