@@ -201,14 +201,13 @@ def _magnitude_of_words(first, second, BFLOAT16: tl.constexpr, EXACT: tl.constex
 def _pack_words(words, factor, BFLOAT16: tl.constexpr, ARITHMETIC: tl.constexpr):
     """Data, uint8 [BLOCKS, 4], of words [BLOCKS, 4] of two columns each times factor [BLOCKS]."""
     factors = tl.broadcast_to(factor[:, None], words.shape)
-    if ARITHMETIC == "exact":
-        pack = _EXACT_BFLOAT16 if BFLOAT16 else _EXACT_FLOAT16
-    elif ARITHMETIC == "vllm":
-        pack = _VLLM_BFLOAT16 if BFLOAT16 else _VLLM_FLOAT16
-    else:
-        pack = _FLASHINFER_BFLOAT16 if BFLOAT16 else _FLASHINFER_FLOAT16
     return tl.inline_asm_elementwise(
-        pack, "=r,r,r,r,r,f,f,f,f", [words, factors], tl.uint8, is_pure=True, pack=4,
+        (
+            (_EXACT_BFLOAT16 if BFLOAT16 else _EXACT_FLOAT16) if ARITHMETIC == "exact"
+            else (_VLLM_BFLOAT16 if BFLOAT16 else _VLLM_FLOAT16) if ARITHMETIC == "vllm"
+            else (_FLASHINFER_BFLOAT16 if BFLOAT16 else _FLASHINFER_FLOAT16)
+        ),
+        "=r,r,r,r,r,f,f,f,f", [words, factors], tl.uint8, is_pure=True, pack=4,
     )  # fmt: skip
 
 

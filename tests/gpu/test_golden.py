@@ -203,12 +203,10 @@ class TestGolden:
         assert_same_bytes(scales, case.scales.to(DEVICE), "scales")
 
     @gpu_only
-    @every_case
+    @pytest.mark.parametrize("case", [case for case in CASES if case.offsets is None], ids=str)
     @tilings
     def test_every_tiling(self, case: Case, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-        if case.offsets is not None or (case.silu_and_mul and tiling.words):
-            pytest.skip("one tiling serves it")
-        use(tiling, monkeypatch)
+        use(tiling, monkeypatch, case.silu_and_mul)
         data, scales = (torch.empty_like(part, device=DEVICE) for part in (case.data, case.scales))
         triton_quantize.quantize(
             case.x.to(DEVICE), case.global_scales.to(DEVICE), data, scales, SfLayout.layout_linear, None,
