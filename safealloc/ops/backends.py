@@ -146,13 +146,13 @@ def package_refusal(call: Call, package: str, runs_on: tuple[int, ...]) -> str |
     return None
 
 
-ARITHMETICS = ("exact", "vllm", "flashinfer")
+ARITHMETIC = ("exact", "vllm", "flashinfer")
 
 
 def checked_arithmetic(arithmetic: str) -> str:
-    """A quantizer's ``arithmetic``, which is one of ``ARITHMETICS``; raises ValueError."""
-    if arithmetic not in ARITHMETICS:
-        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}")
+    """A quantizer's ``arithmetic``, which is one of ``ARITHMETIC``; raises ValueError."""
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
     return arithmetic
 
 
