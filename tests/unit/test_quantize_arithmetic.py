@@ -1,4 +1,4 @@
-"""``arithmetic`` of every quantizer, and ``silu_and_mul_nvfp4_quantize``: what is accepted and refused, and results on a CPU."""
+"""``arithmetic`` of every quantizer, and ``silu_and_mul_nvfp4_quantize``: what is accepted and refused, results on a CPU."""
 
 from __future__ import annotations
 
