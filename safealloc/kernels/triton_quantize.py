@@ -103,7 +103,8 @@ def quantize(
     """
     rows, width = x.shape
     cols = width // (2 * BLOCK_SIZE) if silu_and_mul else width // BLOCK_SIZE
-    tiling = tiling_for(rows, cols, not silu_and_mul and rows * cols > FEW_BLOCKS and takes_words(x))
+    words = not silu_and_mul and rows * cols > FEW_BLOCKS and takes_words(x)
+    tiling = tiling_for(rows, cols, words, silu_and_mul)
     options = launch_options(x.device, layout, tiling, silu_and_mul, arithmetic)
     with device_of(x):
         _quantize[(rows, -(-cols // tiling.blocks))](
@@ -144,13 +145,13 @@ FEW_BLOCKS = 4096
 
 
 @functools.cache
-def tiling_for(rows: int, cols: int, words: bool) -> Tiling:
+def tiling_for(rows: int, cols: int, words: bool, silu_and_mul: bool = False) -> Tiling:
     """For ``rows`` of ``cols`` blocks; ``words`` is what :func:`takes_words` says. ``benchmarks/NOTES.md`` has the numbers.
 
-    Few blocks (decode): 4 columns a lane. More: whole blocks, or 8 columns.
+    Few blocks (decode): 4 columns a lane, or 2 where a lane has a SiLU to compute for each. More: whole blocks, or 8 columns.
     """
     if rows * cols <= FEW_BLOCKS:
-        return Tiling(32, words=False)
+        return Tiling(16 if silu_and_mul else 32, words=False)
     return Tiling(128 if words else 64, words=words)
 
 

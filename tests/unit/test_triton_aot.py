@@ -175,16 +175,14 @@ def test_a_vendors_arithmetic(architecture: int, dtype: str, arithmetic: str) ->
 @hopper_and_slow_others
 @pytest.mark.parametrize("arithmetic", ["exact", "vllm", "flashinfer"])
 def test_silu_and_mul_loads_both_halves_before_it_computes(architecture: int, arithmetic: str) -> None:
-    for tiling in TILINGS:
-        if not tiling.words:
-            ptx = quantize(architecture, "bf16", SfLayout.layout_128x4, False, tiling, arithmetic, silu=True)
-            check_waits(ptx, architecture)
-            loads, divisions = (
-                [at.start() for at in re.finditer(what, ptx)] for what in (r"ld\.global\.v\d", r"div\.")
-            )
-            assert len(loads) == 2
-            assert max(loads) < min(divisions)
-            assert len(set(re.findall(r"(?:div|ex2)\.approx\S*", ptx))) == (0 if arithmetic == "exact" else 2)
+    for rows in (1, 1 << 20):
+        tiling = triton_quantize.tiling_for(rows, 64, False, True)
+        ptx = quantize(architecture, "bf16", SfLayout.layout_128x4, False, tiling, arithmetic, silu=True)
+        check_waits(ptx, architecture)
+        loads, divisions = ([at.start() for at in re.finditer(what, ptx)] for what in (r"ld\.global\.\S+", r"div\."))
+        assert len(loads) == 3, "x is not read in one piece of each half"  # beside the global scale
+        assert max(loads) < min(divisions)
+        assert len(set(re.findall(r"(?:div|ex2)\.approx\S*", ptx))) == (0 if arithmetic == "exact" else 2)
 
 
 @pytest.mark.slow
