@@ -50,9 +50,9 @@ TILINGS = sorted(
     }
     | {triton_quantize.tiling_for(1, 64, False, True)}
 )
-SCALES = [1.0, 50.0, 2.0**-130, 3e-30, 3e30, 2.0**127, 0.0, -0.0, -7.0, float("inf"), -float("inf"), float("nan")]
-if INTERPRETED:
-    SCALES = SCALES[::2] + SCALES[-1:]
+SCALES = [2.0**-130, 3e30, 2.0**127, -0.0, -7.0, float("inf"), float("nan")]
+if not INTERPRETED:
+    SCALES += [1.0, 50.0, 3e-30, 0.0, -float("inf")]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 vendors = pytest.mark.parametrize("arithmetic", ["vllm", "flashinfer"])
