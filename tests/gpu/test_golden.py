@@ -30,6 +30,7 @@ import triton.language as tl  # noqa: E402
 
 from safealloc import (  # noqa: E402
     ScalePool,
+    capture,
     nvfp4_quantize,
     nvfp4_quantize_grouped,
     silu_and_mul_nvfp4_quantize,
@@ -327,3 +328,24 @@ class TestVendorArithmetic:
         wanted = expected(x, g.repeat_interleave(offsets.diff())[:, None], arithmetic, False)
         assert_same_bytes(data, wanted[0], "data")
         assert_same_bytes(scales, wanted[1], "scales")
+
+    @gpu_only
+    @vendors
+    @silu
+    def test_one_launch_in_a_graph(self, arithmetic: str, silu_and_mul: bool) -> None:
+        pytest.importorskip("cuda.bindings.driver", reason="node counts come from cuda.bindings")
+        quantize = silu_and_mul_nvfp4_quantize if silu_and_mul else nvfp4_quantize
+        first, second = (activations(rows, 160 if silu_and_mul else 80, torch.bfloat16)[:5] for rows in (5, 6))
+        x, g = first.clone(), scalar(20.0)
+        with ScalePool(DEVICE, growth_in_capture="error") as pool:
+            pool.reserve(5, 80)
+            quantize(x, g, pool=pool, arithmetic=arithmetic)  # compiles
+            with capture(pool=pool) as graph:
+                data, scales = quantize(x, g, pool=pool, arithmetic=arithmetic)
+            assert pool.graph_report(graph).nodes == {"kernel": 1}
+            for given in (first, second):
+                x.copy_(given)
+                graph.replay()
+                wanted, wanted_scales = expected(given, g, arithmetic, silu_and_mul)
+                assert_same_bytes(data, wanted, "data")
+                assert_same_bytes(SfLayout.layout_128x4.unswizzle(scales, 5, 80), wanted_scales, "scales")
