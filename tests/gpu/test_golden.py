@@ -338,7 +338,7 @@ class TestVendorArithmetic:
         first, second = (activations(rows, 160 if silu_and_mul else 80, torch.bfloat16)[:5] for rows in (5, 6))
         x, g = first.clone(), scalar(20.0)
         with ScalePool(DEVICE, growth_in_capture="error") as pool:
-            pool.reserve(5, 80)
+            pool.reserve(5, 80, copies=2)
             quantize(x, g, pool=pool, arithmetic=arithmetic)  # compiles
             with capture(pool=pool) as graph:
                 data, scales = quantize(x, g, pool=pool, arithmetic=arithmetic)
