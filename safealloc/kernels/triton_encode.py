@@ -13,7 +13,7 @@ ARITHMETIC is ``"exact"``, which :mod:`safealloc.kernels.reference` has, or that
     scale  = e4m3(g * (max * r(6)))                     r is rcp.approx.ftz
     factor = r(scale * r(g)); 0 where scale (FlashInfer: max) is 0
     data   = e2m1(x * factor)                           -0 keeps its sign
-    silu(v) * up = v / (1 + ex2.approx(-v * log2(e))) * up, the division div.approx, rounded to the type of x
+    silu(v) * up = v * r(1 + ex2.approx(-v * log2(e))) * up, rounded to the type of x
 
 FlashInfer is built with ``-use_fast_math``: each of its operations in float32 flushes subnormals, its operands' too.
 """
@@ -339,9 +339,10 @@ def _silu_ptx(flush: str) -> str:
         {{
         .reg .f32 power;
         mul.rn{flush}.f32 power, $1, 0fBFB8AA3B;  // -log2(e)
-        ex2.approx{flush}.f32 power, power;
+        ex2.approx.ftz.f32 power, power;  // what it flushes is nothing beside 1
         add.rn{flush}.f32 power, power, 0f3F800000;
-        div.approx{flush}.f32 $0, $1, power;
+        rcp.approx.ftz.f32 power, power;  // div.approx by 1 or more is this and a product
+        mul.rn{flush}.f32 $0, $1, power;
         }}
     """
 
