@@ -27,7 +27,7 @@ from safealloc.kernels import reference_grouped, triton_grouped
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.pool.pool import ScalePool
 
-ALONE, POOL = "quantization alone", "pool"
+ALONE, POOL, POOL_VLLM = "quantization alone", "pool", "pool, vLLM's arithmetic"
 VLLM, RIGHT_SIZED = "vLLM's size, zeroed", "right-sized, zeroed"
 CLEANED = "pool, cleaned by a separate kernel"
 ROUTINGS = ("uniform", "skewed")
@@ -142,6 +142,11 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             1.1,
             [row["baselines"][POOL]["ratio_to_alone"] for row in few],
         ),
+        at_most(
+            f"pool, vLLM's arithmetic against exact, median of at most {_FEW_TOKENS} tokens: times",
+            1.0,
+            [timing.median([row["baselines"][POOL_VLLM]["ratio_to_pool"] for row in few])] if few else [],
+        ),
         at_least("memory that vLLM allocates against the pool's: times", 10, [row[VLLM] / row[POOL] for row in held]),
         at_most(
             "the pool's scales against the right-sized bound: times",
@@ -242,9 +247,11 @@ def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, C
         scales = torch.zeros((scale_rows, padded_cols), dtype=torch.uint8, device=pool.device)
         return step.quantize(scales), scales
 
-    def from_pool(step: Step) -> tuple[Tensor, Tensor]:
+    def from_pool(step: Step, arithmetic: str) -> tuple[Tensor, Tensor]:
         quantize = silu_and_mul_nvfp4_quantize_grouped if step.silu else nvfp4_quantize_grouped
-        return quantize(step.x, step.global_scales, *step.offsets, layout=LAYOUT, pool=pool)
+        return quantize(
+            step.x, step.global_scales, *step.offsets, layout=LAYOUT, pool=pool, backend="triton", arithmetic=arithmetic
+        )
 
     def cleaned(step: Step) -> tuple[Tensor, Tensor]:
         scales = pool.acquire_grouped(rows, k, experts, LAYOUT)
@@ -255,7 +262,8 @@ def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, C
         ALONE: lambda step: (step.quantize(scratch), scratch),
         VLLM: functools.partial(zeroed, scale_rows=MAX_TOKENS_PER_EXPERT * extent.topk),
         RIGHT_SIZED: functools.partial(zeroed, scale_rows=right_sized_rows(rows, experts)),
-        POOL: from_pool,
+        POOL: functools.partial(from_pool, arithmetic="exact"),
+        POOL_VLLM: functools.partial(from_pool, arithmetic="vllm"),
         CLEANED: cleaned,
     }
 
@@ -281,7 +289,7 @@ def check(call: Call, pool: ScalePool, step: Step) -> None:
 
 def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str) -> dict[str, Any]:
     rows = batch * extent.topk
-    pool.reserve(extent.max_rows, k, LAYOUT, copies=2, experts=extent.experts)  # two graphs take buffers of it
+    pool.reserve(extent.max_rows, k, LAYOUT, copies=3, experts=extent.experts)  # three graphs take buffers of it
     both = steps(extent, k, silu, batch, routing, pool.device)
     every = baselines(pool, extent, rows, k)
     for name in (POOL, CLEANED):
@@ -296,7 +304,10 @@ def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, rout
     times = timing.interleaved(graphs, extent.rounds, extent.replays, seed=batch)
     found = {
         name: summary([time / extent.calls for time in samples])
-        | {"ratio_to_alone": round(timing.ratio(samples, times[ALONE]), 4)}
+        | {
+            "ratio_to_alone": round(timing.ratio(samples, times[ALONE]), 4),
+            "ratio_to_pool": round(timing.ratio(samples, times[POOL]), 4),
+        }
         for name, samples in times.items()
     }
     graphs.clear()

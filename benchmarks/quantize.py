@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gemm, nodes, timing
+from benchmarks import arithmetic, gemm, nodes, timing
 from benchmarks.baselines import IN_KERNEL, LINEAR, POOL, Baseline, baselines
 from benchmarks.summary import at_least, at_most, summary
 from safealloc.commands.report import Progress
 from safealloc.formats.layout import SfLayout, short
+from safealloc.kernels import triton_quantize
 from safealloc.kernels.triton_layout import dependent_launch
 from safealloc.pool.pool import ScalePool
 
@@ -85,7 +86,8 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
         progress: called before each shape.
 
     Returns:
-        What was measured, as the JSON has it: ``few_rows``, ``many_rows``, ``gemm``, ``not_measured`` and ``targets``.
+        What was measured, as the JSON has it: ``few_rows``, ``arithmetic``, ``many_rows``, ``gemm``, ``not_measured`` and
+        ``targets``.
     """
     return measure(device, QUICK if quick else FULL, progress)
 
@@ -97,6 +99,7 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
         "rounds": extent.rounds,
         "replays": extent.replays,
         "few_rows": [],
+        "arithmetic": [],
         "many_rows": [],
         "gemm": [],
         "not_measured": {},
@@ -116,6 +119,8 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
                 for rows in extent.rows:
                     about = f"quantize {rows} x {k}, {short(layout)}"
                     jobs.append(("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout)))
+                    shape = (rows, k, layout, CALLS, extent.rounds, extent.replays)
+                    jobs.append(("arithmetic", about, functools.partial(arithmetic.measure, pool, *shape)))
         for rows, k in extent.large:
             about = f"quantize {rows} x {k}"
             jobs.append(("many_rows", about, functools.partial(_many_rows, pool, copy, extent, rows, k)))
@@ -127,7 +132,7 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
             progress(about, done / len(jobs))
             result[part].append(job())
         progress("done", 1.0)
-    result["targets"] = targets(result)
+    result["targets"] = targets(result) + arithmetic.targets(result["arithmetic"], result["many_rows"])
     return result
 
 
@@ -220,26 +225,38 @@ def _many_rows(pool: ScalePool, copy: timing.Copy, extent: Extent, rows: int, k:
     layout = SfLayout.layout_128x4
     calls = -(-_BEYOND_L2 // (2 * rows * k))
     xs = [_activation(rows, k, pool.device) for _ in range(calls)]
-    baseline = baselines(pool)[POOL]
-    pool.reserve(rows, k, layout, calls)
+    pool.reserve(rows, k, layout, 2 * calls)  # two graphs take buffers of it
 
-    def step() -> None:
-        results = [baseline.quantize(x, global_scale, layout) for x, global_scale in xs]
+    def quantize(x: Tensor, global_scale: Tensor, which: str) -> tuple[Tensor, Tensor]:
+        data, scales = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device), pool.acquire(rows, k, layout)
+        triton_quantize.quantize(x, global_scale, data, scales, layout, None, False, which)
+        return data, scales
+
+    def step(which: str) -> None:
+        results = [quantize(x, global_scale, which) for x, global_scale in xs]
         del results  # held until here, so that each has its own memory
 
-    graphs = {"copy": copy.graph, POOL: timing.captured(step, pool)}
-    times = timing.interleaved(graphs, extent.rounds, extent.replays)
-    us = summary([time / calls for time in times[POOL]])
-    share = timing.ratio(times["copy"], times[POOL]) * calls * nbytes(rows, k) / copy.nbytes
+    found = {}
+    for which in (arithmetic.EXACT, arithmetic.VENDORS[layout]):
+        # One after the other: the results of both take a quarter of x each.
+        graphs = {"copy": copy.graph, which: timing.captured(functools.partial(step, which), pool)}
+        times = timing.interleaved(graphs, extent.rounds, extent.replays)
+        us = summary([time / calls for time in times[which]])
+        share = timing.ratio(times["copy"], times[which]) * calls * nbytes(rows, k) / copy.nbytes
+        found[which] = {
+            **us,
+            "bytes_per_second": round(1e6 * nbytes(rows, k) / us["us"]),
+            "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
+            "share_of_copy": round(share, 4),
+        }
+        graphs.clear()
     return {
         "rows": rows,
         "k": k,
         "layout": short(layout),
-        **us,
         "bytes": nbytes(rows, k),
-        "bytes_per_second": round(1e6 * nbytes(rows, k) / us["us"]),
-        "copy_bytes_per_second": round(1e6 * copy.nbytes / timing.median(times["copy"])),
-        "share_of_copy": round(share, 4),
+        **found[arithmetic.EXACT],
+        "by_arithmetic": found,
     }
 
 

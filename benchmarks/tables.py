@@ -37,6 +37,7 @@ def _show_quantize(found: Mapping[str, Any], out: Console) -> None:
     floor = {name: [row["floor"][name]["us"] for row in few] for name in _names(row["floor"] for row in few)}
     rows = [(name, f"{min(us):.2f} to {max(us):.2f}") for name, us in floor.items()]
     _table(out, "The shortest graph nodes, measured beside each shape", ("", "microseconds"), rows)
+    _show_arithmetic(found.get("arithmetic", ()), out)
     rows = [(str(row["rows"]), str(row["k"]), row["layout"], *_bandwidth(row)) for row in found["many_rows"]]
     _table(out, "Quantization of many rows, through the pool", ("rows", "k", "layout", *_BANDWIDTH), rows)
     names = _names(row["baselines"] for row in found["gemm"])
@@ -51,6 +52,24 @@ def _show_quantize(found: Mapping[str, Any], out: Console) -> None:
     ]
     _table(out, "Triton GEMM", ("m", "n", "k", "layout", *_BANDWIDTH, *names), rows)
     _show_not_measured_and_targets(found, out)
+
+
+def _show_arithmetic(found: Sequence[Mapping[str, Any]], out: Console) -> None:
+    for layout in dict.fromkeys(row["layout"] for row in found):
+        rows = [row for row in found if row["layout"] == layout]
+        names = list(
+            dict.fromkeys((which, name) for row in rows for which, of in row["by_arithmetic"].items() for name in of)
+        )
+        shown = [
+            (
+                str(row["rows"]),
+                str(row["k"]),
+                *(f"{row['by_arithmetic'][which][name]['us']:.2f}" for which, name in names),
+            )
+            for row in rows
+        ]
+        headings = ("rows", "k", *(f"{which}: {name}" for which, name in names))
+        _table(out, f"Arithmetic, {layout}: microseconds per graph node", headings, shown)
 
 
 def _show_decode(found: Mapping[str, Any], out: Console) -> None:

@@ -14,7 +14,7 @@ from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.gemm import mm_fp4, set_foreign_scales
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.ops.linear import nvfp4_linear
-from safealloc.ops.quantize import nvfp4_quantize
+from safealloc.ops.quantize import nvfp4_quantize, silu_and_mul_nvfp4_quantize
 from safealloc.pool.capture import capture
 from safealloc.pool.default import default_pool, use_pool
 from safealloc.pool.pool import ScalePool
@@ -42,6 +42,7 @@ __all__ = [
     "nvfp4_quantize",
     "nvfp4_quantize_grouped",
     "set_foreign_scales",
+    "silu_and_mul_nvfp4_quantize",
     "silu_and_mul_nvfp4_quantize_grouped",
     "use_pool",
 ]

@@ -14,6 +14,12 @@ Not-finite input stays in its own row:
   that scale. The row stays finite.
 - -0.0 becomes +0.0; a negative value that rounds to zero keeps its sign (0x8), as the hardware conversion gives.
 - A global scale of 0 beside Inf, or one so large that ``r`` overflows, makes NaN of the block in the same way.
+
+The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantized, as vLLM's. No
+two libraries agree on the last bit of an exponential, so the steps are spelled out: sums, products and a division in
+float32, each rounded to nearest, which give the same bits everywhere::
+
+    silu(v) = v / (1 + 2 ** t),  t = -v / ln(2) = n + f,  n whole,  2 ** f a polynomial of degree 6
 """
 
 from __future__ import annotations
@@ -25,20 +31,35 @@ from torch import Tensor
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
 from safealloc.formats.layout import SfLayout
 
+MINUS_LOG2_E = -1.4426950408889634
+POWER_OF_2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
+"""``2 ** f`` for ``|f| <= 1/2``, highest power first: its Taylor series, within 2e-7."""
+
 
 def quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+    x: Tensor,
+    global_scale: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    valid_rows: Tensor | None = None,
+    silu_and_mul: bool = False,
+    arithmetic: str = "exact",
 ) -> None:
     """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales``; padding is not touched.
 
     Args:
-        x: bfloat16 or float16 ``[rows, k]``.
+        x: bfloat16 or float16 ``[rows, k]``, with ``silu_and_mul`` ``[rows, 2 * k]``: gate, then up.
         global_scale: float32, one element.
         x_fp4: uint8 ``[rows, k // 2]``, written; the low nibble is the even column.
         scales: uint8 buffer of ``layout`` for ``[rows, k]``, or for a padded k; the valid scales are written.
         layout: order of the bytes in ``scales``.
         valid_rows: int32, one element: rows at or beyond it get zero data and zero scales.
+        silu_and_mul: whether to quantize ``silu(gate) * up``.
+        arithmetic: always ``"exact"``.
     """
+    if silu_and_mul:
+        x = multiply(x)
     rows, k = x.shape
     data, linear = encode(x, global_scale.reshape(()))
     if valid_rows is not None:
@@ -65,6 +86,26 @@ def encode(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     codes = encode_e2m1(scaled).view(rows, k)
     linear = torch.where(scale.isnan(), NAN_SCALE, scale.view(torch.uint8))
     return codes[:, 0::2] | codes[:, 1::2] << 4, linear
+
+
+def multiply(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[rows, 2 * k]``, as ``[rows, k]`` of its dtype."""
+    gate, up = x.float().chunk(2, -1)
+    return (silu(gate) * up).to(x.dtype)
+
+
+def silu(v: Tensor) -> Tensor:
+    """``v / (1 + exp(-v))`` of float32."""
+    t = v * MINUS_LOG2_E
+    t = torch.where(t < 128, t, 128.0)  # from here on infinite; NaN too, which v brings back
+    t = torch.where(t > -126, t, -126.0)
+    whole = (t + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest integer
+    f = t - whole
+    power = torch.full_like(f, POWER_OF_2[0])
+    for coefficient in POWER_OF_2[1:]:
+        power = power * f + coefficient
+    power = (power.view(torch.int32) + (whole.to(torch.int32) << 23)).view(torch.float32)
+    return v / (1.0 + power)
 
 
 def encode_e2m1(values: Tensor) -> Tensor:

@@ -7,12 +7,6 @@ their scales start at scale row ``blockscale_offsets[e]``, where a tile starts. 
 A buffer's record (:class:`safealloc.formats.spec.ScaleSpec`) names the scale rows of the last step. These are valid, and
 every other byte is zero: a step clears the rows that the record names and the step does not write itself, whatever the
 offsets were. Nothing here synchronizes or copies from the host.
-
-The fused activation is ``silu(gate) * up`` in float32, rounded to the dtype of ``x`` before it is quantized, as vLLM's. No
-two libraries agree on the last bit of an exponential, so the steps are spelled out: sums, products and a division in
-float32, each rounded to nearest, which give the same bits everywhere::
-
-    silu(v) = v / (1 + 2 ** t),  t = -v / ln(2) = n + f,  n whole,  2 ** f a polynomial of degree 6
 """
 
 from __future__ import annotations
@@ -22,11 +16,7 @@ from torch import Tensor
 
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
-from safealloc.kernels.reference import encode
-
-MINUS_LOG2_E = -1.4426950408889634
-POWER_OF_2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
-"""``2 ** f`` for ``|f| <= 1/2``, highest power first: its Taylor series, within 2e-7."""
+from safealloc.kernels.reference import encode, multiply
 
 
 def quantize(
@@ -41,6 +31,7 @@ def quantize(
     valid_rows: Tensor | None = None,
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
+    arithmetic: str = "exact",
 ) -> None:
     """Quantize rows grouped by expert, and clear the scales that only the previous step wrote.
 
@@ -56,6 +47,7 @@ def quantize(
         valid_rows: int32, one element: rows of tokens at or beyond it get zero data and zero scales.
         row_tokens: int32 ``[rows]``: the token of each row; without it, the number of the row.
         silu_and_mul: whether to quantize ``silu(gate) * up``.
+        arithmetic: always ``"exact"``.
     """
     if silu_and_mul:
         x = multiply(x)
@@ -126,23 +118,3 @@ def places(rows: int, expert_offsets: Tensor, blockscale_offsets: Tensor, padded
     place = blockscale_offsets[known] + row - expert_offsets[known]
     grouped = (expert == known) & (row >= expert_offsets[known]) & (place < padded_rows)
     return expert, torch.where(grouped, place, -1).long()
-
-
-def multiply(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[rows, 2 * k]``, as ``[rows, k]`` of its dtype."""
-    gate, up = x.float().chunk(2, -1)
-    return (silu(gate) * up).to(x.dtype)
-
-
-def silu(v: Tensor) -> Tensor:
-    """``v / (1 + exp(-v))`` of float32."""
-    t = v * MINUS_LOG2_E
-    t = torch.where(t < 128, t, 128.0)  # from here on infinite; NaN too, which v brings back
-    t = torch.where(t > -126, t, -126.0)
-    whole = (t + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest integer
-    f = t - whole
-    power = torch.full_like(f, POWER_OF_2[0])
-    for coefficient in POWER_OF_2[1:]:
-        power = power * f + coefficient
-    power = (power.view(torch.int32) + (whole.to(torch.int32) << 23)).view(torch.float32)
-    return v / (1.0 + power)

@@ -15,47 +15,11 @@ from torch import Tensor
 
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
-from safealloc.kernels.reference_grouped import MINUS_LOG2_E, POWER_OF_2
+from safealloc.kernels.triton_encode import encode_blocks, load_blocks, silu_and_mul
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
-from safealloc.kernels.triton_quantize import (
-    FEW_BLOCKS,
-    encode_blocks,
-    launch_options,
-    load_blocks,
-    takes_words,
-    tiling_for,
-)
+from safealloc.kernels.triton_quantize import FEW_BLOCKS, launch_options, takes_words, tiling_for
 
 _ROWS_CLEANED_ALONE = 1  # by each program, where no other program quantizes
-_MINUS_LOG2_E = tl.constexpr(MINUS_LOG2_E)
-_C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient in POWER_OF_2)
-
-
-@triton.jit
-def _silu(v):
-    t = v * _MINUS_LOG2_E
-    t = tl.where(t < 128.0, t, 128.0)
-    t = tl.where(t > -126.0, t, -126.0)
-    whole = (t + 12582912.0) - 12582912.0
-    f = t - whole
-    power = ((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1
-    power = power * f + _C0
-    power = (power.to(tl.int32, bitcast=True) + (whole.to(tl.int32) << 23)).to(tl.float32, bitcast=True)
-    return tl.div_rn(v, 1.0 + power)
-
-
-@triton.jit
-def _narrow(x, BFLOAT16: tl.constexpr, HARDWARE: tl.constexpr):
-    """float32 as bfloat16 or float16, to nearest, ties to even: Triton's interpreter would cut off bfloat16."""
-    if not BFLOAT16:
-        narrow = x.to(tl.float16)
-    else:
-        if not HARDWARE:
-            bits = x.to(tl.int32, bitcast=True)
-            rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-            x = (tl.where(x != x, bits, rounded) & -0x10000).to(tl.float32, bitcast=True)
-        narrow = x.to(tl.bfloat16)
-    return narrow
 
 
 @triton.jit
@@ -158,7 +122,7 @@ def _quantize_grouped(
     parts_reciprocal,  # for _divide
     LAYOUT: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of 2
-    TILE_COLS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, SILU: tl.constexpr,
+    TILE_COLS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, SILU: tl.constexpr, ARITHMETIC: tl.constexpr,
     ROWS: tl.constexpr,  # that a cleaning program cleans
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):  # fmt: skip
@@ -199,12 +163,16 @@ def _quantize_grouped(
         if DEPENDENT:
             gdc_launch_dependents()
         place = _place_of(row, first, end, base, scale_rows, 0)
-        g = tl.sum(tl.where((first <= row) & (row < end), g, 0.0), 0)
+        if ARITHMETIC == "exact":
+            g = tl.sum(tl.where((first <= row) & (row < end), g, 0.0), 0)
+        else:  # its bits, so that -0 stays what it is
+            bits = tl.where((first <= row) & (row < end), g.to(tl.int32, bitcast=True), 0)
+            g = tl.sum(bits, 0).to(tl.float32, bitcast=True)
         BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
         if SILU:
-            head = _narrow(_silu(gate.to(tl.float32)) * up.to(tl.float32), BFLOAT16, HARDWARE_E4M3)
+            head = silu_and_mul(gate, up, BFLOAT16, HARDWARE_E4M3, ARITHMETIC)
             tail = head
-        packed, scale_code = encode_blocks(head, tail, g, BFLOAT16, HARDWARE_E2M1, HARDWARE_E4M3, WORDS)
+        packed, scale_code = encode_blocks(head, tail, g, BFLOAT16, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, ARITHMETIC)
         live = tl.where(valid, place, 0) > 0
         packed = tl.where(live, packed, 0)
         scale_code = tl.where(live, scale_code.to(tl.uint8), 0).to(tl.uint8)
@@ -225,6 +193,7 @@ def quantize(
     valid_rows: Tensor | None = None,
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
+    arithmetic: str = "exact",
 ) -> None:
     """Quantize rows grouped by expert, and clear the scales that only the previous step wrote, in one launch.
 
@@ -238,14 +207,13 @@ def quantize(
     parts = -(-cols // tiling.blocks)
     rows_cleaned = _rows_cleaned(rows * cols, silu_and_mul)
     grid = (rows, parts) if record is None else (-(-rows // rows_cleaned) + rows * parts,)
-    options = launch_options(x.device, layout, tiling)
+    options = launch_options(x.device, layout, tiling, silu_and_mul, arithmetic)
     with device_of(x):
         _quantize_grouped[grid](
             x, global_scales, x_fp4, scales, record, expert_offsets, blockscale_offsets, valid_rows, row_tokens,
             rows, 0 if record is None else record.shape[0], experts, cols, scales.shape[1] // layout.tile.cols,
             scales.shape[0], parts, ((1 << 31) - 1) // parts,
-            EXPERTS=triton.next_power_of_2(experts), TILE_COLS=layout.tile.cols, SILU=silu_and_mul, ROWS=rows_cleaned,
-            **options,
+            EXPERTS=triton.next_power_of_2(experts), TILE_COLS=layout.tile.cols, ROWS=rows_cleaned, **options,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from safealloc.formats.spec import ScaleSpec
 
 
 def flashinfer_quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, *without: object
 ) -> None:
     """``flashinfer.nvfp4_quantize``, which allocates its results: they are copied into ours."""
     flashinfer = require("flashinfer")
@@ -25,10 +25,20 @@ def flashinfer_quantize(
 
 
 def vllm_quantize(
-    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, valid_rows: Tensor | None = None
+    x: Tensor,
+    global_scale: Tensor,
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    valid_rows: Tensor | None = None,
+    silu_and_mul: bool = False,
+    arithmetic: str = "vllm",
 ) -> None:
-    """``_C::scaled_fp4_quant`` of vLLM, in 128x4 or linear, straight into our buffers."""
+    """``_C::scaled_fp4_quant`` of vLLM, in 128x4 or linear, or its ``silu_and_mul_nvfp4_quant``, into our buffers."""
     require("vllm._custom_ops")
+    if silu_and_mul:
+        torch.ops._C.silu_and_mul_nvfp4_quant(x_fp4, scales.view(torch.float8_e4m3fn), x, global_scale)
+        return
     swizzled = layout is SfLayout.layout_128x4
     output_scale = scales.view(torch.int32) if swizzled else scales
     torch.ops._C.scaled_fp4_quant.out(x, global_scale, swizzled, output=x_fp4, output_scale=output_scale)

@@ -31,6 +31,8 @@ class Call(NamedTuple):
     valid_rows: bool = False  # a quantization with a device-side row count
     row_alpha: bool | None = False  # a GEMM with one alpha per row; None: there is one row, so that one alpha is both
     block_size: int = BLOCK_SIZE  # columns for each scale
+    silu_and_mul: bool = False  # a quantization of silu(gate) * up
+    arithmetic: str = "exact"  # of a quantization: a vendor's takes our Triton kernel
 
 
 call_for = functools.cache(Call)
@@ -84,11 +86,13 @@ class Table(UserDict[str, Backend]):
 
     def _choose(self, name: str, call: Call) -> Backend:
         if name == "auto":
-            refusals = {name: row.why_not(call) for name, row in self.items() if row.automatic}
-            chosen = next((name for name, reason in refusals.items() if reason is None), None)
-            if chosen is None:
-                raise ValueError(f"no backend can run this: {'; '.join(f'{row}: {refusals[row]}' for row in refusals)}")
-            return self[chosen]
+            reasons = {row.name: row.why_not(call) for row in self.values() if row.automatic}
+            for name, reason in reasons.items():
+                if reason is None:
+                    return self[name]
+            raise ValueError(
+                f"no backend can run this: {'; '.join(f'{name!r}: {why}' for name, why in reasons.items())}"
+            )
         row = self.get(name)
         if row is None:
             raise ValueError(f"backend must be one of {', '.join(['auto', *self])}, got {name!r}")
@@ -151,8 +155,22 @@ def package_refusal(call: Call, package: str, runs_on: tuple[int, ...]) -> str |
     return None
 
 
+ARITHMETIC = ("exact", "vllm", "flashinfer")
+
+
+def checked_arithmetic(arithmetic: str) -> str:
+    """A quantizer's ``arithmetic``, which is one of ``ARITHMETIC``; raises ValueError."""
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
+    return arithmetic
+
+
+def _arithmetic_refusal(call: Call) -> str | None:
+    return None if call.arithmetic == "exact" else f"arithmetic {call.arithmetic!r} is that of backend 'triton' alone"
+
+
 def _reference(run: Callable[..., None]) -> Backend:
-    return Backend("reference", lambda call: None, run)
+    return Backend("reference", _arithmetic_refusal, run)
 
 
 def _triton(module: str, function: str) -> Backend:
@@ -163,8 +181,12 @@ def _triton(module: str, function: str) -> Backend:
 
 def _quantizer(package: str, run: Callable[..., None]) -> Backend:
     def refusal(call: Call) -> str | None:
+        if reason := _arithmetic_refusal(call):
+            return reason
         if call.valid_rows:
             return f"{package} takes no valid_rows"
+        if call.silu_and_mul and (package == "flashinfer" or call.layout is not SfLayout.layout_128x4):
+            return f"{package} does not quantize silu(gate) * up of a matrix in {call.layout.name}"
         if package == "vllm" and call.layout is SfLayout.layout_8x4:
             return "vLLM's own quantizer writes 128x4 and linear"
         return package_refusal(call, package, _BLACKWELL)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from safealloc._checks import BYTES, check_contiguous, check_scalar, check_tensor
-from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, checked_integer, checked_layout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for
+from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for, checked_arithmetic
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
+from safealloc.ops.quantize import check_matrix
 from safealloc.pool.contents import spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
@@ -30,6 +28,7 @@ def nvfp4_quantize_grouped(
     backend: str = "auto",
     valid_rows: Tensor | None = None,
     row_tokens: Tensor | None = None,
+    arithmetic: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows that are sorted by expert, as vLLM's ``scaled_fp4_experts_quant``, in one launch.
 
@@ -51,6 +50,7 @@ def nvfp4_quantize_grouped(
             and zero scales whatever they hold. ``None``: all are valid.
         row_tokens: int32 ``[rows]`` on the device: the token of each row (vLLM's ``a_map``), for ``valid_rows``; ``None``:
             the number of the row.
+        arithmetic: as in :func:`nvfp4_quantize`.
 
     Returns:
         uint8 ``[rows, k // 2]`` (low nibble: even column) and the scales, as :meth:`ScalePool.acquire_grouped` returns them.
@@ -59,9 +59,8 @@ def nvfp4_quantize_grouped(
         TypeError, ValueError: an argument is wrong, or the backend cannot run it; nothing was launched.
         SafeAllocError: as :meth:`ScalePool.acquire`.
     """
-    return _quantize(
-        x, global_scales, expert_offsets, blockscale_offsets, layout, backend, valid_rows, row_tokens, False, pool
-    )
+    offsets = (expert_offsets, blockscale_offsets)
+    return _quantize(x, global_scales, *offsets, layout, backend, valid_rows, row_tokens, False, arithmetic, pool)
 
 
 def silu_and_mul_nvfp4_quantize_grouped(
@@ -75,15 +74,17 @@ def silu_and_mul_nvfp4_quantize_grouped(
     backend: str = "auto",
     valid_rows: Tensor | None = None,
     row_tokens: Tensor | None = None,
+    arithmetic: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """Quantize ``silu(gate) * up`` of rows sorted by expert, as vLLM's ``silu_and_mul_scaled_fp4_experts_quant``.
 
-    The product is rounded to the dtype of ``x`` before it is quantized (:mod:`safealloc.kernels.reference_grouped`).
+    The product is rounded to the dtype of ``x`` before it is quantized.
 
     Args:
         x: bfloat16 or float16 ``[rows, 2 * k]``, contiguous: gate, then up.
         global_scales, expert_offsets, blockscale_offsets, layout, pool, backend, valid_rows, row_tokens: as in
             :func:`nvfp4_quantize_grouped`.
+        arithmetic: as in :func:`silu_and_mul_nvfp4_quantize`.
 
     Returns:
         uint8 ``[rows, k // 2]`` and the scales.
@@ -91,9 +92,8 @@ def silu_and_mul_nvfp4_quantize_grouped(
     Raises:
         TypeError, ValueError, SafeAllocError: as :func:`nvfp4_quantize_grouped`.
     """
-    return _quantize(
-        x, global_scales, expert_offsets, blockscale_offsets, layout, backend, valid_rows, row_tokens, True, pool
-    )
+    offsets = (expert_offsets, blockscale_offsets)
+    return _quantize(x, global_scales, *offsets, layout, backend, valid_rows, row_tokens, True, arithmetic, pool)
 
 
 def clean_grouped_scales(
@@ -145,6 +145,7 @@ def _quantize(
     valid_rows: Tensor | None,
     row_tokens: Tensor | None,
     silu_and_mul: bool,
+    arithmetic: str = "exact",
     pool: ScalePool | None = None,
 ) -> tuple[Tensor, Tensor]:
     offsets = (expert_offsets, blockscale_offsets)
@@ -152,7 +153,7 @@ def _quantize(
         if pool is not None:
             raise ValueError("compiled code quantizes into the default pool: leave pool out, and choose it by use_pool")
         result: tuple[Tensor, Tensor] = torch.ops.safealloc.nvfp4_quantize_grouped(
-            x, global_scales, *offsets, int(layout), backend, valid_rows, row_tokens, silu_and_mul
+            x, global_scales, *offsets, int(layout), backend, valid_rows, row_tokens, silu_and_mul, arithmetic
         )
         return result
     rows, k, experts = _check_input(x, global_scales, silu_and_mul)
@@ -165,13 +166,14 @@ def _quantize(
             raise ValueError("row_tokens tells whose rows are valid: give valid_rows too")
     layout = checked_layout(layout)
     pool = default_pool(x.device) if pool is None else checked_pool(pool, x)
-    row = GROUPED_QUANTIZERS.choose(backend, call_for(x.device, layout))
+    call = call_for(x.device, layout, arithmetic=checked_arithmetic(arithmetic))
+    row = GROUPED_QUANTIZERS.choose(backend, call)
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
     assert spec is not None
     buffer, record = _whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    row.run(x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul)
+    row.run(x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul, arithmetic)
     return x_fp4, scales
 
 
@@ -185,19 +187,13 @@ def _whole_buffer(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_input(x: Tensor, global_scales: Tensor, silu_and_mul: bool) -> tuple[int, int, int]:
     """Rows, k and experts."""
-    check_tensor("x", x, (torch.bfloat16, torch.float16), "[rows, 2 * k]" if silu_and_mul else "[rows, k]")
-    check_contiguous("x", x)
-    rows, width = x.shape
-    block = 2 * BLOCK_SIZE if silu_and_mul else BLOCK_SIZE
-    if rows < 1 or width < block or width % block:
-        columns = f"2 * k with k a multiple of {BLOCK_SIZE}" if silu_and_mul else f"k a multiple of {BLOCK_SIZE}"
-        raise ValueError(f"x must have at least 1 row and {columns} columns, got shape {rows, width}")
+    rows, k = check_matrix(x, silu_and_mul)
     check_tensor("global_scales", global_scales, (torch.float32,), "[experts]", x.device)
     check_contiguous("global_scales", global_scales)
     experts = global_scales.shape[0]
     if experts < 1:
         raise ValueError("global_scales must have one element for each expert, got none")
-    return rows, width // 2 if silu_and_mul else width, experts
+    return rows, k, experts
 
 
 def _check_offsets(expert_offsets: Tensor, blockscale_offsets: Tensor, experts: int, device: torch.device) -> None:
@@ -213,19 +209,28 @@ def _check_vector(name: str, vector: Tensor, length: int, device: torch.device) 
 
 
 def _fake(
-    x: Tensor, global_scales: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, layout: int, *rest: Any
+    x: Tensor,
+    global_scales: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    layout: int,
+    backend: str,
+    valid_rows: Tensor | None,
+    row_tokens: Tensor | None,
+    silu_and_mul: bool,
+    arithmetic: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     forbid_reuse(torch.ops.safealloc.nvfp4_quantize_grouped.default)
     sf_layout = checked_layout(layout)
     rows, width = x.shape
-    k = width // 2 if rest[-1] else width  # rest ends with silu_and_mul
+    k = width // 2 if silu_and_mul else width
     scale_rows = sf_layout.grouped_rows(rows, global_scales.shape[0])
     return x.new_empty((rows, k // 2), dtype=torch.uint8), empty_scales(scale_rows, k, sf_layout, x.device)
 
 
 register(
     "nvfp4_quantize_grouped(Tensor x, Tensor global_scales, Tensor expert_offsets, Tensor blockscale_offsets, int layout, "
-    "str backend, Tensor? valid_rows, Tensor? row_tokens, bool silu_and_mul) -> (Tensor, Tensor)",
+    'str backend, Tensor? valid_rows, Tensor? row_tokens, bool silu_and_mul, str arithmetic="exact") -> (Tensor, Tensor)',
     _quantize,
     _fake,
 )

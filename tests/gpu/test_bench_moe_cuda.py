@@ -26,9 +26,16 @@ def test_every_baseline_is_measured_at_every_shape():
     shapes = [(row["k"], row["batch"], row["routing"]) for row in result["rows"]]
     assert shapes == [(k, batch, routing) for k in (528, 272) for batch in (1, 5) for routing in moe.ROUTINGS]
     for row in result["rows"]:
-        assert set(row["baselines"]) == {moe.ALONE, moe.VLLM, moe.RIGHT_SIZED, moe.POOL, moe.CLEANED}
+        assert set(row["baselines"]) == {
+            moe.ALONE,
+            moe.VLLM,
+            moe.RIGHT_SIZED,
+            moe.POOL,
+            moe.POOL_VLLM,
+            moe.CLEANED,
+        }
         for found in row["baselines"].values():
             assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 10_000
         assert row["baselines"][moe.ALONE]["ratio_to_alone"] == 1
-    assert len(result["targets"]) == 3
+    assert len(result["targets"]) == 4
     assert all(target["reached"] is not None for target in result["targets"])

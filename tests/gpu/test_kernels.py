@@ -56,7 +56,7 @@ dtypes = pytest.mark.parametrize(
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer, wider programs in the interpreter, whose time follows their number (test_tilings has the real tilings)."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: TILINGS[0]._replace(blocks=512))
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: TILINGS[0]._replace(blocks=512))
 
 
 def check_quantize(
@@ -130,7 +130,7 @@ class TestQuantize:
     @layouts
     @tilings
     def test_tilings(self, layout: SfLayout, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: tiling)
         for rows, k in ((1, 16), (9, 1040)) if INTERPRETED else ((1, 16), (9, 496), (133, 1040), (513, 4096)):
             check_quantize(activations(rows, k, torch.bfloat16), scalar(20.0), layout)
 
@@ -166,7 +166,7 @@ class TestQuantize:
         tiling: triton_quantize.Tiling,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: tiling)
         nan, inf, most = float("nan"), float("inf"), torch.finfo(dtype).max
         least = torch.finfo(dtype).tiny
         starts = [
@@ -199,7 +199,7 @@ class TestQuantize:
         """All bit patterns, in blocks of neighbors and in shuffled blocks."""
         if INTERPRETED:
             tiling = tiling._replace(blocks=512)  # its time follows the number of programs
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda rows, cols, words: tiling)
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: tiling)
         bits = torch.arange(1 << 16, dtype=torch.int32, device=DEVICE)
         if INTERPRETED and dtype is torch.bfloat16:  # the interpreter does not convert its subnormals right
             bits = torch.where(bits & 0x7F80 == 0, bits & 0x8000, bits)

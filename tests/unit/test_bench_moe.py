@@ -61,24 +61,27 @@ def test_bytes_of_scales_for_deepseek_r1() -> None:
 
 
 def row(batch: int, ratio: float) -> dict:
-    return {"batch": batch, "baselines": {moe.POOL: {"ratio_to_alone": ratio}}}
+    return {
+        "batch": batch,
+        "baselines": {moe.POOL: {"ratio_to_alone": ratio}, moe.POOL_VLLM: {"ratio_to_pool": 0.98}},
+    }
 
 
 @pytest.mark.parametrize(
     ("rows", "held", "met"),
     [
-        ([row(1, 1.02), row(64, 1.1), row(128, 1.5)], {}, [True, True, True]),
-        ([row(1, 1.02), row(64, 1.11)], {}, [False, True, True]),
-        ([row(1, 1.0)], {moe.VLLM: 900}, [True, False, True]),
-        ([row(1, 1.0)], {moe.RIGHT_SIZED: 99}, [True, True, False]),
-        ([], {}, [False, True, True]),
+        ([row(1, 1.02), row(64, 1.1), row(128, 1.5)], {}, [True, True, True, True]),
+        ([row(1, 1.02), row(64, 1.11)], {}, [False, True, True, True]),
+        ([row(1, 1.0)], {moe.VLLM: 900}, [True, True, False, True]),
+        ([row(1, 1.0)], {moe.RIGHT_SIZED: 99}, [True, True, True, False]),
+        ([], {}, [False, False, True, True]),
     ],
 )
 def test_targets_are_met_by_their_worst_shape(rows: list[dict], held: dict, met: list[bool]) -> None:
     memory = {moe.VLLM: 1000, moe.RIGHT_SIZED: 100, moe.POOL: 100} | held
     found = moe.targets({"rows": rows, "memory": [memory]})
     assert [target["met"] for target in found] == met
-    assert [target["target"] for target in found] == [1.1, 10, 1.0]
+    assert [target["target"] for target in found] == [1.1, 1.0, 10, 1.0]
 
 
 PROGRAM = """

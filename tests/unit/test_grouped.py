@@ -24,7 +24,7 @@ from safealloc import (
     silu_and_mul_nvfp4_quantize_grouped,
     use_pool,
 )
-from safealloc.kernels import reference_grouped
+from safealloc.kernels import reference, reference_grouped
 from safealloc.ops import backends
 
 layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
@@ -142,7 +142,7 @@ def test_silu_and_mul_quantizes_the_product(pool: ScalePool, layout: SfLayout) -
     )
     gate, up = x.float().chunk(2, -1)
     product = (torch.nn.functional.silu(gate) * up).bfloat16()
-    assert torch.equal(product, reference_grouped.multiply(x))  # no value here is near the middle of two
+    assert torch.equal(product, reference.multiply(x))  # no value here is near the middle of two
     wanted_data, wanted = expected(product, global_scales, counts, layout)
     assert torch.equal(data, wanted_data)
     assert torch.equal(logical(pool, scales, layout), wanted)
@@ -162,7 +162,7 @@ def test_rows_that_are_not_valid_are_zero(pool: ScalePool, silu: bool) -> None:
     data, scales = function(
         x, one, *given_offsets, layout=SfLayout.layout_8x4, pool=pool, valid_rows=valid_rows, row_tokens=row_tokens
     )
-    of = reference_grouped.multiply(clean) if silu else clean
+    of = reference.multiply(clean) if silu else clean
     wanted_data, wanted = expected(of, one, counts, SfLayout.layout_8x4, dead=lambda row: int(row_tokens[row]) >= 3)
     assert torch.equal(data, wanted_data)
     assert torch.equal(logical(pool, scales, SfLayout.layout_8x4), wanted)
@@ -295,7 +295,7 @@ def test_compiled_code_quantizes_any_number_of_rows(pool: ScalePool, silu: bool)
             x = activation(sum(counts), 2 * K if silu else K)
             data, scales = compiled(x, torch.ones(2), *offsets(counts, SfLayout.layout_8x4))
             wanted_data, wanted = expected(
-                reference_grouped.multiply(x) if silu else x, torch.ones(2), counts, SfLayout.layout_8x4
+                reference.multiply(x) if silu else x, torch.ones(2), counts, SfLayout.layout_8x4
             )
             assert torch.equal(data, wanted_data)
             assert torch.equal(SfLayout.layout_8x4.logical(scales.to(torch.uint8), scales.shape[0], K), wanted)

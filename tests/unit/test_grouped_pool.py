@@ -181,7 +181,7 @@ def test_wrong_arguments_are_refused(pool: ScalePool, change: dict[str, Any], er
 
 
 def test_silu_and_mul_needs_two_halves(pool: ScalePool) -> None:
-    with pytest.raises(ValueError, match="2 \\* k with k a multiple of 16"):
+    with pytest.raises(ValueError, match=r"2 \* k\] with at least 1 row and k a multiple of 16"):
         silu_and_mul_nvfp4_quantize_grouped(
             activation(12), torch.ones(2), *offsets([3, 9], SfLayout.layout_8x4), layout=SfLayout.layout_8x4, pool=pool
         )

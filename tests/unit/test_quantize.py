@@ -199,7 +199,7 @@ BAD = {
     "x uint8": ({"x": X.to(torch.uint8)}, TypeError, "x must be"),
     "x 1-D": ({"x": X[0]}, ValueError, r"x must be \[rows, k\], got shape \(64,\)"),
     "x 3-D": ({"x": X[None]}, ValueError, r"x must be \[rows, k\]"),
-    "no rows": ({"x": X[:0]}, ValueError, "rows of at least 1"),
+    "no rows": ({"x": X[:0]}, ValueError, "at least 1 row"),
     "no columns": ({"x": X[:, :0].contiguous()}, ValueError, "multiple of 16"),
     "k 8": ({"x": X[:, :8].contiguous()}, ValueError, "multiple of 16"),
     "k 56": ({"x": X[:, :56].contiguous()}, ValueError, "multiple of 16"),

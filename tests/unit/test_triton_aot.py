@@ -78,6 +78,8 @@ def quantize(
     layout: SfLayout,
     valid_rows: bool,
     tiling: triton_quantize.Tiling,
+    arithmetic: str = "exact",
+    silu: bool = False,
 ) -> str:
     types = {
         "x": f"*{dtype}",
@@ -93,6 +95,8 @@ def quantize(
         "HARDWARE_E4M3": True,
         "BLOCKS": tiling.blocks,
         "WORDS": tiling.words,
+        "SILU": silu,
+        "ARITHMETIC": arithmetic,
         "DEPENDENT": architecture >= 90,
     }
     if valid_rows:
@@ -147,6 +151,40 @@ def test_quantize_on_every_architecture(architecture: int, dtype: str, valid_row
         check_quantize(architecture, dtype, layout, valid_rows, TILINGS[0])
         if architecture < 100:  # which convert to e2m1
             check_quantize(architecture, dtype, layout, valid_rows, next(tiling for tiling in TILINGS if tiling.words))
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("arithmetic", ["vllm", "flashinfer"])
+def test_a_vendors_arithmetic(architecture: int, dtype: str, arithmetic: str) -> None:
+    """The instructions that the vendors' own binaries have, and none that would round another way."""
+    flush = ".ftz" if arithmetic == "flashinfer" else ""
+    for tiling in TILINGS:
+        if tiling.words and architecture >= 100:
+            continue
+        ptx = quantize(architecture, dtype, SfLayout.layout_128x4, False, tiling, arithmetic)
+        check_waits(ptx, architecture)
+        assert set(re.findall(r"rcp\.\S+", ptx)) == {"rcp.approx.ftz.f32"}
+        assert set(re.findall(r"mul\.\S*f32", ptx)) == {f"mul.rn{flush}.f32"}
+        assert not re.search(r"div\.|max\.NaN|min\.NaN", ptx), "an exact division, or a maximum that keeps NaN"
+        assert set(re.findall(r"\bfma\.\S+ \S+ \S+ (\S+),", ptx)) <= ({"0f3C800000"} if tiling.words else set())
+        assert (E2M1 in ptx) == (architecture >= 100 and not tiling.words)
+        assert re.search(rf"max\.{'bf16x2' if dtype == 'bf16' else 'f16x2'}" if tiling.words else r"max\.f32", ptx)
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("arithmetic", ["exact", "vllm", "flashinfer"])
+def test_silu_and_mul_loads_both_halves_before_it_computes(architecture: int, arithmetic: str) -> None:
+    for rows in (1, 1 << 20):
+        tiling = triton_quantize.tiling_for(rows, 64, False, True)
+        ptx = quantize(architecture, "bf16", SfLayout.layout_128x4, False, tiling, arithmetic, silu=True)
+        check_waits(ptx, architecture)
+        loads, computed = (
+            [at.start() for at in re.finditer(what, ptx)] for what in (r"ld\.global\.\S+", r"div\.|ex2\.")
+        )
+        assert len(loads) == 3, "x is not read in one piece of each half"  # beside the global scale
+        assert max(loads) < min(computed)
+        assert ("ex2.approx.ftz.f32" in ptx) == (arithmetic != "exact")
 
 
 @pytest.mark.slow
@@ -269,7 +307,8 @@ def test_padding_is_zeroed_in_words(architecture: int, layout: SfLayout) -> None
 @architectures
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("blocks", [1, 1 << 20])
-def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
+@pytest.mark.parametrize("arithmetic", ["exact", "vllm", "flashinfer"])
+def test_grouped(architecture: int, silu: bool, blocks: int, arithmetic: str) -> None:
     tiling = triton_quantize.tiling_for(1, blocks, not silu and architecture < 100)
     types = {"x": "*bf16", "global_scales": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
     types |= dict.fromkeys(("record", "expert_offsets", "blockscale_offsets", "valid_rows", "row_tokens"), "*i32")
@@ -277,13 +316,20 @@ def test_grouped(architecture: int, silu: bool, blocks: int) -> None:
         ("rows", "capacity", "experts", "cols", "col_tiles", "scale_rows", "parts", "parts_reciprocal"), "i32"
     )
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "EXPERTS": 256}
-    constants |= {"TILE_COLS": 4, "BLOCKS": tiling.blocks, "WORDS": tiling.words, "SILU": silu}
+    constants |= {
+        "TILE_COLS": 4,
+        "BLOCKS": tiling.blocks,
+        "WORDS": tiling.words,
+        "SILU": silu,
+        "ARITHMETIC": arithmetic,
+    }
     constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90}
     options = {"launch_pdl": True} if architecture >= 90 else {}
     ptx = compiled(triton_grouped._quantize_grouped, architecture, types, constants, num_warps=4, **options)
     check_waits(ptx, architecture)
     assert "bar.sync" in ptx, "no barrier between reading the record and writing it"
-    assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
+    if arithmetic == "exact":
+        assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
 
 
 @hopper_and_slow_others
