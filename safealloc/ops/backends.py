@@ -30,9 +30,9 @@ class Call(NamedTuple):
     out_dtype: torch.dtype | None = None  # of a GEMM's result
     valid_rows: bool = False  # a quantization with a device-side row count
     row_alpha: bool | None = False  # a GEMM with one alpha per row; None: there is one row, so that one alpha is both
-    block_size: int = BLOCK_SIZE  # columns for each scale
     silu_and_mul: bool = False  # a quantization of silu(gate) * up
     arithmetic: str = "exact"  # of a quantization: a vendor's takes our Triton kernel
+    block_size: int = BLOCK_SIZE  # columns for each scale
 
 
 call_for = functools.cache(Call)

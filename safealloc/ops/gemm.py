@@ -192,7 +192,7 @@ def call_of(
 ) -> Call:
     """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
     row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
-    return call_for(device, layout, out_dtype, False, row_alpha, block_size)
+    return call_for(device, layout, out_dtype, False, row_alpha, block_size=block_size)
 
 
 def _layout_of(

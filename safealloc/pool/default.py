@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +16,6 @@ from safealloc import settings
 from safealloc._checks import checked_device
 from safealloc.pool.pool import ScalePool
 
-_lock = threading.Lock()
 _pools: dict[Any, ScalePool] = {}  # by torch.device
 _replacement: ContextVar[ScalePool | None] = ContextVar("safealloc_pool", default=None)
 
@@ -39,10 +37,9 @@ def default_pool(device: torch.device | str | int | None = None) -> ScalePool:
         device = checked_device(device)
         if replacement is not None and replacement.device == device:
             return replacement
-        with _lock:
-            pool = _pools.get(device)
-            if pool is None:
-                pool = _pools[device] = ScalePool(device, **dataclasses.asdict(settings.watch()))
+        pool = _pools.get(device)
+        if pool is None:  # no lock: a finalizer may come in here too, and whose pool comes second is dropped
+            pool = _pools.setdefault(device, ScalePool(device, **dataclasses.asdict(settings.watch())))
     return pool
 
 
@@ -71,10 +68,4 @@ def checked_pool(pool: ScalePool, x: Tensor | None = None) -> ScalePool:
     return pool
 
 
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # a thread of the parent may have held it
-    _pools.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_pools.clear)

@@ -135,7 +135,7 @@ class ScalePool(PoolState):
 
     def _serve(self, spec: ScaleSpec, stream: int) -> Tensor:
         """What the hit path cannot answer: captures, misses, grouped scales, and all of a pool that is watched."""
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             self._streams.add(stream)
             capture = self._capture()
@@ -209,7 +209,7 @@ class ScalePool(PoolState):
         """
         copies = checked_count(copies, "copies", least=1)
         specs = specs_for(rows, k, layout, padded_k, experts)
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             if self._capture() is not None:
                 raise CaptureGrowthError("reserve was called in a capture: call it before the capture begins")
@@ -230,7 +230,7 @@ class ScalePool(PoolState):
             SafeAllocError: in a capture.
             PoolClosedError: the pool was closed.
         """
-        with self._lock:
+        with self._entrance():
             self._check_usable("trim")
             self._take_back_and_drain()
             return self._inventory.trim()
@@ -244,7 +244,7 @@ class ScalePool(PoolState):
         Raises:
             SafeAllocError: in a capture.
         """
-        with self._lock:
+        with self._entrance():
             if self._unusable is not None:
                 return
             self._check_usable("close")
@@ -278,7 +278,7 @@ class ScalePool(PoolState):
             PoolClosedError: the pool was closed.
         """
         check_is_tensor(tensor)
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             note = note_of(tensor, self._number)
             if note is None:
@@ -311,7 +311,7 @@ class ScalePool(PoolState):
             synchronized: who begins those captures synchronizes the device first, as ``torch.cuda.graph`` does: then a
                 capture may take over what a warm-up has left on its own stream.
         """
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             return self._graphs.share(synchronized)
 
@@ -321,7 +321,7 @@ class ScalePool(PoolState):
         Raises:
             PoolClosedError: the pool was closed.
         """
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             if self._capture() is None:
                 self._take_back_and_drain()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from safealloc.pool.driver import Capture
 from safealloc.pool.graphs import GraphUses
 from safealloc.pool.inventory import Inventory
 from safealloc.pool.memory import check_allocator
-from safealloc.pool.process import OfOneProcess
+from safealloc.pool.process import Entrance, OfOneProcess
 from safealloc.pool.reports import GraphReport, PoolStats
 from safealloc.pool.watch import Watch
 
@@ -55,7 +54,7 @@ class PoolState(OfOneProcess):
         self._index = self.device.index or 0
         self._raw_stream, self._capturing = driver.current_stream(self.device), driver.capture_query(self.device)
         self._number = next(_pool_numbers)
-        self._lock = threading.RLock()
+        self._entrance = Entrance()
         self._unusable: str | None = None
         watched = debug or verify_every > 0  # every handout is seen, so that none is answered by the hit path
         limits = self.max_bytes, self.cache_bytes
@@ -106,7 +105,7 @@ class PoolState(OfOneProcess):
             SafeAllocError: in a capture.
             PoolClosedError: the pool was closed.
         """
-        with self._lock:
+        with self._entrance():
             self._check_usable("verify")
             return self._watch.verify(repair)
 
@@ -124,7 +123,7 @@ class PoolState(OfOneProcess):
         """
         if not self._watch.alarmed:
             return
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             if self._capture() is None:
                 self._watch.report_alarms()
@@ -136,12 +135,12 @@ class PoolState(OfOneProcess):
             rows, k, layout, padded_k: as in :meth:`acquire`.
         """
         spec = ScaleSpec.checked(rows, k, layout, padded_k)
-        with self._lock:
+        with self._entrance():
             return sum(buffer.held() for buffer in self._inventory.buffers() if buffer.spec == spec)
 
     def stats(self) -> PoolStats:
         """The pool's counters now."""
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             if self._capture() is None:
                 self._take_back_and_drain()
@@ -169,7 +168,7 @@ class PoolState(OfOneProcess):
         """
         if not isinstance(graph, torch.cuda.CUDAGraph):
             raise TypeError(f"graph must be a torch.cuda.CUDAGraph, as safealloc.capture() yields it, got {graph!r}")
-        with self._lock:
+        with self._entrance():
             self._check_usable()
             report = self._graphs.report(graph)
         if report is None:
@@ -178,12 +177,12 @@ class PoolState(OfOneProcess):
 
     def note_graph(self, graph: torch.cuda.CUDAGraph, capture: Capture, nodes: dict[str, int] | None) -> None:
         """Called by :func:`safealloc.capture` when its capture ends: makes the graph's report."""
-        with self._lock:
+        with self._entrance():
             self._graphs.note(graph, capture, nodes)
 
     def captures(self) -> int:
         """How many captures of living graphs were given buffers."""
-        with self._lock:
+        with self._entrance():
             return self._graphs.alive()
 
     # --- for those who decide -----------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ class PoolState(OfOneProcess):
         return f"<ScalePool on {self.device}: {state}>"
 
     def _leave_to_parent(self, parent: int) -> None:
-        self._lock = threading.RLock()  # a thread of the parent may have held it
+        self._entrance = Entrance()  # a thread of the parent may have held it
         self._unusable = f"this pool belongs to process {parent}, of which this one is a fork: make one here"
         # Not dropped: freeing the parent's device memory from here would be an error.
         self._left_behind = self._inventory, self._watch

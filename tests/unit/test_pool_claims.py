@@ -291,6 +291,7 @@ def test_a_storage_that_a_holder_sent_to_another_process_is_never_handed_out_aga
         world.begin(1, handle="graph")
     tensor = world.acquire(1)
     (buffer,) = buffers_of(world.pool)
+    buffer.standard = True  # as on a GPU; on a CPU memory that is shared moves
     sent.add(buffer.cdata)
     del tensor
     if how == "trim":
