@@ -1,0 +1,118 @@
+"""What the plugin tells vLLM's log: one line when a worker is ready, and one for each kind of failure."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+
+import torch
+
+from safealloc.errors import SafeAllocError
+from safealloc.integrations.vllm import sites, targets
+
+_CUDA_ERROR = "CUDA error"
+
+
+def ready_line(
+    rank: int,
+    version: str,
+    capability: tuple[int, int] | None,
+    served: Mapping[str, int] | int,
+    not_served: Mapping[str, int],
+    buffers: int,
+    nbytes: int,
+    fallbacks: int,
+    captures: int,
+) -> str:
+    """What is served, what is not, and what that changes on this GPU in this release.
+
+    Args:
+        rank: of the worker.
+        version: of vLLM.
+        capability: compute capability of the GPU, or ``None`` without one.
+        served: calls per step by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or in all.
+        not_served: calls per step that vLLM serves itself, by reason; only hooked sites are seen.
+        buffers: of the pool.
+        nbytes: of these, in bytes.
+        fallbacks: captures that needed a buffer that was not reserved.
+        captures: CUDA graphs that hold buffers of the pool.
+    """
+    count = served if isinstance(served, int) else sum(served.values())
+    total = count + sum(not_served.values())
+    left = ", ".join(f"{reason} ({calls})" for reason, calls in not_served.items() if calls)
+    return (
+        f"safealloc: rank {rank}: serves {count} of {total} hooked scale sites per step, in {captures} captures "
+        f"({buffers} buffers, {nbytes / 2**20:.1f} MiB, {fallbacks} fallbacks); {_meaning(version, capability, served)}; "
+        f"not served: {left or 'none'}; sites without a hook are not counted, see safealloc doctor"
+    )
+
+
+def _meaning(version: str, capability: tuple[int, int] | None, served: Mapping[str, int] | int) -> str:
+    if not served or not (isinstance(served, int) or any(served.values())):
+        if capability is not None and sites.family(capability) is None:
+            return f"nothing changes: vLLM has no NVFP4 kernels for compute capability {'.'.join(map(str, capability))}"
+        return "nothing changes"
+    if not targets.release(version) or targets.release(version) > targets.release(targets.SUPPORTED[1]):
+        return f"what that changes in vLLM {version} is not known, it was not read"
+    if isinstance(served, int):
+        if sites.fills(version):
+            return f"saves up to {served} fills per step"
+        if targets.release(version) >= targets.release(sites.KERNEL_ZEROES):
+            return "safety behind fused producers, no time saved"
+        return f"safety: nobody else zeroes padding in vLLM {version}, no time saved"
+    known = {site.name: site for site in sites.SITES}
+    by = {name: known[name].zeroed_by(version) if name in known else "not read" for name in served}
+    fills, unsafe, unknown = (
+        sum(calls for name, calls in served.items() if by[name] == zeroed) for zeroed in ("fill", "nobody", "not read")
+    )
+    parts = [f"safety behind {_counted(unsafe, 'producer')} that zero no padding"] if unsafe else []
+    parts += [f"saves {_counted(fills, 'fill')} per step" if fills else "no time saved"]
+    parts += [f"unknown for {_counted(unknown, 'site')}"] if unknown else []
+    return ", ".join(parts)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+class FailureLog:
+    """Logs the first failure of each kind: its type and where it happened."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._logged: set[tuple[type[BaseException], str]] = set()
+
+    def log(self, logger: logging.Logger, where: str, error: BaseException) -> bool:
+        """Log an error at level ERROR if it is the first of its kind; returns whether it is.
+
+        ``where`` is what was being done, as in "while reserving".
+        """
+        kind = (type(error), where)
+        with self._lock:
+            if kind in self._logged:
+                return False
+            self._logged.add(kind)
+        logger.error(
+            "safealloc: %s %s; further errors of this kind are not logged: %s: %s",
+            *(describe(error), where, type(error).__name__, error),
+        )
+        return True
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error: only safealloc's own errors are called pool errors."""
+    if isinstance(error, SafeAllocError):
+        return "pool error"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU is out of memory"
+    if _is_cuda_error(error):
+        return "a CUDA error, which an earlier kernel of anybody may have made,"
+    return "unexpected error"
+
+
+def _is_cuda_error(error: BaseException) -> bool:
+    accelerator = getattr(torch, "AcceleratorError", None)
+    if accelerator is not None and isinstance(error, accelerator):
+        return True
+    return isinstance(error, RuntimeError) and _CUDA_ERROR in str(error)

@@ -1,0 +1,158 @@
+"""Where vLLM allocates block scales for activations, release by release, and what the pool changes there.
+
+The table was read from the Python sources of vLLM 0.19.1, 0.20.2, 0.22.1, 0.25.1, 0.28.0, 0.30.0, 0.32.0 and 0.33.0;
+``tests/vllm_releases/scan_sites.py`` finds the allocations. GPUs are those of the defaults in 0.32.0 and 0.33.0. What compiled
+kernels do is known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from safealloc.integrations.vllm import targets
+
+Family = Literal["SM10x", "SM12x"]
+"""GPUs with NVFP4 kernels in vLLM: compute capability 10.x (B200, B300, GB200), and 12.x (RTX 50, GB10)."""
+
+FILLS = (("0.20.0", "0.21.0"), ("0.25.0", "0.29.0"))
+"""First and last release of those whose ``create_fp4_scale_tensor`` calls ``torch.zeros``."""
+
+KERNEL_ZEROES = "0.30.0"
+"""First release whose ``scaled_fp4_quant`` kernel zeroes padding, by a comment in vLLM."""
+
+Padding = Literal["fill", "kernel", "nobody", "no padding", "not read"]
+"""Who zeroes it: ``torch.zeros`` at each call, the producer, or nobody; "not read" if the producer's code was not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One producer of block scales, with the memory it writes to."""
+
+    name: str  # in the log and in doctor's table
+    where: str  # file:function below vllm/, where it is allocated; several are separated by spaces
+    scales: str  # format and layout
+    padding: (
+        Padding | None
+    )  # who zeroes it where the memory does not; ``None``: the kernel since KERNEL_ZEROES, else nobody
+    hook: targets.Target | None  # which hook serves it, or ``None``
+    default: tuple[Family, ...] = ()  # GPUs on which vLLM takes it unless told otherwise
+    when: str = ""  # what else has to be true
+    since: str = targets.SUPPORTED[0]  # first release that was read with it
+
+    def exists(self, version: str) -> bool:
+        return targets.release(version) >= targets.release(self.since)
+
+    def zeroed_by(self, version: str) -> Padding:
+        """Who zeroes its padding in a release without the plugin."""
+        if self.where == _SHARED and fills(version):
+            return "fill"
+        if self.padding is None:
+            return "kernel" if targets.release(version) >= targets.release(KERNEL_ZEROES) else "nobody"
+        return self.padding
+
+    def change(self, version: str) -> str:
+        """What the pool changes there, in a few words."""
+        zeroed = self.zeroed_by(version)
+        if self.hook is None:
+            return "nothing: no padding" if zeroed == "no padding" else "nothing: not hooked"
+        memory = ", memory" if self.hook is targets.EXPERTS else ""
+        return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing: zeroed anyway")
+
+
+def fills(version: str) -> bool:
+    """Whether a release calls ``torch.zeros`` for the scales of its dense quantizer."""
+    numbers = targets.release(version)
+    return any(targets.release(first) <= numbers <= targets.release(last) for first, last in FILLS)
+
+
+def family(capability: tuple[int, int] | None) -> Family | None:
+    """The GPUs that a compute capability belongs to, or ``None`` if vLLM has no NVFP4 kernels for it."""
+    families: dict[int, Family] = {10: "SM10x", 12: "SM12x"}
+    return None if capability is None else families.get(capability[0])
+
+
+_MOE, _UTILS = "model_executor/layers/fused_moe", "model_executor/layers/quantization/utils"
+_PREPARE, _V41 = f"{_MOE}/prepare_finalize", "models/deepseek_v41"
+_SHARED = "_custom_ops.py:create_fp4_scale_tensor"
+_TILES, _BOTH = "NVFP4 128x4", ("SM10x", "SM12x")
+
+SITES: Sequence[Site] = (
+    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, "linear layers, FlashInfer CUTLASS MoE"),
+    Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
+    Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
+    Site(
+        *("SiLU + FP4, function", "model_executor/layers/fusion/fused_act_quant.py:_silu_and_mul_nvfp4_dynamic"),
+        *(_TILES, "nobody", targets.FUSED_ACT_QUANT, _BOTH, "models that call it", "0.30.0"),
+    ),
+    Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
+    Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
+    Site(
+        "NVFP4 expert quantizers",
+        "_custom_ops.py:scaled_fp4_experts_quant _custom_ops.py:silu_and_mul_scaled_fp4_experts_quant",
+        *(_TILES, "nobody", targets.EXPERTS, (), "vLLM's CUTLASS MoE"),
+    ),
+    Site(
+        "MXFP4 expert quantizers",
+        "_custom_ops.py:mxfp4_experts_quant _custom_ops.py:silu_and_mul_mxfp4_experts_quant",
+        *("MXFP4 128x4", "nobody", None, (), "CUTLASS_MXFP4_MXFP4", "0.20.2"),
+    ),
+    Site(
+        "MoE input after all-to-all",
+        f"{_PREPARE}/naive_dp_ep.py:_unwrap_scale_and_prepare_for_moe "
+        f"{_PREPARE}/flashinfer_nvlink_one_sided.py:FlashInferNVLinkOneSidedPrepareAndFinalize.prepare "
+        f"{_PREPARE}/flashinfer_nvlink_two_sided.py:flashinfer_alltoall_dispatch",
+        *(_TILES, "kernel", None, ("SM12x",), "data or expert parallel"),
+    ),
+    Site(
+        "CuTe-DSL batched MoE",
+        f"{_MOE}/experts/flashinfer_cutedsl_batched_moe.py:flashinfer_cutedsl_moe_masked "
+        f"{_MOE}/experts/flashinfer_cutedsl_moe.py:flashinfer_cutedsl_moe_masked",
+        *(_TILES, "nobody", None, (), "batched experts"),
+    ),
+    Site(
+        "linear NVFP4 scales",
+        f"{_SHARED} {_UTILS}/flashinfer_utils.py:quantize_nvfp4_per_token_input "
+        f"{_MOE}/experts/trtllm_nvfp4_moe.py:TrtLlmNvFp4ExpertsBase._quantize_per_token_input "
+        "models/muse_spark/nvidia/ops/prepare_trtllm_nvfp4.py:norm_quant_trtllm_nvfp4",
+        *("NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM, CuTe-DSL MoE"),
+    ),
+    Site(
+        *("8x4 NVFP4", "utils/flashinfer.py:flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4),
+        *((), "trtllm linear layers, up to 32 rows"),
+    ),
+    Site(
+        "MXFP8 quantizers",
+        f"{_UTILS}/mxfp8_utils.py:_mxfp8_e4m3_quantize_impl {_UTILS}/mxfp8_utils.py:mxfp8_e4m3_quantize "
+        f"{_UTILS}/mxfp8_utils.py:swizzle_mxfp8_scale utils/flashinfer.py:flashinfer_mxfp8_quantize_8x4 "
+        f"{_MOE}/experts/trtllm_mxfp4_moe.py:TrtLlmMxfp4ExpertsModular.apply "
+        f"{_MOE}/experts/trtllm_mxfp4_moe.py:TrtLlmMxfp4ExpertsMonolithic.apply",
+        *("MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
+    ),
+    Site(
+        *("MXFP4 quantizer", "utils/flashinfer.py:flashinfer_mxfp4_quantize", "MXFP4 128x4", "kernel"),
+        *(None, (), "MXFP4 linear layers", "0.22.1"),
+    ),
+    Site(
+        "DeepSeek V4.1 query, wo_a",
+        f"{_V41}/common/ops/query_quant.py:fused_q_kv_rmsnorm_quant {_V41}/nvidia/ops/fused_wo_a.py:FusedWoAKernel.__call__",
+        *("MXFP8 128x4", "kernel", None, (), "that model", "0.30.0"),
+    ),
+    Site(
+        "DeepSeek V4.1 o_proj",
+        f"{_V41}/nvidia/flash_mla_mega_attn.py:DeepseekV4MegaAttnAttention._o_proj",
+        *("MXFP8 128x4", "nobody", None, (), "that model", "0.33.0"),
+    ),
+    Site(
+        "DeepSeek V4.1 experts, Engram",
+        f"{_V41}/nvidia/specialized_decode/moe/routed_expert_gemm.py:RoutedExpertGemm.gemm1 "
+        f"{_V41}/nvidia/specialized_decode/moe/routed_expert_gemm.py:RoutedExpertGemm.front "
+        f"{_V41}/common/engram.py:EngramBatch.__init__",
+        *("MXFP8, 128x4 and linear", "not read", None, (), "that model", "0.33.0"),
+    ),
+)
+"""Every allocation of scales in a layout of tiles, and of linear ones that the same functions write.
+
+Scales of FP8 blocks, which DeepGEMM reads in columns, are left out.
+"""
