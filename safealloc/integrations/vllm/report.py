@@ -11,8 +11,6 @@ import torch
 from safealloc.errors import SafeAllocError
 from safealloc.integrations.vllm import sites, targets
 
-_CUDA_ERROR = "CUDA error"
-
 
 def ready_line(
     rank: int,
@@ -25,17 +23,17 @@ def ready_line(
     fallbacks: int,
     captures: int,
 ) -> str:
-    """What is served, what is not, and what that changes on this GPU in this release.
+    """What is served, what is not, and what that changes on this GPU in this release of vLLM.
 
     Args:
         rank: of the worker.
         version: of vLLM.
         capability: compute capability of the GPU, or ``None`` without one.
         served: calls per step by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or in all.
-        not_served: calls per step that vLLM serves itself, by reason; only hooked sites are seen.
-        buffers: of the pool.
-        nbytes: of these, in bytes.
-        fallbacks: captures that needed a buffer that was not reserved.
+        not_served: calls per step of hooked sites that vLLM serves itself, by reason.
+        buffers: of the pool, which hold ``nbytes`` bytes.
+        nbytes: see ``buffers``.
+        fallbacks: buffers that a capture needed and nobody had reserved.
         captures: CUDA graphs that hold buffers of the pool.
     """
     count = served if isinstance(served, int) else sum(served.values())
@@ -77,17 +75,14 @@ def _counted(number: int, what: str) -> str:
 
 
 class FailureLog:
-    """Logs the first failure of each kind: its type and where it happened."""
+    """Logs the first failure of each kind: of each type, at each place."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._logged: set[tuple[type[BaseException], str]] = set()
 
     def log(self, logger: logging.Logger, where: str, error: BaseException) -> bool:
-        """Log an error at level ERROR if it is the first of its kind; returns whether it is.
-
-        ``where`` is what was being done, as in "while reserving".
-        """
+        """Log an error if it is the first of its kind, and return whether it is; ``where`` is as in "while reserving"."""
         kind = (type(error), where)
         with self._lock:
             if kind in self._logged:
@@ -95,24 +90,18 @@ class FailureLog:
             self._logged.add(kind)
         logger.error(
             "safealloc: %s %s; further errors of this kind are not logged: %s: %s",
-            *(describe(error), where, type(error).__name__, error),
+            *(_what(error), where, type(error).__name__, error),
         )
         return True
 
 
-def describe(error: BaseException) -> str:
-    """The kind of an error: only safealloc's own errors are called pool errors."""
+def _what(error: BaseException) -> str:
+    """Only safealloc's own errors are called pool errors."""
     if isinstance(error, SafeAllocError):
         return "pool error"
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU is out of memory"
-    if _is_cuda_error(error):
-        return "a CUDA error, which an earlier kernel of anybody may have made,"
+    accelerator = getattr(torch, "AcceleratorError", ())  # newer than the oldest torch
+    if isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):
+        return "a CUDA error, perhaps of an earlier kernel that is not ours,"
     return "unexpected error"
-
-
-def _is_cuda_error(error: BaseException) -> bool:
-    accelerator = getattr(torch, "AcceleratorError", None)
-    if accelerator is not None and isinstance(error, accelerator):
-        return True
-    return isinstance(error, RuntimeError) and _CUDA_ERROR in str(error)

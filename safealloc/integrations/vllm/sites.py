@@ -1,8 +1,8 @@
 """Where vLLM allocates block scales for activations, release by release, and what the pool changes there.
 
 The table was read from the Python sources of vLLM 0.19.1, 0.20.2, 0.22.1, 0.25.1, 0.28.0, 0.30.0, 0.32.0 and 0.33.0;
-``tests/vllm_releases/scan_sites.py`` finds the allocations. GPUs are those of the defaults in 0.32.0 and 0.33.0. What compiled
-kernels do is known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
+``tests/vllm_releases/scan_sites.py`` finds the allocations. Default GPUs are those of 0.32.0 and 0.33.0. What kernels do is
+known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
 """
 
 from __future__ import annotations
@@ -76,15 +76,20 @@ def family(capability: tuple[int, int] | None) -> Family | None:
 _MOE, _UTILS = "model_executor/layers/fused_moe", "model_executor/layers/quantization/utils"
 _PREPARE, _V41 = f"{_MOE}/prepare_finalize", "models/deepseek_v41"
 _SHARED = "_custom_ops.py:create_fp4_scale_tensor"
-_TILES, _BOTH = "NVFP4 128x4", ("SM10x", "SM12x")
+_TILES = "NVFP4 128x4"
+_BOTH: tuple[Family, ...] = ("SM10x", "SM12x")
 
 SITES: Sequence[Site] = (
     Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, "linear layers, FlashInfer CUTLASS MoE"),
     Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
     Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
     Site(
-        *("SiLU + FP4, function", "model_executor/layers/fusion/fused_act_quant.py:_silu_and_mul_nvfp4_dynamic"),
-        *(_TILES, "nobody", targets.FUSED_ACT_QUANT, _BOTH, "models that call it", "0.30.0"),
+        "SiLU + FP4, function",
+        "model_executor/layers/fusion/fused_act_quant.py:_silu_and_mul_nvfp4_dynamic",
+        *(_TILES, "nobody"),
+        hook=targets.FUSED_ACT_QUANT,
+        default=_BOTH,
+        since="0.30.0",
     ),
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
