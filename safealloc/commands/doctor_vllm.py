@@ -12,7 +12,7 @@ from rich.console import Console
 
 from safealloc import _optional, settings
 from safealloc.commands import report
-from safealloc.integrations.vllm import kernel, plugin, targets
+from safealloc.integrations.vllm import kernel, plugin, sites, targets
 
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
@@ -57,6 +57,18 @@ class LinearFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteFinding:
+    """One site where vLLM allocates scales in the installed release."""
+
+    name: str
+    scales: str  # format and layout
+    taken: str  # "default", "if asked for" or "no NVFP4 here"; without a GPU the GPUs on which it is the default
+    when: str  # what else has to be true, or ""
+    zeroed_by: str  # who zeroes padding without the plugin
+    change: str  # what the plugin changes
+
+
+@dataclass(frozen=True, slots=True)
 class VllmFinding:
     """The installed vLLM."""
 
@@ -65,6 +77,7 @@ class VllmFinding:
     note: str | None  # that its version is not one that was checked, or ``None``
     hooks: Sequence[HookFinding]  # what would be registered; empty without vLLM's sources
     padding: PaddingFinding  # who zeroes it in vLLM
+    sites: Sequence[SiteFinding]  # what the plugin changes here; empty where the release was not read
     plugin: PluginFinding  # the state of the plugin
     linear: Sequence[LinearFinding]  # one per CUDA device
 
@@ -85,7 +98,7 @@ def look(broken: str | None) -> VllmFinding:
             padding = PaddingFinding(targets.own_allocation(source), targets.kernel_zeroes_padding(source))
     except Exception as error:  # an installation may be broken in any way
         reason = f"looking at its sources failed: {type(error).__name__}: {error}"
-    return VllmFinding(version, reason, note, hooks, padding, _plugin(), _linear())
+    return VllmFinding(version, reason, note, hooks, padding, _sites(version, hooks), _plugin(), _linear())
 
 
 def _hook(found: targets.Finding) -> HookFinding:
@@ -96,6 +109,27 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target is targets.STEP and not settings.watching():
         reason = f"registered only with {settings.VERIFY}, which is not set"
     return HookFinding(found.target.name, found.status, reason)
+
+
+def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[SiteFinding]:
+    """What changes in a release that was read, where the hooks fit."""
+    if version is None or _note(version) is not None:
+        return []
+    off = {hook.name for hook in hooks if hook.status != "hooked" or hook.reason is not None}
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    found = []
+    for site in sites.SITES:
+        if not site.exists(version):
+            continue
+        taken = " ".join(site.default) or "if asked for"
+        if gpu is not None:
+            here = sites.family(gpu)
+            taken = "no NVFP4 here" if here is None else "default" if here in site.default else "if asked for"
+        change = site.change(version)
+        if site.hook is not None and site.hook.name in off:
+            change = "nothing: its hook does not fit"
+        found.append(SiteFinding(site.name, site.scales, taken, site.when, site.zeroed_by(version), change))
+    return found
 
 
 def _note(version: str) -> str | None:
@@ -158,6 +192,12 @@ def show(found: VllmFinding, out: Console) -> None:
     out.print(
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
     )
+    if found.sites:
+        cells = ((one.name, one.taken, one.when, one.zeroed_by, one.change) for one in found.sites)
+        headings = ("", "taken", "where", "padding zeroed by", "the plugin changes")
+        report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(cells))
+    else:
+        out.print("What safealloc changes here is not known: this release was not read.\n")
     report.table(out, f"vLLM {found.version}: plugin", ("", "state", "which means"), _state(found))
 
 
