@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,18 +57,6 @@ class LinearFinding:
 
 
 @dataclass(frozen=True, slots=True)
-class SiteFinding:
-    """One site where vLLM allocates scales in the installed release."""
-
-    name: str
-    scales: str  # format and layout
-    taken: str  # "default", "if asked for" or "no NVFP4 here"; without a GPU the GPUs on which it is the default
-    when: str  # what else has to be true, or ""
-    zeroed_by: str  # who zeroes padding without the plugin
-    change: str  # what the plugin changes
-
-
-@dataclass(frozen=True, slots=True)
 class VllmFinding:
     """The installed vLLM."""
 
@@ -77,7 +65,7 @@ class VllmFinding:
     note: str | None  # that its version is not one that was checked, or ``None``
     hooks: Sequence[HookFinding]  # what would be registered; empty without vLLM's sources
     padding: PaddingFinding  # who zeroes it in vLLM
-    sites: Sequence[SiteFinding]  # what the plugin changes here; empty where the release was not read
+    sites: Sequence[Mapping[str, str]]  # what the plugin changes here; empty where the release was not read
     plugin: PluginFinding  # the state of the plugin
     linear: Sequence[LinearFinding]  # one per CUDA device
 
@@ -111,24 +99,21 @@ def _hook(found: targets.Finding) -> HookFinding:
     return HookFinding(found.target.name, found.status, reason)
 
 
-def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[SiteFinding]:
-    """What changes in a release that was read, where the hooks fit."""
+def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, str]]:
+    """Sites of a release that was read; without a GPU they say on which GPUs they are the default."""
     if version is None or _note(version) is not None:
         return []
-    off = {hook.name for hook in hooks if hook.status != "hooked" or hook.reason is not None}
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    off = {hook.name for hook in hooks if hook.status != "hooked"}
     found = []
-    for site in sites.SITES:
-        if not site.exists(version):
-            continue
+    for site in (site for site in sites.SITES if site.exists(version)):
         taken = " ".join(site.default) or "if asked for"
-        if gpu is not None:
-            here = sites.family(gpu)
+        if torch.cuda.is_available():
+            here = sites.family(torch.cuda.get_device_capability(torch.device("cuda", 0)))
             taken = "no NVFP4 here" if here is None else "default" if here in site.default else "if asked for"
-        change = site.change(version)
-        if site.hook is not None and site.hook.name in off:
-            change = "nothing: its hook does not fit"
-        found.append(SiteFinding(site.name, site.scales, taken, site.when, site.zeroed_by(version), change))
+        unfit = site.hook is not None and site.hook.name in off
+        change = "nothing: hook does not fit" if unfit else site.change(version)
+        row = {"name": site.name, "scales": site.scales, "taken": taken, "where": site.when}
+        found.append({**row, "padding_zeroed_by": site.zeroed_by(version), "change": change})
     return found
 
 
@@ -193,8 +178,8 @@ def show(found: VllmFinding, out: Console) -> None:
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
     )
     if found.sites:
-        cells = ((one.name, one.taken, one.when, one.zeroed_by, one.change) for one in found.sites)
-        headings = ("", "taken", "where", "padding zeroed by", "the plugin changes")
+        cells = (tuple(one[key] for key in one if key != "scales") for one in found.sites)
+        headings = ("", "taken", "where", "zeroes padding", "the plugin changes")
         report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(cells))
     else:
         out.print("What safealloc changes here is not known: this release was not read.\n")

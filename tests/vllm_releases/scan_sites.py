@@ -3,8 +3,8 @@
 python tests/vllm_releases/scan_sites.py PATH [PATH ...]
 
 PATH is the package directory of an installed vLLM, or a wheel. Two kinds of code are found: an allocation by torch in a dtype
-that holds block scales, under a name that says so, and a call of a function of FlashInfer that allocates scales itself. A tensor
-of scales with another name, or one allocated in C++, is not found. ``LEFT_OUT`` says why the others are no sites.
+that holds block scales, under a name that says so, and a call of a function of FlashInfer that allocates scales itself. Not
+found: a tensor of scales with another name, or one allocated in C++. ``LEFT_OUT`` says why the others are no sites.
 
 Printed are the places that ``safealloc/integrations/vllm/sites.py`` lacks; the exit code is 1 if there are any.
 """
@@ -46,14 +46,14 @@ LEFT_OUT = {
 }
 """Places by regular expression, and why they are no sites."""
 
-_MAY_ALLOCATE = re.compile(f"{'|'.join(sorted(SCALE_TYPES | QUANTIZERS))}|_DTYPE")
+_MAY_ALLOCATE = re.compile(f"{'|'.join(sorted(SCALE_TYPES | QUANTIZERS))}|_DTYPE|(scale|sf)\\w*\\.dtype")
 _SCALE_NAME = re.compile(r"scale|(^|_)sf(_|s?$)", re.IGNORECASE)
 
 
 def missing(sources: Mapping[str, str]) -> list[str]:
-    """Places, as file:function, that are neither in the table of sites nor left out."""
+    """Places, as file:function, whose function is not in the table of sites, and that are not left out."""
     known = {place for site in sites.SITES for place in site.where.split()}
-    return [place for place in scan(sources) if place not in known and left_out(place) is None]
+    return [place for place in scan(sources) if place.partition(":")[2] not in known and left_out(place) is None]
 
 
 def left_out(place: str) -> str | None:

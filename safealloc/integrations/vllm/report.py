@@ -25,16 +25,10 @@ def ready_line(
 ) -> str:
     """What is served, what is not, and what that changes on this GPU in this release of vLLM.
 
-    Args:
-        rank: of the worker.
-        version: of vLLM.
-        capability: compute capability of the GPU, or ``None`` without one.
-        served: calls per step by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or in all.
-        not_served: calls per step of hooked sites that vLLM serves itself, by reason.
-        buffers: of the pool, which hold ``nbytes`` bytes.
-        nbytes: see ``buffers``.
-        fallbacks: buffers that a capture needed and nobody had reserved.
-        captures: CUDA graphs that hold buffers of the pool.
+    ``served`` and ``not_served`` are calls per step: by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or
+    all together, and by why vLLM serves a hooked site itself. The pool has ``buffers`` of ``nbytes`` bytes in all, ``captures``
+    CUDA graphs hold some, and for ``fallbacks`` nobody had reserved one. ``version`` is vLLM's; ``capability`` is ``None``
+    without a GPU.
     """
     count = served if isinstance(served, int) else sum(served.values())
     total = count + sum(not_served.values())

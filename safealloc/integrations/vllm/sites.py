@@ -31,7 +31,7 @@ class Site:
     """One producer of block scales, with the memory it writes to."""
 
     name: str  # in the log and in doctor's table
-    where: str  # file:function below vllm/, where it is allocated; several are separated by spaces
+    where: str  # functions of vLLM that allocate for it, separated by spaces
     scales: str  # format and layout
     padding: (
         Padding | None
@@ -46,7 +46,7 @@ class Site:
 
     def zeroed_by(self, version: str) -> Padding:
         """Who zeroes its padding in a release without the plugin."""
-        if self.where == _SHARED and fills(version):
+        if self.where == _SHARED and self.hook is not None and fills(version):
             return "fill"
         if self.padding is None:
             return "kernel" if targets.release(version) >= targets.release(KERNEL_ZEROES) else "nobody"
@@ -73,91 +73,65 @@ def family(capability: tuple[int, int] | None) -> Family | None:
     return None if capability is None else families.get(capability[0])
 
 
-_MOE, _UTILS = "model_executor/layers/fused_moe", "model_executor/layers/quantization/utils"
-_PREPARE, _V41 = f"{_MOE}/prepare_finalize", "models/deepseek_v41"
-_SHARED = "_custom_ops.py:create_fp4_scale_tensor"
-_TILES = "NVFP4 128x4"
+_SHARED, _TILES = "create_fp4_scale_tensor", "NVFP4 128x4"
 _BOTH: tuple[Family, ...] = ("SM10x", "SM12x")
+_EXPERTS = "scaled_fp4_experts_quant silu_and_mul_scaled_fp4_experts_quant"
+_MXFP4_EXPERTS = "mxfp4_experts_quant silu_and_mul_mxfp4_experts_quant"
+_ALL_TO_ALL = (
+    "_unwrap_scale_and_prepare_for_moe flashinfer_alltoall_dispatch FlashInferNVLinkOneSidedPrepareAndFinalize.prepare"
+)
+_LINEAR = (
+    f"{_SHARED} quantize_nvfp4_per_token_input norm_quant_trtllm_nvfp4 TrtLlmNvFp4ExpertsBase._quantize_per_token_input"
+)
+_MXFP8 = (
+    "_mxfp8_e4m3_quantize_impl mxfp8_e4m3_quantize swizzle_mxfp8_scale flashinfer_mxfp8_quantize_8x4 "
+    "TrtLlmMxfp4ExpertsModular.apply TrtLlmMxfp4ExpertsMonolithic.apply"
+)
+_V41 = ("fused_q_kv_rmsnorm_quant FusedWoAKernel.__call__", "DeepseekV4MegaAttnAttention._o_proj")
+_V41_EXPERTS = "RoutedExpertGemm.gemm1 RoutedExpertGemm.front EngramBatch.__init__"
+_LAYERS, _FEW, _MOE = (
+    "linear layers, FlashInfer CUTLASS MoE",
+    "trtllm linear layers, up to 32 rows",
+    "vLLM's CUTLASS MoE",
+)
 
 SITES: Sequence[Site] = (
-    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, "linear layers, FlashInfer CUTLASS MoE"),
+    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, _LAYERS),
     Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
     Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
     Site(
         "SiLU + FP4, function",
-        "model_executor/layers/fusion/fused_act_quant.py:_silu_and_mul_nvfp4_dynamic",
-        *(_TILES, "nobody"),
-        hook=targets.FUSED_ACT_QUANT,
-        default=_BOTH,
-        since="0.30.0",
+        "_silu_and_mul_nvfp4_dynamic",
+        _TILES,
+        "nobody",
+        targets.FUSED_ACT_QUANT,
+        _BOTH,
+        "",
+        "0.30.0",
     ),
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
+    Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), _MOE),
+    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS_MXFP4_MXFP4", "0.20.2"),
+    Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data or expert parallel"),
+    Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
+    Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM, CuTe-DSL MoE"),
+    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4, (), _FEW),
+    Site("MXFP8 quantizers", _MXFP8, "MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
     Site(
-        "NVFP4 expert quantizers",
-        "_custom_ops.py:scaled_fp4_experts_quant _custom_ops.py:silu_and_mul_scaled_fp4_experts_quant",
-        *(_TILES, "nobody", targets.EXPERTS, (), "vLLM's CUTLASS MoE"),
+        "MXFP4 quantizer",
+        "flashinfer_mxfp4_quantize",
+        "MXFP4 128x4",
+        "kernel",
+        None,
+        (),
+        "MXFP4 linear layers",
+        "0.22.1",
     ),
+    Site("DeepSeek V4.1 query, wo_a", _V41[0], "MXFP8 128x4", "kernel", None, (), "that model", "0.30.0"),
+    Site("DeepSeek V4.1 o_proj", _V41[1], "MXFP8 128x4", "nobody", None, (), "that model", "0.33.0"),
     Site(
-        "MXFP4 expert quantizers",
-        "_custom_ops.py:mxfp4_experts_quant _custom_ops.py:silu_and_mul_mxfp4_experts_quant",
-        *("MXFP4 128x4", "nobody", None, (), "CUTLASS_MXFP4_MXFP4", "0.20.2"),
-    ),
-    Site(
-        "MoE input after all-to-all",
-        f"{_PREPARE}/naive_dp_ep.py:_unwrap_scale_and_prepare_for_moe "
-        f"{_PREPARE}/flashinfer_nvlink_one_sided.py:FlashInferNVLinkOneSidedPrepareAndFinalize.prepare "
-        f"{_PREPARE}/flashinfer_nvlink_two_sided.py:flashinfer_alltoall_dispatch",
-        *(_TILES, "kernel", None, ("SM12x",), "data or expert parallel"),
-    ),
-    Site(
-        "CuTe-DSL batched MoE",
-        f"{_MOE}/experts/flashinfer_cutedsl_batched_moe.py:flashinfer_cutedsl_moe_masked "
-        f"{_MOE}/experts/flashinfer_cutedsl_moe.py:flashinfer_cutedsl_moe_masked",
-        *(_TILES, "nobody", None, (), "batched experts"),
-    ),
-    Site(
-        "linear NVFP4 scales",
-        f"{_SHARED} {_UTILS}/flashinfer_utils.py:quantize_nvfp4_per_token_input "
-        f"{_MOE}/experts/trtllm_nvfp4_moe.py:TrtLlmNvFp4ExpertsBase._quantize_per_token_input "
-        "models/muse_spark/nvidia/ops/prepare_trtllm_nvfp4.py:norm_quant_trtllm_nvfp4",
-        *("NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM, CuTe-DSL MoE"),
-    ),
-    Site(
-        *("8x4 NVFP4", "utils/flashinfer.py:flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4),
-        *((), "trtllm linear layers, up to 32 rows"),
-    ),
-    Site(
-        "MXFP8 quantizers",
-        f"{_UTILS}/mxfp8_utils.py:_mxfp8_e4m3_quantize_impl {_UTILS}/mxfp8_utils.py:mxfp8_e4m3_quantize "
-        f"{_UTILS}/mxfp8_utils.py:swizzle_mxfp8_scale utils/flashinfer.py:flashinfer_mxfp8_quantize_8x4 "
-        f"{_MOE}/experts/trtllm_mxfp4_moe.py:TrtLlmMxfp4ExpertsModular.apply "
-        f"{_MOE}/experts/trtllm_mxfp4_moe.py:TrtLlmMxfp4ExpertsMonolithic.apply",
-        *("MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
-    ),
-    Site(
-        *("MXFP4 quantizer", "utils/flashinfer.py:flashinfer_mxfp4_quantize", "MXFP4 128x4", "kernel"),
-        *(None, (), "MXFP4 linear layers", "0.22.1"),
-    ),
-    Site(
-        "DeepSeek V4.1 query, wo_a",
-        f"{_V41}/common/ops/query_quant.py:fused_q_kv_rmsnorm_quant {_V41}/nvidia/ops/fused_wo_a.py:FusedWoAKernel.__call__",
-        *("MXFP8 128x4", "kernel", None, (), "that model", "0.30.0"),
-    ),
-    Site(
-        "DeepSeek V4.1 o_proj",
-        f"{_V41}/nvidia/flash_mla_mega_attn.py:DeepseekV4MegaAttnAttention._o_proj",
-        *("MXFP8 128x4", "nobody", None, (), "that model", "0.33.0"),
-    ),
-    Site(
-        "DeepSeek V4.1 experts, Engram",
-        f"{_V41}/nvidia/specialized_decode/moe/routed_expert_gemm.py:RoutedExpertGemm.gemm1 "
-        f"{_V41}/nvidia/specialized_decode/moe/routed_expert_gemm.py:RoutedExpertGemm.front "
-        f"{_V41}/common/engram.py:EngramBatch.__init__",
-        *("MXFP8, 128x4 and linear", "not read", None, (), "that model", "0.33.0"),
+        "DeepSeek V4.1 experts", _V41_EXPERTS, "MXFP8, 128x4 and linear", "not read", None, (), "that model", "0.33.0"
     ),
 )
-"""Every allocation of scales in a layout of tiles, and of linear ones that the same functions write.
-
-Scales of FP8 blocks, which DeepGEMM reads in columns, are left out.
-"""
+"""Scales in a layout of tiles, and linear ones of the same kinds; DeepGEMM's columns of FP8 scales are left out."""
