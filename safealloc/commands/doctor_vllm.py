@@ -14,6 +14,7 @@ from safealloc import _optional, settings
 from safealloc.commands import report
 from safealloc.integrations.vllm import kernel, plugin, sites, targets
 
+_BY_OPTION = "by option"
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
 
@@ -103,17 +104,18 @@ def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, 
     """Sites of a release that was read; without a GPU they say on which GPUs they are the default."""
     if version is None or _note(version) is not None:
         return []
-    off = {hook.name for hook in hooks if hook.status != "hooked"}
+    unfit = {hook.name for hook in hooks if hook.status != "hooked"}
+    gpu = torch.cuda.get_device_capability(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     found = []
     for site in (site for site in sites.SITES if site.exists(version)):
-        taken = " ".join(site.default) or "if asked for"
-        if torch.cuda.is_available():
-            here = sites.family(torch.cuda.get_device_capability(torch.device("cuda", 0)))
-            taken = "no NVFP4 here" if here is None else "default" if here in site.default else "if asked for"
-        unfit = site.hook is not None and site.hook.name in off
-        change = "nothing: hook does not fit" if unfit else site.change(version)
-        row = {"name": site.name, "scales": site.scales, "taken": taken, "where": site.when}
-        found.append({**row, "padding_zeroed_by": site.zeroed_by(version), "change": change})
+        change = "nothing: hook unfit" if site.hook and site.hook.name in unfit else site.change(version)
+        taken = " ".join(site.default) or _BY_OPTION
+        if gpu is not None:
+            here = sites.family(gpu)
+            change = change if here else "nothing: no NVFP4"
+            taken = "never" if here is None else "default" if here in site.default else _BY_OPTION
+        row = {"name": site.name, "scales": site.scales, "taken": taken, "when": site.when}
+        found.append({**row, "zeroes_padding": site.zeroed_by(version), "change": change})
     return found
 
 
@@ -178,12 +180,20 @@ def show(found: VllmFinding, out: Console) -> None:
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
     )
     if found.sites:
-        cells = (tuple(one[key] for key in one if key != "scales") for one in found.sites)
-        headings = ("", "taken", "where", "zeroes padding", "the plugin changes")
-        report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(cells))
-    else:
-        out.print("What safealloc changes here is not known: this release was not read.\n")
+        _show_sites(found, out)
     report.table(out, f"vLLM {found.version}: plugin", ("", "state", "which means"), _state(found))
+
+
+def _show_sites(found: VllmFinding, out: Console) -> None:
+    """Those that are taken by default, and those that the plugin changes."""
+    rows = [
+        (one["name"], ", ".join(filter(None, (one["taken"], one["when"]))), one["zeroes_padding"], one["change"])
+        for one in found.sites
+        if one["taken"] not in (_BY_OPTION, "never") or not one["change"].startswith("nothing")
+    ]
+    headings = ("", "taken", "zeroes padding", "what changes")
+    report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
+    out.print(f"{len(found.sites) - len(rows)} more sites, not taken by default and left alone, are in --json.\n")
 
 
 def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:

@@ -27,8 +27,3 @@ def test_every_site_of_this_release_is_in_its_sources(sources):
     for site in sites.SITES:
         if site.exists(TESTED):
             assert found & set(site.where.split()), site.name
-
-
-def test_a_place_that_the_table_lacks_is_found(sources):
-    new = "def f(x):\n    out_scale = torch.empty((128, 4), dtype=torch.int32)\n"
-    assert scan_sites.missing({**sources, "new.py": new}) == ["new.py:f"]

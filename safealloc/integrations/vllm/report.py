@@ -25,10 +25,9 @@ def ready_line(
 ) -> str:
     """What is served, what is not, and what that changes on this GPU in this release of vLLM.
 
-    ``served`` and ``not_served`` are calls per step: by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or
-    all together, and by why vLLM serves a hooked site itself. The pool has ``buffers`` of ``nbytes`` bytes in all, ``captures``
-    CUDA graphs hold some, and for ``fallbacks`` nobody had reserved one. ``version`` is vLLM's; ``capability`` is ``None``
-    without a GPU.
+    ``served`` are calls per step by the name of a :class:`~safealloc.integrations.vllm.sites.Site`, or all together, and
+    ``not_served`` calls of hooked sites by why vLLM serves them itself. The pool has ``buffers`` of ``nbytes`` bytes in all;
+    ``captures`` CUDA graphs hold some, and ``fallbacks`` had none reserved. ``capability`` is ``None`` without a GPU.
     """
     count = served if isinstance(served, int) else sum(served.values())
     total = count + sum(not_served.values())
@@ -41,7 +40,7 @@ def ready_line(
 
 
 def _meaning(version: str, capability: tuple[int, int] | None, served: Mapping[str, int] | int) -> str:
-    if not served or not (isinstance(served, int) or any(served.values())):
+    if not (served if isinstance(served, int) else any(served.values())):
         if capability is not None and sites.family(capability) is None:
             return f"nothing changes: vLLM has no NVFP4 kernels for compute capability {'.'.join(map(str, capability))}"
         return "nothing changes"

@@ -90,13 +90,13 @@ _MXFP8 = (
 _V41 = ("fused_q_kv_rmsnorm_quant FusedWoAKernel.__call__", "DeepseekV4MegaAttnAttention._o_proj")
 _V41_EXPERTS = "RoutedExpertGemm.gemm1 RoutedExpertGemm.front EngramBatch.__init__"
 _LAYERS, _FEW, _MOE = (
-    "linear layers, FlashInfer CUTLASS MoE",
-    "trtllm linear layers, up to 32 rows",
+    "linear layers",
+    "trtllm, up to 32 rows",
     "vLLM's CUTLASS MoE",
 )
 
 SITES: Sequence[Site] = (
-    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, _LAYERS),
+    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, "linear layers"),
     Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
     Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
     Site(
@@ -111,12 +111,12 @@ SITES: Sequence[Site] = (
     ),
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
-    Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), _MOE),
-    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS_MXFP4_MXFP4", "0.20.2"),
-    Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data or expert parallel"),
+    Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), "CUTLASS MoE"),
+    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS MoE", "0.20.2"),
+    Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
     Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
-    Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM, CuTe-DSL MoE"),
-    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4, (), _FEW),
+    Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),
+    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4, (), "trtllm"),
     Site("MXFP8 quantizers", _MXFP8, "MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
     Site(
         "MXFP4 quantizer",
