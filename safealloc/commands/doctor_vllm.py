@@ -186,14 +186,18 @@ def show(found: VllmFinding, out: Console) -> None:
 
 def _show_sites(found: VllmFinding, out: Console) -> None:
     """Those that are taken by default, and those that the plugin changes."""
-    rows = [
-        (one["name"], ", ".join(filter(None, (one["taken"], one["when"]))), one["zeroes_padding"], one["change"])
-        for one in found.sites
-        if one["taken"] not in (_BY_OPTION, "never") or not one["change"].startswith("nothing")
-    ]
-    headings = ("", "taken", "zeroes padding", "what changes")
-    report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
-    out.print(f"{len(found.sites) - len(rows)} more sites, not taken by default and left alone, are in --json.\n")
+    rows = []
+    for one in found.sites:
+        optional = one["taken"] in (_BY_OPTION, "never")
+        if not optional or not one["change"].startswith("nothing"):
+            taken = one["when"] if optional else ", ".join(filter(None, (one["taken"], one["when"])))
+            rows.append((one["name"], taken, one["zeroes_padding"], one["change"]))
+    if rows:
+        headings = ("", "taken", "zeroes padding", "what changes")
+        report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
+    out.print(
+        f"{len(found.sites) - len(rows)} more sites of scales, optional or unused here and left alone: see --json.\n"
+    )
 
 
 def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:

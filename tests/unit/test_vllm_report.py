@@ -23,7 +23,7 @@ def test_the_line_has_what_is_served_and_what_is_not():
     served = Counter({"scaled_fp4_quant": 64, "SiLU + FP4, pass": 32, "all-reduce + RMSNorm + FP4": 32})
     assert line(served=served, not_served={"no rows": 8, "pool error": 32}) == (
         "safealloc: rank 3: serves 128 of 168 hooked scale sites per step, in 35 captures "
-        "(102 buffers, 30.1 MiB, 0 fallbacks); safety behind 64 producers that zero no padding, no time saved; "
+        "(102 buffers, 30.1 MiB, 0 fallbacks); safety behind producers that zero no padding (64), no time saved; "
         "not served: no rows (8), pool error (32)" + END
     )
 
@@ -32,16 +32,16 @@ def test_the_line_has_what_is_served_and_what_is_not():
     ("version", "capability", "served", "meaning"),
     [
         ("0.33.0", (10, 0), {"scaled_fp4_quant": 64}, "no time saved"),
-        ("0.33.0", (12, 0), {"SiLU + FP4, pass": 1}, "safety behind 1 producer that zero no padding, no time saved"),
-        ("0.28.0", (10, 0), {"scaled_fp4_quant": 64, "SiLU + FP4, pass": 32}, "saves 96 fills per step"),
+        ("0.33.0", (12, 0), {"SiLU + FP4, pass": 1}, "safety behind producers that zero no padding (1), no time saved"),
+        ("0.28.0", (10, 0), {"scaled_fp4_quant": 64, "SiLU + FP4, pass": 32}, "saves fills (96)"),
         (
             "0.28.0",
             (12, 0),
             {"scaled_fp4_quant": 1, "NVFP4 expert quantizers": 2},
-            "safety behind 2 producers that zero no padding, saves 1 fill per step",
+            "safety behind producers that zero no padding (2), saves fills (1)",
         ),
-        ("0.33.0", (10, 0), {"something else": 5}, "no time saved, unknown for 5 sites"),
-        ("0.28.0", (10, 0), 96, "saves up to 96 fills per step"),
+        ("0.33.0", (10, 0), {"something else": 5}, "no time saved, not known elsewhere (5)"),
+        ("0.28.0", (10, 0), 96, "saves fills (up to 96)"),
         ("0.33.0", (10, 0), 96, "safety behind fused producers, no time saved"),
         ("0.22.1", (10, 0), 96, "safety: nobody else zeroes padding in vLLM 0.22.1, no time saved"),
         ("0.34.0", (10, 0), 96, "what that changes in vLLM 0.34.0 is not known, it was not read"),

@@ -39,14 +39,14 @@ def test_every_hook_that_answers_with_scales_serves_a_site():
     [
         ("scaled_fp4_quant", "0.19.1", "nobody", "safety"),
         ("scaled_fp4_quant", "0.28.0", "fill", "time: no fill"),
-        ("scaled_fp4_quant", "0.33.0", "kernel", "nothing: zeroed anyway"),
+        ("scaled_fp4_quant", "0.33.0", "kernel", "nothing"),
         ("all-reduce + RMSNorm + FP4", "0.28.0", "fill", "time: no fill"),
         ("all-reduce + RMSNorm + FP4", "0.33.0", "nobody", "safety"),
         ("SiLU + FP4, function", "0.30.0", "nobody", "safety"),
         ("NVFP4 expert quantizers", "0.28.0", "nobody", "safety, memory"),
-        ("MXFP4 expert quantizers", "0.33.0", "nobody", "nothing: not hooked"),
-        ("linear NVFP4 scales", "0.28.0", "no padding", "nothing: no padding"),
-        ("8x4 NVFP4", "0.33.0", "kernel", "nothing: zeroed anyway"),
+        ("MXFP4 expert quantizers", "0.33.0", "nobody", "nothing: no hook"),
+        ("linear NVFP4 scales", "0.28.0", "no padding", "nothing"),
+        ("8x4 NVFP4", "0.33.0", "kernel", "nothing"),
     ],
 )
 def test_what_changes_at_a_site(name, version, zeroed, change):

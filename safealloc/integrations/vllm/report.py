@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 
 import torch
@@ -48,7 +47,7 @@ def _meaning(version: str, capability: tuple[int, int] | None, served: Mapping[s
         return f"what that changes in vLLM {version} is not known, it was not read"
     if isinstance(served, int):
         if sites.fills(version):
-            return f"saves up to {served} fills per step"
+            return f"saves fills (up to {served})"
         if targets.release(version) >= targets.release(sites.KERNEL_ZEROES):
             return "safety behind fused producers, no time saved"
         return f"safety: nobody else zeroes padding in vLLM {version}, no time saved"
@@ -57,30 +56,23 @@ def _meaning(version: str, capability: tuple[int, int] | None, served: Mapping[s
     fills, unsafe, unknown = (
         sum(calls for name, calls in served.items() if by[name] == zeroed) for zeroed in ("fill", "nobody", "not read")
     )
-    parts = [f"safety behind {_counted(unsafe, 'producer')} that zero no padding"] if unsafe else []
-    parts += [f"saves {_counted(fills, 'fill')} per step" if fills else "no time saved"]
-    parts += [f"unknown for {_counted(unknown, 'site')}"] if unknown else []
+    parts = [f"safety behind producers that zero no padding ({unsafe})"] if unsafe else []
+    parts += [f"saves fills ({fills})" if fills else "no time saved"]
+    parts += [f"not known elsewhere ({unknown})"] if unknown else []
     return ", ".join(parts)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class FailureLog:
     """Logs the first failure of each kind: of each type, at each place."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._logged: set[tuple[type[BaseException], str]] = set()
+        self._logged: dict[tuple[type[BaseException], str], object] = {}
 
     def log(self, logger: logging.Logger, where: str, error: BaseException) -> bool:
         """Log an error if it is the first of its kind, and return whether it is; ``where`` is as in "while reserving"."""
-        kind = (type(error), where)
-        with self._lock:
-            if kind in self._logged:
-                return False
-            self._logged.add(kind)
+        first = object()
+        if self._logged.setdefault((type(error), where), first) is not first:  # one step, also among threads
+            return False
         logger.error(
             "safealloc: %s %s; further errors of this kind are not logged: %s: %s",
             *(_what(error), where, type(error).__name__, error),

@@ -56,9 +56,9 @@ class Site:
         """What the pool changes there, in a few words."""
         zeroed = self.zeroed_by(version)
         if self.hook is None:
-            return "nothing: no padding" if zeroed == "no padding" else "nothing: not hooked"
+            return "nothing" if zeroed == "no padding" else "nothing: no hook"
         memory = ", memory" if self.hook is targets.EXPERTS else ""
-        return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing: zeroed anyway")
+        return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing")
 
 
 def fills(version: str) -> bool:
