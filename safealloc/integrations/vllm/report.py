@@ -46,11 +46,10 @@ def _meaning(version: str, capability: tuple[int, int] | None, served: Mapping[s
     if not targets.release(version) or targets.release(version) > targets.release(targets.SUPPORTED[1]):
         return f"what that changes in vLLM {version} is not known, it was not read"
     if isinstance(served, int):
-        if sites.fills(version):
-            return f"saves fills (up to {served})"
-        if targets.release(version) >= targets.release(sites.KERNEL_ZEROES):
-            return "safety behind fused producers, no time saved"
-        return f"safety: nobody else zeroes padding in vLLM {version}, no time saved"
+        with_kernel = "safety behind fused producers, no time saved"
+        alone = f"safety: nobody else zeroes padding in vLLM {version}, no time saved"
+        by_padding = {"fill": f"saves fills (up to {served})", "kernel": with_kernel}
+        return by_padding.get(sites.SITES[0].zeroed_by(version), alone)
     known = {site.name: site for site in sites.SITES}
     by = {name: known[name].zeroed_by(version) if name in known else "not read" for name in served}
     fills, unsafe, unknown = (

@@ -1,8 +1,8 @@
 """Where vLLM allocates block scales for activations, release by release, and what the pool changes there.
 
-The table was read from the Python sources of vLLM 0.19.1, 0.20.2, 0.22.1, 0.25.1, 0.28.0, 0.30.0, 0.32.0 and 0.33.0;
-``tests/vllm_releases/scan_sites.py`` finds the allocations. Default GPUs are those of 0.32.0 and 0.33.0. What kernels do is
-known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
+The table was read from the Python sources of vLLM 0.19.1, 0.20.2, 0.22.1, 0.25.1, 0.28.0, 0.30.0, 0.32.0 and 0.33.0, with
+``tests/vllm_releases/scan_sites.py``; a release in between is taken for the one before. Default GPUs are those of 0.32.0 and
+0.33.0. What kernels do is known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Site:
     name: str  # in the log and in doctor's table
     where: str  # functions of vLLM that allocate for it, separated by spaces
     scales: str  # format and layout
-    padding: (
-        Padding | None
-    )  # who zeroes it where the memory does not; ``None``: the kernel since KERNEL_ZEROES, else nobody
+    padding: Padding | None  # who zeroes it; ``None``: nobody before KERNEL_ZEROES, then the kernel
     hook: targets.Target | None  # which hook serves it, or ``None``
     default: tuple[Family, ...] = ()  # GPUs on which vLLM takes it unless told otherwise
     when: str = ""  # what else has to be true
@@ -96,7 +94,7 @@ _LAYERS, _FEW, _MOE = (
 )
 
 SITES: Sequence[Site] = (
-    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH, "linear layers"),
+    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH),
     Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
     Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
     Site(
