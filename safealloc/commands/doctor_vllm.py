@@ -14,7 +14,7 @@ from safealloc import _optional, settings
 from safealloc.commands import report
 from safealloc.integrations.vllm import kernel, plugin, sites, targets
 
-_BY_OPTION = "by option"
+_BY_OPTION, _NEVER = "by option", "never"
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
 
@@ -113,7 +113,7 @@ def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, 
         if gpu is not None:
             here = sites.family(gpu)
             change = change if here else "nothing: no NVFP4"
-            taken = "never" if here is None else "default" if here in site.default else _BY_OPTION
+            taken = _NEVER if here is None else "default" if here in site.default else _BY_OPTION
         row = {"name": site.name, "scales": site.scales, "taken": taken, "when": site.when}
         found.append({**row, "zeroes_padding": site.zeroed_by(version), "change": change})
     return found
@@ -186,18 +186,18 @@ def show(found: VllmFinding, out: Console) -> None:
 
 def _show_sites(found: VllmFinding, out: Console) -> None:
     """Those that are taken by default, and those that the plugin changes."""
+    if all(one["taken"] == _NEVER for one in found.sites):
+        out.print("vLLM has no NVFP4 kernels for this GPU: safealloc changes nothing here.\n")
+        return
     rows = []
     for one in found.sites:
-        optional = one["taken"] in (_BY_OPTION, "never")
+        optional = one["taken"] == _BY_OPTION
         if not optional or not one["change"].startswith("nothing"):
             taken = one["when"] if optional else ", ".join(filter(None, (one["taken"], one["when"])))
             rows.append((one["name"], taken, one["zeroes_padding"], one["change"]))
-    if rows:
-        headings = ("", "taken", "zeroes padding", "what changes")
-        report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
-    out.print(
-        f"{len(found.sites) - len(rows)} more sites of scales, optional or unused here and left alone: see --json.\n"
-    )
+    headings = ("", "taken", "zeroes padding", "what changes")
+    report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
+    out.print(f"{len(found.sites) - len(rows)} more sites of scales, optional and left alone: see --json.\n")
 
 
 def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
