@@ -19,7 +19,7 @@ from support.vllm_source import VERSION, stand_in
 from safealloc import _optional, settings
 from safealloc.cli import main
 from safealloc.commands import doctor_vllm
-from safealloc.integrations.vllm import kernel, plugin, targets
+from safealloc.integrations.vllm import kernel, plugin, sites, targets
 from safealloc.ops.backends import GEMMS, QUANTIZERS
 
 
@@ -205,7 +205,8 @@ def test_a_vllm_that_every_hook_fits_is_not_imported(install):
     assert f"\n{targets.SCALES.name} yes\n" in text
     assert f"\n{targets.FUSED_ACT_QUANT.name} - vLLM has it since" in text
     assert "padding without it torch.zeros zeroed at each call\n" in text
-    assert len(text.splitlines()) < 40
+    assert [one["name"] for one in found.sites] == [one.name for one in sites.SITES if one.exists(VERSION)]
+    assert len(text.splitlines()) < 42
 
 
 def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
@@ -249,6 +250,61 @@ def test_a_kernel_that_zeroes_padding_is_reported(install):
     found = doctor_vllm.look(None)
     assert found.padding.kernel_zeroes
     assert "its quantization kernel zeroes it" in shown(found)
+
+
+def look_on(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = doctor_vllm.look(None)
+    return {one["name"]: (one["taken"], one["zeroes_padding"], one["change"]) for one in found.sites}, shown(found)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dense", "all_reduce", "in_table"),
+    [
+        (None, "SM10x SM12x", "SM10x", 7),
+        ((10, 3), "default", "default", 6),
+        ((12, 0), "default", "by option", 6),
+        ((9, 0), "never", "never", 0),
+    ],
+)
+def test_what_changes_at_each_site_depends_on_the_gpu(install, monkeypatch, capability, dense, all_reduce, in_table):
+    install()
+    by_name, text = look_on(monkeypatch, capability)
+    change = "nothing: no NVFP4" if capability == (9, 0) else "time: no fill"
+    assert by_name["scaled_fp4_quant"] == (dense, "fill", change)
+    assert by_name["all-reduce + RMSNorm + FP4"] == (all_reduce, "fill", change)
+    assert ("\nscaled_fp4_quant " in text) == (capability != (9, 0))
+    assert "\nMXFP8 quantizers " not in text
+    left = f"\n{len(by_name) - in_table} more sites of scales, optional and left alone: see --json.\n"
+    assert (left if in_table else "vLLM has no NVFP4 kernels for this GPU: safealloc changes nothing here.\n") in text
+
+
+def test_a_site_whose_hook_does_not_fit_is_left_alone(install, monkeypatch):
+    sources = stand_in()
+    sources[targets.SCALES.module] = sources[targets.SCALES.module].replace(
+        "def create_fp4_scale_tensor(m", "def other(m"
+    )
+    install(sources=sources)
+    by_name, _ = look_on(monkeypatch, None)
+    assert by_name["scaled_fp4_quant"][2] == "nothing: hook unfit"
+    assert by_name["NVFP4 expert quantizers"][2] == "safety, memory"
+
+
+@pytest.mark.parametrize("capability", [None, (10, 0)])
+def test_the_table_of_sites_fits_80_columns(install, monkeypatch, capability):
+    install()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    doctor_vllm.show(doctor_vllm.look(None), out)
+    text = out.file.getvalue().partition("what safealloc changes here")[2].partition("more sites")[0]
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 2 + 2 * 7  # no row has more than two lines
+    assert "…" not in text
 
 
 @pytest.mark.parametrize(
