@@ -30,8 +30,8 @@ def quantize_blocks(
     live,  # int1 [BLOCKS], whether it is read; else it is zeros
     HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, WORDS: tl.constexpr,
     TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way: its programs then share the room fairly
-    up=None,  # number of each block that silu of the first is multiplied with
-    ARITHMETIC: tl.constexpr = "exact",
+    up,  # number of each block that silu of the first is multiplied with, or None
+    ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
     g = tl.load(global_scale)

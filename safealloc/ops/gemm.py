@@ -110,11 +110,10 @@ def mm_fp4(
         a_descale = _treat_foreign(a_descale, layout, m, k, block_size)
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    if block_size == BLOCK_SIZE:
-        row.run(a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check)
-    else:
-        further = {"enable_pdl": enable_pdl, "skip_check": skip_check, "block_size": block_size}
-        row.run(a, weight, a_descale, weight_scales, alpha, out, layout, **further)
+    blocks = {} if block_size == BLOCK_SIZE else {"block_size": block_size}  # only FlashInfer's rows take others
+    row.run(
+        a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check, **blocks
+    )
     return out
 
 

@@ -285,7 +285,6 @@ def _aligned(nbytes: int, device: torch.device) -> Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         if memory.data_ptr() % ALIGNMENT:  # not the caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING)
             memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
-    if memory.data_ptr() % ALIGNMENT:
-        start = -memory.data_ptr() % ALIGNMENT
-        memory = memory[start : start + nbytes]
+            start = -memory.data_ptr() % ALIGNMENT
+            memory = memory[start : start + nbytes]
     return memory

@@ -136,12 +136,6 @@ class _StreamStatus:
             raise RuntimeError(f"cuStreamIsCapturing failed with {error} for stream {stream:#x}")
         return answer.value != 0
 
-    def may_record(self, stream: int) -> bool:
-        """Whether an event can be recorded on a raw stream without ending up in somebody's capture, or ending one."""
-        pointer, reference, answer = self._streams.get(stream) or self._add(stream)
-        # Of stream 0 an error says that a stream which waits for it is capturing.
-        return not self._query(pointer, reference) and not answer.value
-
     def _add(self, stream: int) -> tuple[ctypes.c_void_p, object, ctypes.c_int]:
         answer = ctypes.c_int()
         return self._streams.setdefault(stream, (ctypes.c_void_p(stream), ctypes.byref(answer), answer))
@@ -154,7 +148,10 @@ def _stream_status() -> _StreamStatus:
 
 def may_record(stream: int) -> bool:
     """Whether an event can be recorded on a raw stream without ending up in somebody's capture, or ending one."""
-    return _stream_status().may_record(stream)
+    try:
+        return not _stream_status().capturing(stream)
+    except RuntimeError:  # of stream 0 it says that a stream which waits for it is capturing
+        return False
 
 
 def record_event(stream: int, device: torch.device) -> torch.cuda.Event:

@@ -91,7 +91,7 @@ class ScalePool(PoolState):
             and not _dispatch_modes()  # fake tensors, perhaps
         ):
             try:  # what is there costs less so than by get()
-                buffers = self._ready[rows, k, layout, padded_k, stream]
+                buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
             except KeyError:
                 buffers = _NO_BUFFERS
             for buffer in buffers:

@@ -61,7 +61,6 @@ class PoolState(OfOneProcess):
         self._inventory = Inventory(
             self.device, *limits, self._number, poison=poison, red_zones=debug, ready=not watched
         )
-        self._ready = self._inventory.ready  # for one attribute less on the hit path
         self._watch = Watch(self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair)
         self._graphs = GraphUses(self._number)
         self._warned: set[ScaleSpec] = set()
@@ -228,7 +227,6 @@ class PoolState(OfOneProcess):
         # Not dropped: freeing the parent's device memory from here would be an error.
         self._left_behind = self._inventory, self._watch
         self._inventory = Inventory(self.device)
-        self._ready = self._inventory.ready
         self._watch = Watch(self._inventory)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.graph_stories import LAYOUT, MARK, SHAPE, STORIES, Story, World, tell
+from support.graph_stories import LAYOUT, MARK, SHAPE, STORIES, Story, World, check_that_an_update_gives_back, tell
 from support.raw_graphs import MODES, RawGraphs
 
 from safealloc import ScalePool, capture
@@ -79,13 +79,7 @@ def test_an_executable_of_torch_updated_to_a_graph_of_another_handle(world: Worl
 
 
 def test_what_an_updated_executable_does_not_write_any_more_comes_back(world: World) -> None:
-    first, left = world.graph()
-    second, _ = world.graph()
-    executable = world.raw.instantiate(first)
-    assert world.raw.update(executable, second)
-    world.raw.destroy(first)
-    assert world.comes_back(left)
-    world.raw.destroy(executable, second)
+    check_that_an_update_gives_back(world)
 
 
 @pytest.mark.parametrize("what", ["destroyed", "updated"])

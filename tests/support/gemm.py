@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from safealloc import LayoutMismatchError, ScalePool, SfLayout, mm_fp4, nvfp4_quantize
+from safealloc import LayoutMismatchError, ScalePool, SfLayout, mm_fp4, nvfp4_quantize, set_foreign_scales
 from safealloc.kernels import reference
 
 M, N, K = 9, 24, 80
 ONE = torch.ones(1)
 FLASHINFER_NAMES = ["cudnn", "trtllm", "cutlass", "cute-dsl", "cutedsl_low_latency", "b12x", "cake"]
+
+
+@pytest.fixture
+def pool() -> Iterator[ScalePool]:
+    with ScalePool("cpu") as pool:
+        yield pool
+
+
+@pytest.fixture
+def foreign() -> Iterator[Callable[[Any], Any]]:
+    """``set_foreign_scales``, undone afterwards."""
+    before = set_foreign_scales("zero")
+    yield set_foreign_scales
+    set_foreign_scales(before)
 
 
 class FakeFlashInfer:

@@ -274,3 +274,15 @@ def tell(world: World, story: Callable[[World], Story]) -> None:
     for address in set(world.addresses):
         assert world.comes_back(address)
     assert world.in_the_end(lambda: world.pool.captures() == 0)
+
+
+def check_that_an_update_gives_back(world: World) -> None:
+    """What an updated executable does not write any more comes back, and what it writes now does not."""
+    first, left = world.graph()
+    second, kept = world.graph()
+    executable = world.raw.instantiate(first)
+    assert world.raw.update(executable, second)
+    world.raw.destroy(first)
+    assert world.comes_back(left)
+    assert kept not in world.handed_out()
+    world.raw.destroy(executable, second)

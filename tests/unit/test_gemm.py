@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gemm import ONE, K, M, N, Operands, check_refused, close
+from support.gemm import ONE, K, M, N, Operands, check_refused, close, pool  # noqa: F401
 from torch import Tensor
 
 from safealloc import (
@@ -29,12 +28,6 @@ layouts = pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: l
 swizzles = pytest.mark.parametrize(
     "layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name
 )
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool:
-        yield pool
 
 
 # --- results ----------------------------------------------------------------------------------------------------

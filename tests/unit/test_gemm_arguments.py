@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.gemm import FLASHINFER_NAMES, ONE, M, N, Operands, check_refused
+from support.gemm import FLASHINFER_NAMES, ONE, M, N, Operands, check_refused, foreign, pool  # noqa: F401
 
 from safealloc import (
     ScalePool,
-    set_foreign_scales,
 )
 from safealloc.formats.format import NAN_SCALE
 from safealloc.ops import backends
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool:
-        yield pool
-
-
-@pytest.fixture
-def foreign() -> Iterator[Callable[[Any], Any]]:
-    """``set_foreign_scales``, undone afterwards."""
-    before = set_foreign_scales("zero")
-    yield set_foreign_scales
-    set_foreign_scales(before)
 
 
 def _change(name: str, value: Callable[[Operands], Any]) -> Callable[[Operands], dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.gemm import FLASHINFER_NAMES, ONE, FakeFlashInfer, M, N, Operands, check_refused, close
+from support.gemm import FLASHINFER_NAMES, ONE, FakeFlashInfer, M, N, Operands, check_refused, close, foreign, pool  # noqa: F401
 from torch import Tensor
 
 from safealloc import (
@@ -15,27 +15,12 @@ from safealloc import (
     SfLayout,
     _optional,
     mm_fp4,
-    set_foreign_scales,
 )
 from safealloc.formats.format import NAN_SCALE
 from safealloc.ops import backends
 
 FP4 = torch.float4_e2m1fn_x2
 FP8 = torch.float8_e4m3fn
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool:
-        yield pool
-
-
-@pytest.fixture
-def foreign() -> Iterator[Callable[[Any], Any]]:
-    """``set_foreign_scales``, undone afterwards."""
-    before = set_foreign_scales("zero")
-    yield set_foreign_scales
-    set_foreign_scales(before)
 
 
 ROW_ALPHA = {"flashinfer", "auto", "cute-dsl", "cake"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.gemm import M, N, Operands, check_refused
+from support.gemm import M, N, Operands, check_refused, foreign, pool  # noqa: F401
 
 from safealloc import (
     LayoutMismatchError,
@@ -15,7 +15,6 @@ from safealloc import (
     ScalePool,
     SfLayout,
     mm_fp4,
-    set_foreign_scales,
 )
 from safealloc.formats.format import NAN_SCALE
 
@@ -24,20 +23,6 @@ FP8 = torch.float8_e4m3fn
 swizzles = pytest.mark.parametrize(
     "layout", [SfLayout.layout_128x4, SfLayout.layout_8x4], ids=lambda layout: layout.name
 )
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool:
-        yield pool
-
-
-@pytest.fixture
-def foreign() -> Iterator[Callable[[Any], Any]]:
-    """``set_foreign_scales``, undone afterwards."""
-    before = set_foreign_scales("zero")
-    yield set_foreign_scales
-    set_foreign_scales(before)
 
 
 @swizzles

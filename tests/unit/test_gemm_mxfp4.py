@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.gemm import FLASHINFER_NAMES, FakeFlashInfer, mxfp4_values
+from support.gemm import FLASHINFER_NAMES, FakeFlashInfer, foreign, mxfp4_values  # noqa: F401
 from torch import Tensor
 
 from safealloc import (
@@ -18,7 +18,6 @@ from safealloc import (
     _optional,
     mm_fp4,
     nvfp4_quantize,
-    set_foreign_scales,
 )
 from safealloc.ops import backends
 
@@ -57,14 +56,6 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> FakeFlashInfer:
     monkeypatch.setattr(_optional, "load", lambda name: fake if name == "flashinfer" else real(name))
     monkeypatch.setattr(backends, "package_refusal", lambda call, package, runs_on: _optional.missing(package))
     return fake
-
-
-@pytest.fixture
-def foreign() -> Iterator[Callable[[Any], Any]]:
-    """``set_foreign_scales``, undone afterwards."""
-    before = set_foreign_scales("zero")
-    yield set_foreign_scales
-    set_foreign_scales(before)
 
 
 @pytest.mark.parametrize("backend", ["auto", "flashinfer", "cudnn", "cute-dsl", "cutedsl_low_latency", "b12x"])

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from support.gemm import pool  # noqa: F401
 from torch import Tensor
 
 from safealloc import LayoutMismatchError, ScalePool, SfLayout, mm_fp4, nvfp4_linear, nvfp4_quantize
 
 ONE = torch.ones(1)
 N, K = 128, 80
-
-
-@pytest.fixture
-def pool() -> Iterator[ScalePool]:
-    with ScalePool("cpu") as pool:
-        yield pool
 
 
 def matrix(rows: int, seed: int = 0) -> Tensor:

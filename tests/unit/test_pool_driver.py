@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from support.fake_captures import FakeCuda
 
 from safealloc.pool import driver
@@ -95,3 +99,24 @@ def test_an_interrupt_before_the_mode_was_exchanged_changes_nothing(cuda: FakeCu
     with pytest.raises(KeyboardInterrupt), driver.relaxed():
         pass
     assert cuda.mode == 0
+
+
+def test_a_stream_is_asked_whether_it_captures_and_an_error_means_that_nothing_may_be_recorded(monkeypatch) -> None:
+    errors, statuses, asked = {7: 906}, {3: 1, 4: 2}, []
+
+    def is_capturing(stream: Any, status: Any) -> int:
+        asked.append(stream.value or 0)
+        status._obj.value = statuses.get(stream.value, 0)
+        return errors.get(stream.value, 0)
+
+    library = SimpleNamespace(cuStreamIsCapturing=is_capturing)
+    monkeypatch.setattr(driver.ctypes, "PyDLL", lambda name: library)
+    monkeypatch.setattr(driver, "_stream_status", functools.cache(driver._StreamStatus))
+    capturing = driver.capture_query(torch.device("cuda", 0))
+    assert [capturing(stream) for stream in (3, 4, 5, 3)] == [True, True, False, True]
+    assert [driver.may_record(stream) for stream in (0, 3, 4, 5, 7)] == [True, False, False, True, False]
+    with pytest.raises(RuntimeError, match="failed with 906 for stream 0x7"):
+        capturing(7)
+    statuses.clear()
+    assert not capturing(3)
+    assert asked == [3, 4, 5, 3, 0, 3, 4, 5, 7, 7, 3]

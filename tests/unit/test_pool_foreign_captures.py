@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.fake_graphs import FakeGraphs
-from support.graph_stories import SHAPE, STORIES, Story, World, tell
+from support.graph_stories import SHAPE, STORIES, Story, World, check_that_an_update_gives_back, tell
 
 from safealloc import ScalePool
 from safealloc.pool import driver
@@ -34,11 +34,4 @@ def test_a_buffer_stays_with_what_may_write_it_and_comes_back_afterwards(
 
 
 def test_what_an_updated_executable_does_not_write_any_more_comes_back(world: World) -> None:
-    first, left = world.graph()
-    second, kept = world.graph()
-    executable = world.raw.instantiate(first)
-    assert world.raw.update(executable, second)
-    world.raw.destroy(first)
-    assert world.comes_back(left)
-    assert kept not in world.handed_out()
-    world.raw.destroy(executable, second)
+    check_that_an_update_gives_back(world)

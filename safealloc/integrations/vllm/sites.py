@@ -87,11 +87,6 @@ _MXFP8 = (
 )
 _V41 = ("fused_q_kv_rmsnorm_quant FusedWoAKernel.__call__", "DeepseekV4MegaAttnAttention._o_proj")
 _V41_EXPERTS = "RoutedExpertGemm.gemm1 RoutedExpertGemm.front EngramBatch.__init__"
-_LAYERS, _FEW, _MOE = (
-    "linear layers",
-    "trtllm, up to 32 rows",
-    "vLLM's CUTLASS MoE",
-)
 
 SITES: Sequence[Site] = (
     Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH),
