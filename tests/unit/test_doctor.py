@@ -75,7 +75,6 @@ def test_values_of_settings_are_shown(monkeypatch, tmp_path, capsys):
         "SAFEALLOC_VERIFY": "100",
         "SAFEALLOC_VERIFY_REPAIR": "1",
         "SAFEALLOC_STRICT": "1",
-        "SAFEALLOC_MAX_ROWS": "64",
     }
     for name in settings.MEANINGS:
         monkeypatch.delenv(name, raising=False)
@@ -97,8 +96,6 @@ def test_values_of_settings_are_shown(monkeypatch, tmp_path, capsys):
         ("SAFEALLOC_VERIFY", "often", "No default pool can be made: SAFEALLOC_VERIFY must be a whole number"),
         ("SAFEALLOC_VERIFY_REPAIR", "yes", "No default pool can be made: SAFEALLOC_VERIFY_REPAIR must be 0 or 1"),
         ("SAFEALLOC_POISON", "2", "No default pool can be made: SAFEALLOC_POISON must be 0 or 1"),
-        ("SAFEALLOC_MAX_ROWS", "many", "SAFEALLOC_MAX_ROWS must be a positive integer, got 'many': it is ignored"),
-        ("SAFEALLOC_MAX_ROWS", "0", "SAFEALLOC_MAX_ROWS must be a positive integer, got '0': it is ignored"),
     ],
 )
 def test_a_setting_with_a_bad_value_is_reported(monkeypatch, tmp_path, capsys, name, value, problem):
