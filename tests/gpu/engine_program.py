@@ -255,8 +255,12 @@ def run(request: dict) -> dict:
     from support.internals import buffers_of, watch_of
 
     from safealloc import PaddingCorruptionError, default_pool
+    from safealloc.integrations.vllm.serve import engine_of
 
-    pool = default_pool("cuda:0")
+    worker = engine.llm.llm_engine.model_executor.driver_worker.worker
+    own = engine_of(worker)
+    pool = default_pool("cuda:0") if own is None or own.pool is None else own.pool
+    result["engine has a pool"] = own is not None and own.pool is not None
     result["stats"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     result["verified"] = pool.verify()
     result["addresses"] = sorted(buffer.address for buffer in buffers_of(pool))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -14,11 +15,10 @@ import torch._dynamo as dynamo
 import vllm._custom_ops as ops
 from support.vllm_cpu_ops import (
     ALPHA,
-    CPU,
     GLOBAL_SCALE,
     KERNELS,
     activation,
-    engine_config,
+    capturing,
     fused_act_quant,
     kernel_and_layer,
     mm_calls,
@@ -29,7 +29,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
-from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from safealloc import LayoutMismatchError, SafeAllocError, ScalePool, ScaleSpec, SfLayout
@@ -269,12 +268,13 @@ def test_fused_silu_and_mul_in_compiled_code(pool: ScalePool, plugin: None) -> N
 
 
 def test_one_compilation_serves_decode_and_prefill(pool: ScalePool, plugin: None) -> None:
-    """In the same compiled code, vLLM allocates above the largest batch and outside a step."""
+    """In the same compiled code, vLLM allocates above the largest batch and outside captures."""
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(quantize_and_multiply, backend=counter, fullgraph=True, dynamic=True)
     with torch.inference_mode(), padding_is_written():
-        for in_a_step, rows, served in ((True, 6, True), (True, 7, False), (False, 6, False), (True, 5, True)):
-            with override_forward_context(object() if in_a_step else None):
+        allocator.engine = None
+        for captured, rows, served in ((True, 6, True), (True, 7, False), (False, 6, False), (True, 5, True)):
+            with capturing(pool, 6) if captured else contextlib.nullcontext():
                 expected = quantize_and_multiply(activation(rows, K))
                 assert torch.equal(compiled(activation(rows, K)), expected)
             assert (mm_calls[-1].spec is not None) is served

@@ -129,9 +129,7 @@ def test_linear_kernels_give_the_bits_of_vllms(pool: ScalePool, name: str) -> No
             is_8x4 = name == "trtllm" and rows <= 32
             padded = layer.weight.shape[1] * 2
             takes_padded_n = padded != k and name not in ("cute-dsl", "b12x")  # they pad the data afterwards
-            spec = ScaleSpec(
-                rows, k, SfLayout.layout_8x4 if is_8x4 else SfLayout.layout_128x4, padded if takes_padded_n else None
-            )
+            spec = ScaleSpec(rows, k, SfLayout.layout_128x4, padded if takes_padded_n else None)
             assert [call.spec for call in mm_calls] == [spec, spec]
             assert {call.use_8x4_sf_layout for call in mm_calls} == {is_8x4}
         assert pool.verify() == pool.stats().buffers

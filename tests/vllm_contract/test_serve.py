@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +12,14 @@ from support.vllm_cpu_ops import (
     CPU,
     GLOBAL_SCALE,
     activation,
+    capturing,
     padding_is_written,
 )
 from support.vllm_cpu_ops import vllm_quantize as quantize
-from torch import Tensor, nn
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from torch import Tensor
 
-from safealloc import PoolClosedError, ScalePool, use_pool
+from safealloc import PoolClosedError, ScalePool
+from safealloc.integrations.vllm.serve import allocator
 
 K = 80
 
@@ -31,32 +30,25 @@ def served(pool: ScalePool, rows: int = 5, k: int = K) -> bool:
         lambda: ops.create_fp4_scale_tensor(rows, k, CPU, True),
         lambda: ops.create_fp4_output_tensors(rows, k, CPU, True, padded_n=k + 16)[1],
         lambda: quantize(activation(rows, k))[1],
-        lambda: ops.flashinfer_quant_nvfp4_8x4_sf_layout(activation(rows, k), GLOBAL_SCALE)[1],
         lambda: torch.ops.safealloc.vllm_scales(rows, k, CPU, None),
-        lambda: torch.ops.safealloc.vllm_quantize_8x4(activation(rows, k), GLOBAL_SCALE)[1],
+        lambda: torch.ops.safealloc.vllm_fused_scales(rows, k, CPU, None),
     ]
     answers = {pool.spec(producer()) is not None for producer in producers}
     assert len(answers) == 1
     return answers.pop()
 
 
-MODEL_CONFIG = SimpleNamespace(quantization=None, word_embeddings_untied_by_checkpoint=False)
+def test_only_calls_of_captured_sizes_are_served(pool: ScalePool, plugin: None) -> None:
+    with capturing(pool, 8):
+        assert served(pool, 8)
+        assert not served(pool, 9)
+    allocator.engine = None
+    assert not served(pool, 8)
+    assert pool.stats().bytes > 0
 
 
-class QuantizesAtLoad(QuantizeMethodBase):
-    """Like vLLM's online quantization: the scales live as long as the model."""
-
-    def __init__(self, swizzled: bool) -> None:
-        self.swizzled = swizzled
-
-    def create_weights(self, layer: nn.Module, *given: Any, **named: Any) -> None: ...
-
-    def apply(self, layer: nn.Module, *given: Any, **named: Any) -> Tensor:
-        raise NotImplementedError
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _, scales = quantize(layer.weight.data, is_sf_swizzled_layout=self.swizzled)
-        layer.weight_scale = nn.Parameter(scales, requires_grad=False)
+def test_8x4_scales_are_flashinfers(pool: ScalePool, plugin: None) -> None:
+    assert pool.spec(ops.flashinfer_quant_nvfp4_8x4_sf_layout(activation(5, K), GLOBAL_SCALE)[1]) is None
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -84,12 +76,10 @@ def test_strict_raises_pool_errors(pool: ScalePool, plugin: None, monkeypatch: p
     pool.close()
     with pytest.raises(PoolClosedError):
         quantize(activation(5, K))
-    with pytest.raises(PoolClosedError):
-        ops.flashinfer_quant_nvfp4_8x4_sf_layout(activation(5, K), GLOBAL_SCALE)
 
 
 def test_a_full_pool_is_a_pool_error(plugin: None, log: list[logging.LogRecord]) -> None:
-    with ScalePool("cpu", max_bytes=1024) as small, use_pool(small):
+    with ScalePool("cpu", max_bytes=1024) as small, capturing(small):
         _, fits = quantize(activation(5, 64))
         _, second = quantize(activation(5, 64))
         _, third = quantize(activation(5, 64))
