@@ -218,14 +218,14 @@ def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
 
 def test_a_hook_that_does_not_fit_has_a_reason(install):
     sources = stand_in()
-    sources[targets.LOAD.module] = "def process_weights_after_loading(model): ...\n"
+    sources[targets.MM.module] = "def flashinfer_scaled_fp4_mm(model): ...\n"
     sources[targets.PROFILE.module] = "def broken(:\n"
     sources[targets.SCALES.module] = sources[targets.SCALES.module].replace("torch.zeros", "torch.empty")
     del sources[targets.LINEAR.module]
     install(sources=sources)
     found = doctor_vllm.look(None)
     hooks = {hook.name: hook for hook in found.hooks}
-    assert (hooks[targets.LOAD.name].status, hooks[targets.LOAD.name].reason) == (
+    assert (hooks[targets.MM.name].status, hooks[targets.MM.name].reason) == (
         "changed",
         "its parameters are (model)",
     )
@@ -233,7 +233,7 @@ def test_a_hook_that_does_not_fit_has_a_reason(install):
     assert hooks[targets.LINEAR.name].status == "missing"
     assert found.padding.allocation == "empty"
     text = shown(found)
-    assert f"\n{targets.LOAD.name} no: changed its parameters are (model)\n" in text
+    assert f"\n{targets.MM.name} no: changed its parameters are (model)\n" in text
     assert f"\n{targets.LINEAR.name} no: missing {targets.LINEAR.module} has no " in text
     assert "torch.empty its sources do not mention any zeroing\n" in text
 

@@ -347,7 +347,7 @@ def test_each_kind_of_error_is_logged_once_and_vllm_allocates(
         for _ in range(3):
             assert allocator.scales(4, 64, CPU, None).shape == (128, 1)
     first, second = [record.getMessage() for record in caplog.records]
-    assert "safealloc failed" in first
+    assert "the pool failed" in first
     assert "PoolClosedError" in first
     assert "an error was met" in second
     assert "IndexError" in second

@@ -130,11 +130,12 @@ def test_linear_kernels_give_the_bits_of_vllms(pool: ScalePool, name: str) -> No
             padded = layer.weight.shape[1] * 2
             takes_padded_n = padded != k and name not in ("cute-dsl", "b12x")  # they pad the data afterwards
             spec = ScaleSpec(rows, k, SfLayout.layout_128x4, padded if takes_padded_n else None)
-            assert [call.spec for call in mm_calls] == [spec, spec]
+            assert [call.spec for call in mm_calls] == [None if is_8x4 else spec] * 2
             assert {call.use_8x4_sf_layout for call in mm_calls} == {is_8x4}
         assert pool.verify() == pool.stats().buffers
         integration.unregister()
-    assert pool.stats().buffers == 3 * len(ROWS)
+    swizzled = [rows for rows in ROWS if name != "trtllm" or rows > 32]
+    assert pool.stats().buffers == 3 * len(swizzled)
 
 
 @kernels

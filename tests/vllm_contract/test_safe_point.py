@@ -147,7 +147,8 @@ def test_one_safe_point_per_step(guarded: Callable[..., ScalePool], monkeypatch:
     calls: list[int] = []
     monkeypatch.setattr(pool, "safe_point", lambda: calls.append(len(worker.ran)))
     Worker.execute_model(worker, NOTHING)
-    assert calls == []  # no buffer was handed out yet
+    assert calls == [0]
+    calls.clear()
     vllm_quantize(activation(5, K))
     calls.clear()  # the one of that acquire
     assert Worker.execute_model(worker, NOTHING) is None

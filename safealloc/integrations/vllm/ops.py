@@ -35,6 +35,8 @@ def scales(m: int, n: int, device: torch.device, padded_n: int | None, fused: bo
         op = torch.ops.safealloc.vllm_fused_scales if fused else torch.ops.safealloc.vllm_scales
         result: Tensor = op(m, n, device, padded_n)
         return result
+    if allocator.engine is None and not fused:  # eager work and prefill, at vLLM's own cost
+        return allocator.vllm_scale_tensor(m, padded_n or n, device, True)
     return allocator.scales(m, n, device, padded_n, fused)
 
 

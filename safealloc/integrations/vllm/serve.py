@@ -151,7 +151,7 @@ class Allocator:
             raise error
         if (type(error), what) not in self._logged:
             self._logged.add((type(error), what))
-            source = "safealloc failed" if isinstance(error, SafeAllocError) else "an error was met"
+            source = "the pool failed" if isinstance(error, SafeAllocError) else "an error was met"
             logger.error("safealloc: %s; %s; logged once: %s: %s", source, what, type(error).__name__, error)
 
     # --- an engine's life ---------------------------------------------------------------------------------------------
