@@ -79,6 +79,8 @@ _WORKER = """
 
         @torch.inference_mode()
         def execute_model(self, scheduler_output: "SchedulerOutput") -> "ModelRunnerOutput | None": ...
+
+        def shutdown(self) -> None: ...
 """
 
 
@@ -90,7 +92,7 @@ def stand_in() -> dict[str, str]:
         targets.ATTENTION_FUSION.module: "class AttnQuantFusionPass(VllmPatternMatcherPass): ...\n",
         targets.MLA_FUSION.module: "class MLAAttnQuantFusionPass(VllmPatternMatcherPass): ...\n",
         targets.PROFILE.module: textwrap.dedent(_WORKER),
-        targets.LOAD.module: "def process_weights_after_loading(model, model_config, target_device): ...\n",
+        targets.PASSES.module: "class PostGradPassManager:\n    def __call__(self, graph): ...\n",
         targets.CACHE_KEY.module: "environment_variables: dict[str, Callable] = {}\n",
         targets.LINEAR.module: "_POSSIBLE_NVFP4_KERNELS = {}\n",
     }

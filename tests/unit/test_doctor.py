@@ -75,7 +75,6 @@ def test_values_of_settings_are_shown(monkeypatch, tmp_path, capsys):
         "SAFEALLOC_VERIFY": "100",
         "SAFEALLOC_VERIFY_REPAIR": "1",
         "SAFEALLOC_STRICT": "1",
-        "SAFEALLOC_MAX_ROWS": "64",
     }
     for name in settings.MEANINGS:
         monkeypatch.delenv(name, raising=False)
@@ -97,8 +96,6 @@ def test_values_of_settings_are_shown(monkeypatch, tmp_path, capsys):
         ("SAFEALLOC_VERIFY", "often", "No default pool can be made: SAFEALLOC_VERIFY must be a whole number"),
         ("SAFEALLOC_VERIFY_REPAIR", "yes", "No default pool can be made: SAFEALLOC_VERIFY_REPAIR must be 0 or 1"),
         ("SAFEALLOC_POISON", "2", "No default pool can be made: SAFEALLOC_POISON must be 0 or 1"),
-        ("SAFEALLOC_MAX_ROWS", "many", "SAFEALLOC_MAX_ROWS must be a positive integer, got 'many': it is ignored"),
-        ("SAFEALLOC_MAX_ROWS", "0", "SAFEALLOC_MAX_ROWS must be a positive integer, got '0': it is ignored"),
     ],
 )
 def test_a_setting_with_a_bad_value_is_reported(monkeypatch, tmp_path, capsys, name, value, problem):
@@ -221,14 +218,14 @@ def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
 
 def test_a_hook_that_does_not_fit_has_a_reason(install):
     sources = stand_in()
-    sources[targets.LOAD.module] = "def process_weights_after_loading(model): ...\n"
+    sources[targets.MM.module] = "def flashinfer_scaled_fp4_mm(model): ...\n"
     sources[targets.PROFILE.module] = "def broken(:\n"
     sources[targets.SCALES.module] = sources[targets.SCALES.module].replace("torch.zeros", "torch.empty")
     del sources[targets.LINEAR.module]
     install(sources=sources)
     found = doctor_vllm.look(None)
     hooks = {hook.name: hook for hook in found.hooks}
-    assert (hooks[targets.LOAD.name].status, hooks[targets.LOAD.name].reason) == (
+    assert (hooks[targets.MM.name].status, hooks[targets.MM.name].reason) == (
         "changed",
         "its parameters are (model)",
     )
@@ -236,7 +233,7 @@ def test_a_hook_that_does_not_fit_has_a_reason(install):
     assert hooks[targets.LINEAR.name].status == "missing"
     assert found.padding.allocation == "empty"
     text = shown(found)
-    assert f"\n{targets.LOAD.name} no: changed its parameters are (model)\n" in text
+    assert f"\n{targets.MM.name} no: changed its parameters are (model)\n" in text
     assert f"\n{targets.LINEAR.name} no: missing {targets.LINEAR.module} has no " in text
     assert "torch.empty its sources do not mention any zeroing\n" in text
 

@@ -135,10 +135,10 @@ def test_a_method_is_searched_in_its_class_only():
 
 
 def test_a_method_or_nested_function_of_the_same_name_is_not_the_target():
-    definition = "def process_weights_after_loading(model, model_config, target_device): ..."
+    definition = "def flashinfer_scaled_fp4_mm(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend): ..."
     for around in ("class Loader:", "def load():"):
-        sources = stand_in() | {targets.LOAD.module: f"{around}\n    {definition}\n"}
-        assert found_in(sources)[targets.LOAD].status == "missing"
+        sources = stand_in() | {targets.MM.module: f"{around}\n    {definition}\n"}
+        assert found_in(sources)[targets.MM].status == "missing"
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_a_method_or_nested_function_of_the_same_name_is_not_the_target():
     ],
 )
 def test_a_function_below_an_if_or_a_try_is_found(text):
-    definition = "def process_weights_after_loading(model, model_config, target_device): ..."
-    sources = stand_in() | {targets.LOAD.module: text.format(definition)}
-    assert found_in(sources)[targets.LOAD].status == "hooked"
+    definition = "def flashinfer_scaled_fp4_mm(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend): ..."
+    sources = stand_in() | {targets.MM.module: text.format(definition)}
+    assert found_in(sources)[targets.MM].status == "hooked"
 
 
 def test_a_class_is_found_by_its_older_name():
@@ -183,13 +183,13 @@ def test_a_source_that_cannot_be_read_is_reported_as_the_reason():
     def source(module):
         if module == targets.MM.module:
             raise PermissionError(13, "Permission denied")
-        if module == targets.LOAD.module:
+        if module == targets.PASSES.module:
             return b"\xff".decode()
         return stand_in().get(module)
 
     found = {finding.target: finding for finding in targets.check(VERSION, source)}
     assert "Permission denied" in found[targets.MM].detail
-    assert "UnicodeDecodeError" in found[targets.LOAD].detail
+    assert "UnicodeDecodeError" in found[targets.PASSES].detail
     assert found[targets.SCALES].status == "hooked"
 
 

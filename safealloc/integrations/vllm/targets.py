@@ -51,7 +51,6 @@ _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_
 
 SCALES = _function(_CUSTOM_OPS, "create_fp4_scale_tensor", _OUTPUTS)
 OUTPUTS = _function(_CUSTOM_OPS, "create_fp4_output_tensors", _OUTPUTS, (*_OUTPUTS, "padded_n"), bodies=_OUTPUTS_BODIES)
-QUANTIZE_8X4 = _function(_FLASHINFER, "flashinfer_quant_nvfp4_8x4_sf_layout", ("a", "a_global_sf"))
 MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4))
 MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
 FUSED_ACT_QUANT = Target(
@@ -70,11 +69,9 @@ PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memor
 WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
 STEP = Target("safe point at each step", _WORKER, ("Worker.execute_model",), (("self", "scheduler_output"),))
 """Hooked with ``SAFEALLOC_VERIFY`` only."""
-LOAD = Target(
-    "weights at load time",
-    "vllm.model_executor.model_loader.utils",
-    ("process_weights_after_loading",),
-    (("model", "model_config", "target_device"),),
+SHUTDOWN = Target("end of a worker", _WORKER, ("Worker.shutdown",), (("self",),))
+PASSES = Target(
+    "pass manager", "vllm.compilation.passes.pass_manager", ("PostGradPassManager.__call__",), (("self", "graph"),)
 )
 CACHE_KEY = Target("compile-cache key", "vllm.envs", ("environment_variables",))
 LINEAR = Target("linear kernel", _LINEAR, ("_POSSIBLE_NVFP4_KERNELS",), since="0.20.0")
