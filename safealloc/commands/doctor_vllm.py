@@ -12,7 +12,9 @@ from rich.console import Console
 
 from safealloc import _optional, settings
 from safealloc.commands import report
-from safealloc.integrations.vllm import kernel, plugin, targets
+from safealloc.integrations.vllm import kernel, plugin, sites, targets
+from safealloc.integrations.vllm.report import without_fp4
+from safealloc.integrations.vllm.worker import capability
 
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
@@ -22,10 +24,19 @@ class HookFinding:
     """One hook."""
 
     name: str  # as in the log
-    # "hooked" where it fits; "changed" or "missing" where vLLM's own code is left alone; "not yet there"
-    # where vLLM is older than what it hooks
+    # "hooked" where it fits; "as known" where nothing is replaced, and hooks rely on it; "changed" or "missing" where
+    # vLLM's own code is left alone; "not yet there" where vLLM is older than what it hooks
     status: str
     reason: str | None  # why it would not be registered although it fits, or has nothing to replace, or ``None``
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFinding:
+    """One function of vLLM that allocates scales with padding at each step."""
+
+    name: str  # as in the log
+    hooked: bool  # whether the pool may serve it
+    change: str  # what safealloc changes there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,8 @@ class VllmFinding:
     reason: str | None  # why it cannot be hooked, or ``None``
     note: str | None  # that its version is not one that was checked, or ``None``
     hooks: Sequence[HookFinding]  # what would be registered; empty without vLLM's sources
+    sites: Sequence[SiteFinding]  # what safealloc changes; empty without vLLM's sources
+    unused: str | None  # why no site is used on the first CUDA device, or ``None``
     padding: PaddingFinding  # who zeroes it in vLLM
     plugin: PluginFinding  # the state of the plugin
     linear: Sequence[LinearFinding]  # one per CUDA device
@@ -73,6 +86,7 @@ def look(broken: str | None) -> VllmFinding:
     """Look at the installed vLLM; ``broken`` is why it cannot be imported, or ``None``."""
     version, reason, note = None, None, None
     hooks: list[HookFinding] = []
+    places: list[SiteFinding] = []
     padding = PaddingFinding(None, None)
     try:
         found = targets.installed()
@@ -82,10 +96,14 @@ def look(broken: str | None) -> VllmFinding:
             version, source = found
             reason, note = broken, _note(version)
             hooks = [_hook(one) for one in targets.check(version, source)]
+            fit = [hook.name for hook in hooks if hook.status == "hooked"]
+            for one in sites.existing(version):
+                places.append(SiteFinding(one.name, sites.is_hooked(one, fit), sites.change(one, version, fit)))
             padding = PaddingFinding(targets.own_allocation(source), targets.kernel_zeroes_padding(source))
     except Exception as error:  # an installation may be broken in any way
         reason = f"looking at its sources failed: {type(error).__name__}: {error}"
-    return VllmFinding(version, reason, note, hooks, padding, _plugin(), _linear())
+    unused = without_fp4(capability(torch.device("cuda", 0))) if torch.cuda.is_available() else None
+    return VllmFinding(version, reason, note, hooks, places, unused, padding, _plugin(), _linear())
 
 
 def _hook(found: targets.Finding) -> HookFinding:
@@ -93,6 +111,8 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target.module == targets.MM.module:
         missing = _optional.missing("flashinfer")
         reason = None if missing is None else f"exists only with FlashInfer: {missing}"
+    if found.status == "as known":
+        reason = "not replaced: hooks rely on what it does"
     if found.status == "hooked" and found.target is targets.STEP and not settings.watching():
         reason = f"registered only with {settings.VERIFY}, which is not set"
     return HookFinding(found.target.name, found.status, reason)
@@ -151,12 +171,19 @@ def show(found: VllmFinding, out: Console) -> None:
         out.print(f"vLLM {found.version}: {why}.\n")
     rows = []
     for hook in found.hooks:
-        fits = hook.status in ("hooked", "not yet there")
+        fits = hook.status not in ("changed", "missing")
         registers = "yes" if hook.status == "hooked" and hook.reason is None else "-" if fits else f"no: {hook.status}"
         rows.append(((hook.name, registers, hook.reason or ""), fits))
     report.table(out, f"vLLM {found.version}: hooks", ("", "would register", "why not"), rows)
     out.print(
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
+    )
+    changes = [(one.name, "yes" if one.hooked else "no", one.change) for one in found.sites]
+    report.table(
+        out, f"vLLM {found.version}: what safealloc changes here", ("", "hooked", "changes"), report.fine(changes)
+    )
+    out.print(
+        f"Here none of them is used: {found.unused}.\n" if found.unused else "Models without FP4 layers: nothing.\n"
     )
     report.table(out, f"vLLM {found.version}: plugin", ("", "state", "which means"), _state(found))
 
@@ -170,7 +197,7 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
     if not reason and not state.enabled:
         reason = f"{settings.ENABLED}=0 keeps it off"
     yield ("loaded by vLLM", "no" if reason else "yes", reason), not reason
-    here = ("no", "vLLM's processes register the hooks when they start")
+    here = ("no", "vLLM's workers register the hooks when they load a model that may have FP4 layers")
     yield ("registered here", *(here if state.registered is None else (f"{len(state.registered)} hooks", ""))), True
     for linear in found.linear:
         yield (f"linear kernel on {linear.device}", linear.path or "-", linear.reason or ""), True

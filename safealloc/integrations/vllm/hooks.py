@@ -14,12 +14,12 @@ from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.integrations.vllm import kernel, targets
+from safealloc.integrations.vllm import kernel, report, targets
 from safealloc.integrations.vllm.ops import grouped_scales, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.serve import allocator, engine_of
 from safealloc.integrations.vllm.startup import Engine
-from safealloc.integrations.vllm.worker import around, logger
+from safealloc.integrations.vllm.worker import around, capability, logger
 from safealloc.ops.gemm import check_agrees
 from safealloc.pool.contents import spec_of
 
@@ -88,7 +88,6 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
 def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
     """At run time, also in compiled code: vLLM's own op stays in the graph, where its passes look for it."""
     op = getattr(module, name)
-    originals: dict[str, Callable[..., Tensor]] = dict(op._backend_fns)
 
     def checked(original: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
@@ -97,8 +96,8 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
         return original(*given, **named)
 
-    op._backend_fns.update({device: functools.partial(checked, one) for device, one in originals.items()})
-    patches.undo_by(lambda: op._backend_fns.update(originals))
+    for device, original in list(op._backend_fns.items()):
+        patches.set_item(op._backend_fns, device, functools.partial(checked, original))
 
 
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
@@ -133,12 +132,9 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
             quant_key=module.kNvfp4Dynamic,
         )
 
-    def in_table(producer: Any, other: Any) -> None:
-        for key in [key for key, value in module._FUSED_ACT_QUANT.items() if value is producer]:
-            module._FUSED_ACT_QUANT[key] = other
-
-    in_table(original, _silu_and_mul_nvfp4_dynamic)
-    patches.undo_by(lambda: in_table(_silu_and_mul_nvfp4_dynamic, original))
+    for key, producer in list(module._FUSED_ACT_QUANT.items()):
+        if producer is original:
+            patches.set_item(module._FUSED_ACT_QUANT, key, _silu_and_mul_nvfp4_dynamic)
     patches.rebind(original, _silu_and_mul_nvfp4_dynamic)
 
 
@@ -285,16 +281,9 @@ def _shutdown(original: Callable[..., Any], worker: Any) -> Any:
 
 def _log_sites(worker: Any, engine: Engine) -> None:
     sites = engine.captured()
-    bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
-    pool = "no pool"
-    if engine.pool is not None:
-        stats = engine.pool.stats()
-        pool = f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks"
-    total = sites.served + sum(sites.bypassed.values())
-    logger.info(
-        f"safealloc: rank {getattr(worker, 'rank', 0)}: serves {sites.served} of {total} NVFP4 scale sites per step, "
-        f"in {sites.captures} captures; {pool}; bypassed: {bypassed or 'none'}"
-    )
+    held = None if engine.pool is None else engine.pool.stats()
+    line = report.ready(targets.version(), capability(engine.device), sites, held, allocator.hooked)
+    logger.info("safealloc: rank %s: %s", getattr(worker, "rank", 0), line)
 
 
 def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
@@ -305,14 +294,7 @@ def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
 
     def hook(patches: Patches, module: ModuleType, name: str) -> None:
         class_name, _, named = name.partition(".")
-        holder = getattr(module, class_name)
-        original = getattr(holder, method or named)
-
-        @functools.wraps(original)
-        def replaced(self: Any, *given: Any, **options: Any) -> Any:
-            return replacement(original, self, *given, **options)
-
-        patches.set(holder, method or named, replaced)
+        patches.wrap(getattr(module, class_name), method or named, replacement)
 
     return hook
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Allocator:
     def reset(self) -> None:
         """As if nothing were hooked; gives back what the engines have."""
         self.enabled = False  # whether the plugin is registered
+        self.hooked: Collection[str] = ()  # names of the targets that are hooked
         self._logged: set[tuple[type, str]] = set()  # kinds of errors
         for engine in list(self._engines):
             if engine is self.engine:
@@ -80,7 +81,7 @@ class Allocator:
         pool = engine.pool
         if pool is None:  # the profile run
             tensor = self._vllm_scales(m, n, device, padded_n, fused)
-            engine.observe(Site(n, _LAYOUT_128X4, padded_n), tensor)
+            self._note(engine.observe, Site(n, _LAYOUT_128X4, padded_n), tensor)
             return tensor
         bypassed = bypassed or engine.bypassed(m)
         if bypassed is None:
@@ -90,13 +91,13 @@ class Allocator:
                 bypassed = self._handle_error(error)
         if bypassed is not None:
             tensor = self._vllm_scales(m, n, device, padded_n, fused)
-        engine.count(bypassed)
+        self._note(engine.count, bypassed or (startup.FUSED if fused else startup.PLAIN))
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """Like :meth:`scales`, but zeroed per call and not from the pool, for a producer that leaves rows unwritten."""
         if self.engine is not None:
-            self.engine.count(startup.ATTENTION_FUSION)
+            self._note(self.engine.count, startup.ATTENTION_FUSION)
         return _zeros(m, padded_n or n, device)
 
     def _vllm_scales(self, m: int, n: int, device: torch.device, padded_n: int | None, fused: bool) -> Tensor:
@@ -124,7 +125,7 @@ class Allocator:
         engine = self.engine
         tensor = None
         if engine is not None and engine.pool is None:
-            engine.observe_grouped(GroupedSite(k, experts, topk))
+            self._note(engine.observe_grouped, GroupedSite(k, experts, topk))
         elif engine is not None and engine.pool is not None:
             bypassed = engine.bypassed(-(-rows // (topk * engine.steps.ranks)))
             if bypassed is None:
@@ -135,15 +136,22 @@ class Allocator:
                     tensor = tensor.view(torch.int32)
                 except Exception as error:
                     tensor, bypassed = None, self._handle_error(error)
-            engine.count(bypassed)
+            self._note(engine.count, bypassed or startup.GROUPED)
         if tensor is None:
             tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device)
         return tensor
 
     def _handle_error(self, error: Exception) -> str:
-        """Raise a pool error, or log it if it is the first of its kind; returns why vLLM allocates instead."""
+        """Raise an error, or log it if it is the first of its kind; returns why vLLM allocates instead."""
         self.log_error(error, "vLLM allocates instead")
-        return startup.POOL_ERROR
+        return startup.POOL_ERROR if isinstance(error, SafeAllocError) else startup.OTHER_ERROR
+
+    def _note(self, note: Callable[..., None], *given: Any) -> None:
+        """Call what only keeps accounts; its errors do not reach vLLM."""
+        try:
+            note(*given)
+        except Exception as error:
+            self.log_error(error, "the line after the captures may be wrong")
 
     def log_error(self, error: Exception, what: str) -> None:
         """Log an error, once per kind, unless :func:`is_raised` says otherwise."""

@@ -25,11 +25,15 @@ from safealloc.integrations.vllm.sizes import captured_rows
 from safealloc.integrations.vllm.worker import capturing, forward_context
 from safealloc.pool.pool import ScalePool
 
+# What a served site is.
+PLAIN, FUSED, GROUPED = "plain", "fused", "grouped"
+
 # Why vLLM allocates for a call in a capture or its warm-up.
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
 NO_ROWS = "no rows"
 POOL_ERROR = "pool error"
 INDUCTOR = "Inductor cannot be kept from reusing a pool buffer"
+OTHER_ERROR = "an error that is not the pool's"
 ATTENTION_FUSION = "attention fusion, which leaves rows without a token unwritten: zeroed per step"
 
 
@@ -70,7 +74,9 @@ class Sites:
 
     captures: int = 0  # CUDA graphs that hold pool buffers; several per batch size where vLLM splits its model
     served: int = 0  # sites per step that the pool serves
-    bypassed: Counter[str | None] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
+    fused: int = 0  # of these, sites of a producer that leaves padding unwritten
+    grouped: int = 0  # of these, expert quantizers
+    bypassed: Counter[str] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
 
 
 class Site(NamedTuple):
@@ -100,8 +106,8 @@ class Engine:
         self._copies: Counter[Site] = Counter()  # tensors of a site that the profile run held at once
         self._grouped: set[GroupedSite] = set()
         self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # of the profile run, while their storage is alive
-        self._passes: list[Counter[str | None]] = []  # per captured step: calls by reason; None is served
-        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str | None]]] = {}  # by id of the forward context
+        self._passes: list[Counter[str]] = []  # per captured step: calls by what was served, or by reason
+        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str]]] = {}  # by id of the forward context
 
     # --- profile run --------------------------------------------------------------------------------------------------
 
@@ -153,8 +159,8 @@ class Engine:
             return NO_ROWS
         return ABOVE_MAX_ROWS if tokens > self.steps.most_rows else None
 
-    def count(self, bypassed: str | None) -> None:
-        """In a capture, count an answered call."""
+    def count(self, answer: str) -> None:
+        """In a capture, count a call by what was served, or by why it was bypassed."""
         if not capturing():
             return
         context = forward_context()
@@ -163,7 +169,7 @@ class Engine:
             alive = (lambda: None) if context is None else weakref.ref(context)
             known = self._pass_of[id(context)] = (alive, Counter())
             self._passes.append(known[1])
-        known[1][bypassed] += 1
+        known[1][answer] += 1
 
     def captured(self) -> Sites:
         """Give back what no graph took, after the last capture; returns the sites that the graphs went through.
@@ -174,9 +180,10 @@ class Engine:
         if self.pool is not None:
             self.pool.trim(reserved=True)
             captures = self.pool.captures()
-        largest: Counter[str | None] = functools.reduce(operator.or_, self._passes, Counter())
+        largest: Counter[str] = functools.reduce(operator.or_, self._passes, Counter())
         self._passes, self._pass_of = [], {}
-        return Sites(captures, largest.pop(None, 0) + len(self._linear_ks), largest)
+        plain, fused, grouped = (largest.pop(kind, 0) for kind in (PLAIN, FUSED, GROUPED))
+        return Sites(captures, plain + fused + grouped + len(self._linear_ks), fused, grouped, largest)
 
     def close(self) -> None:
         """Give the memory back; what living graphs use, when they are gone."""

@@ -25,6 +25,14 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def capability(device: torch.device) -> int | None:
+    """Compute capability of a CUDA device, 10 * major + minor; ``None`` elsewhere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def query_length(worker: Any) -> int:
     """Tokens of a request in a decode step, ``num_speculative_tokens + 1``."""
     runner = worker.model_runner
