@@ -19,7 +19,7 @@ from support.vllm_source import VERSION, stand_in
 from safealloc import _optional, settings
 from safealloc.cli import main
 from safealloc.commands import doctor_vllm
-from safealloc.integrations.vllm import kernel, plugin, targets
+from safealloc.integrations.vllm import kernel, plugin, sites, targets
 from safealloc.ops.backends import GEMMS, QUANTIZERS
 
 
@@ -196,13 +196,41 @@ def test_a_vllm_that_every_hook_fits_is_not_imported(install):
     found = doctor_vllm.look(None)
     assert "vllm" not in sys.modules
     assert (found.version, found.reason, found.note) == (VERSION, None, None)
-    assert {hook.status for hook in found.hooks} == {"hooked", "not yet there"}
+    assert {hook.status for hook in found.hooks} == {"hooked", "as known", "not yet there"}
     assert found.padding == doctor_vllm.PaddingFinding("zeros", False)
     text = shown(found)
     assert f"\n{targets.SCALES.name} yes\n" in text
     assert f"\n{targets.FUSED_ACT_QUANT.name} - vLLM has it since" in text
     assert "padding without it torch.zeros zeroed at each call\n" in text
-    assert len(text.splitlines()) < 40
+    assert f"\n{targets.QUANTIZE.name} - not replaced: hooks rely on what it does\n" in text
+    assert len(text.splitlines()) < 70
+
+
+def test_what_safealloc_changes_here_is_a_table_of_all_sites(install, monkeypatch):
+    install()
+    found = doctor_vllm.look(None)
+    assert [site.name for site in found.sites] == [site.name for site in sites.existing(VERSION)]
+    text = shown(found)
+    assert f"vLLM {VERSION}: what safealloc changes here\n" in text
+    assert f"\n{targets.SCALES.name} yes time: no fill per call\n" in text
+    assert f"\n{targets.EXPERTS.name} yes memory and safety\n" in text
+    assert "\nmxfp4_experts_quant no nothing: not hooked, and nobody zeroes its padding\n" in text
+    assert "none of them is used" not in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "\nHere none of them is used: compute capability 9.0 has no FP4 arithmetic, so " in shown(
+        doctor_vllm.look(None)
+    )
+
+
+def test_a_site_whose_function_has_changed_is_not_hooked(install):
+    sources = stand_in()
+    sources[targets.SCALES.module] = sources[targets.SCALES.module].replace("m <= 32", "m <= 64")
+    install(sources=sources)
+    text = shown(doctor_vllm.look(None))
+    assert f"\n{targets.SCALES.name} no nothing: zeroed at each call\n" in text
+    assert f"\n{targets.QUANTIZE.name} no: changed its body is not one that is known (" in text
 
 
 def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
@@ -299,7 +327,7 @@ def test_sources_of_a_vllm_that_cannot_be_imported_are_read(install, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())["vllm"]
     assert (found["version"], found["reason"]) == (VERSION, "importing vllm failed: SystemError: no CUDA")
-    assert {hook["status"] for hook in found["hooks"]} == {"hooked", "not yet there"}
+    assert {hook["status"] for hook in found["hooks"]} == {"hooked", "as known", "not yet there"}
     assert f"vLLM {VERSION}: importing vllm failed: SystemError: no CUDA.\n" in done.stdout
     assert "noise" not in done.stdout
     assert "\x1b" not in done.stdout

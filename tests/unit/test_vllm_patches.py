@@ -85,7 +85,7 @@ def test_an_equal_object_is_not_replaced(write, patches, replacement):
     assert one.g is g
 
 
-def test_restore_undoes_in_reverse_order(write, patches, replacement):
+def test_restore_puts_names_back_in_one_pass_and_undoes_the_rest_in_reverse_order(write, patches, replacement):
     write("one", "def f(): ...\n")
     one = importlib.import_module("one")
     original = one.f

@@ -1,9 +1,11 @@
-"""Which hooks fit which vLLM release, by ``targets.check`` on the sources in its wheel; nothing is imported or installed.
+"""Which hooks fit which vLLM release, and whether the table of allocation sites is complete, by the sources in its wheel.
+
+Nothing is imported or installed. Where something does not fit, the result says what would change: which functions stay
+vLLM's own, and which sites are not in the table.
 
 python tests/vllm_releases/check_releases.py [RELEASE ...] [--wheels DIR] [--json FILE] [--markdown]
 
-pip finds the wheels. Only the few source files that are needed are read, by HTTP range requests; wheels in ``--wheels DIR``
-are not unpacked either.
+pip finds the wheels. Only source files are read, by HTTP range requests; wheels in ``--wheels DIR`` are not unpacked either.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import scan_sites
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from safealloc.integrations.vllm import targets
+from safealloc.integrations.vllm import sites, targets
 
 RESULT = Path(__file__).with_name("hooks_by_release.json")
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(5, 45)), "manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -58,6 +61,8 @@ class Release:
         allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
         kernel_zeroes_padding: whether that function says that the quantization kernel zeroes padding.
         findings: one per target.
+        new_sites: functions that allocate scales and are not in the table of sites.
+        gone_sites: functions of that table that allocate none.
         unavailable: why the release could not be read, or "".
     """
 
@@ -67,6 +72,8 @@ class Release:
     allocation: str | None = None
     kernel_zeroes_padding: bool | None = None
     findings: Sequence[targets.Finding] = ()
+    new_sites: Sequence[str] = ()
+    gone_sites: Sequence[str] = ()
     unavailable: str = field(default="", kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,12 +86,16 @@ class Release:
             "kernel_zeroes_padding": self.kernel_zeroes_padding,
             "hooks": {found.target.name: found.status for found in self.findings},
             "why_not": {found.target.name: found.detail for found in self.findings if found.detail},
+            "sites": [site.name for site in sites.existing(self.version)],
+            "new_sites": list(self.new_sites),
+            "gone_sites": list(self.gone_sites),
         }
 
     @property
     def unfit(self) -> bool:
-        """Whether a hook that should fit does not, or that is unknown."""
-        return bool(self.unavailable) or any(found.status in ("changed", "missing") for found in self.findings)
+        """Whether a hook that should fit does not, the table of sites is wrong, or that is unknown."""
+        changed = any(found.status in ("changed", "missing") for found in self.findings)
+        return changed or bool(self.unavailable or self.new_sites or self.gone_sites)
 
 
 class _Remote(io.RawIOBase):
@@ -223,6 +234,9 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
 
         version = name.split("-")[1]
         metadata = wheel.read(f"vllm-{version}.dist-info/METADATA").decode()
+        modules = (name for name in members if name.startswith("vllm/") and name.endswith(".py"))
+        dotted = (name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in modules)
+        below = ((name.removeprefix("vllm."), source(name) or "") for name in dotted)
         torch = re.search(r"^Requires-Dist: torch ?\(?==([\w.+]+)", metadata, re.MULTILINE)
         return Release(
             version,
@@ -231,6 +245,7 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
             targets.own_allocation(source),
             targets.kernel_zeroes_padding(source),
             targets.check(version, source),
+            *scan_sites.differences(version, scan_sites.found(below)),
         )
 
 
@@ -268,6 +283,7 @@ def _as_dict(target: targets.Target) -> dict[str, Any]:
         "parameters": [", ".join(names) for names in target.parameters],
         "since": target.since,
         "bodies": sorted(target.bodies),
+        "needs": [need.name for need in target.needs],
     }
 
 
@@ -289,9 +305,11 @@ def _cells(release: Release) -> tuple[str, ...]:
     left = [
         f"{found.target.name}{', not yet there' if found.status == 'not yet there' else f': {found.status}, {found.detail}'}"
         for found in release.findings
-        if found.status != "hooked"
+        if found.status not in ("hooked", "as known")
     ]
-    existing = [found for found in release.findings if found.status != "not yet there"]
+    left += [f"a site that is not in the table: {name}" for name in release.new_sites]
+    left += [f"a site of the table that is gone: {name}" for name in release.gone_sites]
+    existing = [found for found in release.findings if found.status not in ("not yet there", "as known")]
     return (
         release.torch or "?",
         f"`torch.{release.allocation}`{kernel}",

@@ -21,10 +21,8 @@ def may_have_fp4(vllm_config: Any) -> bool:
 
 def _may_have_fp4(model_config: Any) -> bool:
     method = getattr(model_config, "quantization", None)
-    if method is None or method in _WITHOUT:
-        return False
     written = getattr(getattr(model_config, "hf_config", None), "quantization_config", None)
-    if method == "compressed-tensors" and isinstance(written, dict):
+    if method is None or method in _WITHOUT or (method == "compressed-tensors" and isinstance(written, dict)):
         return _mentions_fp4(written)
     return True
 
@@ -35,4 +33,4 @@ def _mentions_fp4(written: object) -> bool:
         return is_fp4 or any(map(_mentions_fp4, written.values()))
     if isinstance(written, list):
         return any(map(_mentions_fp4, written))
-    return isinstance(written, str) and "fp4" in written
+    return isinstance(written, str) and "fp4" in written.lower()

@@ -39,12 +39,12 @@ def gain(version: str, capability: int | None, captured: Sites) -> str:
     dense, gains = captured.served - captured.grouped, []
     padding = sites.dense_padding(version)
     if padding == "kernel" and captured.fused:
-        gains.append(f"safety behind {captured.fused} fused producers")
+        gains.append(f"safety behind {_count(captured.fused, 'fused producer')}")
     elif padding == "nobody" and dense:
-        gains.append(f"safety at {dense} sites")
+        gains.append(f"safety at {_count(dense, 'site')}")
     if captured.grouped:
-        gains.append(f"memory and safety at {captured.grouped} expert quantizers")
-    gains.append(f"time of {dense} fills per step" if padding == "zeros" and dense else "no time")
+        gains.append(f"memory and safety at {_count(captured.grouped, 'expert quantizer')}")
+    gains.append(f"time of {_count(dense, 'fill')} per step" if padding == "zeros" and dense else "no time")
     if padding == "kernel" and not captured.fused and not captured.grouped:
         gains.insert(0, "no safety that vLLM's quantizer lacks")
     if (unused := without_fp4(capability)) is not None:
@@ -68,3 +68,7 @@ def places(version: str, hooked: Collection[str]) -> str:
     dirty = [one.name for one in left if (one.padding or sites.dense_padding(version)) == "nobody"]
     rest = f"; not hooked, and zeroed by nobody: {', '.join(dirty)}" if dirty else ""
     return f"vLLM {version} allocates scales in {len(found)} functions, {len(found) - len(left)} of them hooked{rest}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
