@@ -24,6 +24,7 @@ from safealloc.integrations.vllm.worker import logger
 HOOKS_VERSION = 2
 """Part of vLLM's compile-cache key: raise it when the traced code changes."""
 
+_NO_KEY = "its compile-cache key cannot be extended, so that vLLM would load code that was compiled without the hooks"
 _LOGGER = "vllm.logger"
 
 _lock = threading.RLock()
@@ -107,9 +108,10 @@ def _is_wanted(worker: Any) -> bool:
     """Whether the pool may serve a worker: a CUDA device of NVIDIA's, and FP4 layers."""
     import torch
 
+    device = getattr(worker, "device", None)
+    if getattr(device, "type", None) != "cuda" or torch.version.hip is not None:
+        return False
     try:
-        if worker.device.type != "cuda" or torch.version.hip is not None:
-            return False
         return quantization.may_have_fp4(worker.vllm_config)
     except Exception as error:
         logger.debug("safealloc: the model's quantization is not known: %s: %s", type(error).__name__, error)
@@ -128,10 +130,14 @@ def _register() -> None:
     skipped = {targets.START} | (set() if settings.watching() else {targets.STEP})
     findings = [one for one in targets.check(version, source) if one.target not in skipped]
     fits = [finding for finding in findings if finding.status == "hooked"]
+    if all(finding.target is not targets.CACHE_KEY for finding in fits):
+        raise ImportError(_NO_KEY)
     _hooked = allocator.hooked = {finding.target.name: finding.target for finding in fits}
     with _patches.one_pass():
         for module, same in itertools.groupby(sorted(fits, key=_module), _module):
             _patches.when_imported(module, functools.partial(_apply, list(same)))
+    if _hooked is None:
+        raise ImportError(_NO_KEY)
     allocator.enabled = True
     logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(_hooked))
     not_hooked = [finding for finding in findings if finding.status in ("changed", "missing")]
@@ -161,6 +167,8 @@ def _apply(findings: Sequence[targets.Finding], module: ModuleType) -> None:
                     continue
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
+                    if target is targets.CACHE_KEY:
+                        _unregister()
             if _hooked is not None:  # else it was unregistered meanwhile
                 _hooked.pop(target.name, None)
             if reason:
