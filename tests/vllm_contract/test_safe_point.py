@@ -213,6 +213,7 @@ from support.internals import guard_of, watch_of
 def guarded():
     import vllm.plugins
     vllm.plugins.load_general_plugins()
+    plugin.register()  # as a worker does when it loads such a model
     allocate()
     from vllm.v1.worker.gpu_worker import Worker
     pool = default_pool("cpu")
@@ -224,7 +225,7 @@ if __name__ == "__main__":
     expected = True, imported.__name__, 7, True
     with multiprocessing.get_context("spawn").Pool(1) as processes:
         assert processes.apply(guarded) == guarded() == expected, guarded()
-    assert imported.Worker.execute_model.__code__.co_filename.endswith("hooks.py")
+    assert imported.Worker.execute_model.__code__.co_filename.endswith("patches.py")
 """
     )
     run(
