@@ -20,6 +20,7 @@ from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_wai
 from safealloc.kernels.triton_quantize import Tiling, converts_e2m1, quantize_blocks, takes_words
 
 _PADDING = 512  # words of padding per program
+_EXACT = tl.constexpr("exact")  # given: with the default, Triton 3.6 does not compile it
 
 
 @triton.jit
@@ -42,7 +43,9 @@ def _one_row(
 ):
     live = col < tl.where(row < rows, cols, 0)
     block = (row.to(tl.int64) * cols + col)[:, None]
-    packed, scale_code = quantize_blocks(x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT)
+    packed, scale_code = quantize_blocks(
+        x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT, None, _EXACT
+    )
     tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=live[:, None])
     tl.store(scales + scale_offset(row, col, col_tiles, LAYOUT), scale_code, mask=col < scale_cols)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,8 @@ from rich.console import Console
 from safealloc import _optional, settings
 from safealloc.commands import report
 from safealloc.integrations.vllm import kernel, plugin, sites, targets
-from safealloc.integrations.vllm.report import without_fp4
-from safealloc.integrations.vllm.worker import capability
 
+_BY_OPTION, _NEVER = "by option", "never"
 _GROUP, _NAME, _ENTRY_POINT = "vllm.general_plugins", "safealloc", "safealloc.integrations.vllm.plugin:load"
 
 
@@ -28,15 +27,6 @@ class HookFinding:
     # vLLM's own code is left alone; "not yet there" where vLLM is older than what it hooks
     status: str
     reason: str | None  # why it would not be registered although it fits, or has nothing to replace, or ``None``
-
-
-@dataclass(frozen=True, slots=True)
-class SiteFinding:
-    """One function of vLLM that allocates scales with padding at each step."""
-
-    name: str  # as in the log
-    hooked: bool  # whether the pool may serve it
-    change: str  # what safealloc changes there
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +65,8 @@ class VllmFinding:
     reason: str | None  # why it cannot be hooked, or ``None``
     note: str | None  # that its version is not one that was checked, or ``None``
     hooks: Sequence[HookFinding]  # what would be registered; empty without vLLM's sources
-    sites: Sequence[SiteFinding]  # what safealloc changes; empty without vLLM's sources
-    unused: str | None  # why no site is used on the first CUDA device, or ``None``
     padding: PaddingFinding  # who zeroes it in vLLM
+    sites: Sequence[Mapping[str, str]]  # what the plugin changes here; empty where the release was not read
     plugin: PluginFinding  # the state of the plugin
     linear: Sequence[LinearFinding]  # one per CUDA device
 
@@ -86,7 +75,6 @@ def look(broken: str | None) -> VllmFinding:
     """Look at the installed vLLM; ``broken`` is why it cannot be imported, or ``None``."""
     version, reason, note = None, None, None
     hooks: list[HookFinding] = []
-    places: list[SiteFinding] = []
     padding = PaddingFinding(None, None)
     try:
         found = targets.installed()
@@ -96,14 +84,10 @@ def look(broken: str | None) -> VllmFinding:
             version, source = found
             reason, note = broken, _note(version)
             hooks = [_hook(one) for one in targets.check(version, source)]
-            fit = [hook.name for hook in hooks if hook.status == "hooked"]
-            for one in sites.existing(version):
-                places.append(SiteFinding(one.name, sites.is_hooked(one, fit), sites.change(one, version, fit)))
             padding = PaddingFinding(targets.own_allocation(source), targets.kernel_zeroes_padding(source))
     except Exception as error:  # an installation may be broken in any way
         reason = f"looking at its sources failed: {type(error).__name__}: {error}"
-    unused = without_fp4(capability(torch.device("cuda", 0))) if torch.cuda.is_available() else None
-    return VllmFinding(version, reason, note, hooks, places, unused, padding, _plugin(), _linear())
+    return VllmFinding(version, reason, note, hooks, padding, _sites(version, hooks), _plugin(), _linear())
 
 
 def _hook(found: targets.Finding) -> HookFinding:
@@ -116,6 +100,25 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target is targets.STEP and not settings.watching():
         reason = f"registered only with {settings.VERIFY}, which is not set"
     return HookFinding(found.target.name, found.status, reason)
+
+
+def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, str]]:
+    """Sites of a release that was read; without a GPU they say on which GPUs they are the default."""
+    if version is None or _note(version) is not None:
+        return []
+    unfit = {hook.name for hook in hooks if hook.status != "hooked"}
+    gpu = torch.cuda.get_device_capability(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    found = []
+    for site in (site for site in sites.SITES if site.exists(version)):
+        change = "nothing: hook unfit" if site.hook and site.hook.name in unfit else site.change(version)
+        taken = " ".join(site.default) or _BY_OPTION
+        if gpu is not None:
+            here = sites.family(gpu)
+            change = change if here else "nothing: no NVFP4"
+            taken = _NEVER if here is None else "default" if here in site.default else _BY_OPTION
+        row = {"name": site.name, "scales": site.scales, "taken": taken, "when": site.when}
+        found.append({**row, "zeroes_padding": site.zeroed_by(version), "change": change})
+    return found
 
 
 def _note(version: str) -> str | None:
@@ -178,14 +181,25 @@ def show(found: VllmFinding, out: Console) -> None:
     out.print(
         "no: changed or missing: vLLM's own code stays in use there. -: this vLLM or this machine does not need it.\n"
     )
-    changes = [(one.name, "yes" if one.hooked else "no", one.change) for one in found.sites]
-    report.table(
-        out, f"vLLM {found.version}: what safealloc changes here", ("", "hooked", "changes"), report.fine(changes)
-    )
-    out.print(
-        f"Here none of them is used: {found.unused}.\n" if found.unused else "Models without FP4 layers: nothing.\n"
-    )
+    if found.sites:
+        _show_sites(found, out)
     report.table(out, f"vLLM {found.version}: plugin", ("", "state", "which means"), _state(found))
+
+
+def _show_sites(found: VllmFinding, out: Console) -> None:
+    """Those that are taken by default, and those that the plugin changes."""
+    if all(one["taken"] == _NEVER for one in found.sites):
+        out.print("vLLM has no NVFP4 kernels for this GPU: safealloc changes nothing here.\n")
+        return
+    rows = []
+    for one in found.sites:
+        optional = one["taken"] == _BY_OPTION
+        if not optional or not one["change"].startswith("nothing"):
+            taken = one["when"] if optional else ", ".join(filter(None, (one["taken"], one["when"])))
+            rows.append((one["name"], taken, one["zeroes_padding"], one["change"]))
+    headings = ("", "taken", "zeroes padding", "what changes")
+    report.table(out, f"vLLM {found.version}: what safealloc changes here", headings, report.fine(rows))
+    out.print(f"{len(found.sites) - len(rows)} more sites of scales, optional and left alone: see --json.\n")
 
 
 def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:

@@ -19,7 +19,8 @@ def test_every_step_and_node_is_measured():
     from benchmarks import guard
     from benchmarks.models import model
 
-    fields = {"hidden_size": 512, "intermediate_size": 1040, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 512, "intermediate_size": 1040, "num_attention_heads": 4, "num_hidden_layers": 2}
+    fields = {"architectures": ["LlamaForCausalLM"], **sizes}
     small = model("small", fields, 1)
     told = []
     extent = guard.Extent((small,), (1, 5), (1, 2, 130), seconds=0.01, calls=20)

@@ -32,6 +32,7 @@ def guarded():
 
 def captured(layer: Layer, **keywords) -> torch.cuda.CUDAGraph:
     layer.run()  # compiles the kernels and leaves a buffer behind
+    gc.collect()  # an earlier graph that an error's traceback holds: CUDA forbids to destroy one in a capture
     with capture(pool=layer.pool, **keywords) as graph:
         layer.run()
     return graph

@@ -41,3 +41,10 @@ def check_all(pool: ScalePool) -> None:
 def watched_buffers(pool: ScalePool) -> int:
     """How many buffers the guard knows."""
     return len(guard_of(pool)._watched)
+
+
+def unlock(pool: ScalePool) -> None:
+    """Release what an exception on the exit line of a ``with`` statement left locked; only a tracer can raise there."""
+    lock = pool._entrance._lock
+    while lock._is_owned():
+        lock.release()

@@ -198,7 +198,7 @@ def test_names_of_backends_are_whole_at_80_columns():
     device = doctor.DeviceFinding("cuda:0", "a GPU", "9.0", *tables, None)
     plugin = doctor_vllm.PluginFinding(None, None, True, True, None)
     padding = doctor_vllm.PaddingFinding(None, None)
-    vllm = doctor_vllm.VllmFinding(None, "vllm is not installed", None, [], padding, plugin, [])
+    vllm = doctor_vllm.VllmFinding(None, "vllm is not installed", None, [], padding, [], plugin, [])
     out = narrow()
     doctor.show(doctor.Result([], list(settings.given()), {}, [device], None, vllm), out)
     lines = printed_on(out)

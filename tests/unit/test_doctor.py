@@ -200,37 +200,11 @@ def test_a_vllm_that_every_hook_fits_is_not_imported(install):
     assert found.padding == doctor_vllm.PaddingFinding("zeros", False)
     text = shown(found)
     assert f"\n{targets.SCALES.name} yes\n" in text
+    assert f"\n{targets.QUANTIZE.name} - not replaced: hooks rely on what it does\n" in text
     assert f"\n{targets.FUSED_ACT_QUANT.name} - vLLM has it since" in text
     assert "padding without it torch.zeros zeroed at each call\n" in text
-    assert f"\n{targets.QUANTIZE.name} - not replaced: hooks rely on what it does\n" in text
-    assert len(text.splitlines()) < 70
-
-
-def test_what_safealloc_changes_here_is_a_table_of_all_sites(install, monkeypatch):
-    install()
-    found = doctor_vllm.look(None)
-    assert [site.name for site in found.sites] == [site.name for site in sites.existing(VERSION)]
-    text = shown(found)
-    assert f"vLLM {VERSION}: what safealloc changes here\n" in text
-    assert f"\n{targets.SCALES.name} yes time: no fill per call\n" in text
-    assert f"\n{targets.EXPERTS.name} yes memory and safety\n" in text
-    assert "\nmxfp4_experts_quant no nothing: not hooked, and nobody zeroes its padding\n" in text
-    assert "none of them is used" not in text
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "\nHere none of them is used: compute capability 9.0 has no FP4 arithmetic, so " in shown(
-        doctor_vllm.look(None)
-    )
-
-
-def test_a_site_whose_function_has_changed_is_not_hooked(install):
-    sources = stand_in()
-    sources[targets.SCALES.module] = sources[targets.SCALES.module].replace("m <= 32", "m <= 64")
-    install(sources=sources)
-    text = shown(doctor_vllm.look(None))
-    assert f"\n{targets.SCALES.name} no nothing: zeroed at each call\n" in text
-    assert f"\n{targets.QUANTIZE.name} no: changed its body is not one that is known (" in text
+    assert [one["name"] for one in found.sites] == [one.name for one in sites.SITES if one.exists(VERSION)]
+    assert len(text.splitlines()) < 44
 
 
 def test_hooks_that_need_flashinfer_have_a_reason(install, monkeypatch):
@@ -274,6 +248,62 @@ def test_a_kernel_that_zeroes_padding_is_reported(install):
     found = doctor_vllm.look(None)
     assert found.padding.kernel_zeroes
     assert "its quantization kernel zeroes it" in shown(found)
+
+
+def look_on(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = doctor_vllm.look(None)
+    return {one["name"]: (one["taken"], one["zeroes_padding"], one["change"]) for one in found.sites}, shown(found)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dense", "all_reduce", "in_table"),
+    [
+        (None, "SM10x SM12x", "SM10x", 7),
+        ((10, 3), "default", "default", 6),
+        ((12, 0), "default", "by option", 6),
+        ((9, 0), "never", "never", 0),
+    ],
+)
+def test_what_changes_at_each_site_depends_on_the_gpu(install, monkeypatch, capability, dense, all_reduce, in_table):
+    install()
+    by_name, text = look_on(monkeypatch, capability)
+    change = "nothing: no NVFP4" if capability == (9, 0) else "time: no fill"
+    assert by_name["scaled_fp4_quant"] == (dense, "fill", change)
+    assert by_name["all-reduce + RMSNorm + FP4"] == (all_reduce, "fill", change)
+    _, _, table = text.partition("what safealloc changes here")
+    assert ("\nscaled_fp4_quant " in table) == (capability != (9, 0))
+    assert "\nMXFP8 quantizers " not in text
+    left = f"\n{len(by_name) - in_table} more sites of scales, optional and left alone: see --json.\n"
+    assert (left if in_table else "vLLM has no NVFP4 kernels for this GPU: safealloc changes nothing here.\n") in text
+
+
+def test_a_site_whose_hook_does_not_fit_is_left_alone(install, monkeypatch):
+    sources = stand_in()
+    sources[targets.SCALES.module] = sources[targets.SCALES.module].replace(
+        "def create_fp4_scale_tensor(m", "def other(m"
+    )
+    install(sources=sources)
+    by_name, _ = look_on(monkeypatch, None)
+    assert by_name["scaled_fp4_quant"][2] == "nothing: hook unfit"
+    assert by_name["NVFP4 expert quantizers"][2] == "safety, memory"
+
+
+@pytest.mark.parametrize("capability", [None, (10, 0)])
+def test_the_table_of_sites_fits_80_columns(install, monkeypatch, capability):
+    install()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    doctor_vllm.show(doctor_vllm.look(None), out)
+    text = out.file.getvalue().partition("what safealloc changes here")[2].partition("more sites")[0]
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 2 + 2 * 7  # no row has more than two lines
+    assert "…" not in text
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,10 @@ def ends(*calls: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("method", ["acquire", "stats", "trim", "verify", "close"])
-def test_finalizers_that_call_each_others_pools_from_two_threads_do_not_wait_for_ever(method: str) -> None:
+def test_finalizers_that_call_each_others_pools_from_two_threads_do_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(process, "_PATIENCE", 0.3)
     one, other = ScalePool("cpu"), ScalePool("cpu")
     both_inside = threading.Barrier(2)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safealloc import PoolClosedError, PoolExhaustedError, ScalePool
-from safealloc.integrations.vllm import hooks, startup
+from safealloc.integrations.vllm import hooks, startup, worker
 from safealloc.integrations.vllm.serve import Allocator
 from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.pool.contents import spec_of
@@ -115,14 +115,15 @@ def test_an_error_in_the_accounts_does_not_reach_vllm_unless_strict(allocator, e
     allocator.engine = None
 
 
-def test_an_error_while_the_line_is_made_does_not_reach_vllm(engine, log, monkeypatch):
+def test_an_error_while_the_line_is_made_does_not_reach_vllm(allocator, engine, log, monkeypatch):
+    monkeypatch.setattr(hooks, "allocator", allocator)
     monkeypatch.setattr(engine, "captured", raiser(RuntimeError("no such luck")))
-    worker = SimpleNamespace(_safealloc_engine=engine, model_runner=SimpleNamespace(capture_model=lambda: None))
+    fake = SimpleNamespace(_safealloc_engine=engine, model_runner=SimpleNamespace(capture_model=lambda: None))
     hook = []
     patches = SimpleNamespace(wrap=lambda holder, name, around: hook.append(around))
     module = SimpleNamespace(Worker=object)
     hooks.HOOKS[hooks.targets.WARM_UP](patches, module, "Worker.compile_or_warm_up_model")
-    assert hook[0](lambda self: 1.5, worker) == 1.5
+    assert hook[0](lambda self: 1.5, fake) == 1.5
     assert "no such luck" in log.records[-1].getMessage()
 
 
@@ -140,3 +141,22 @@ def test_fused_plain_and_grouped_sites_of_a_step_are_counted_apart(allocator, en
     sites = engine.captured()
     assert (sites.served, sites.fused, sites.grouped) == (6, 2, 1)
     assert dict(sites.bypassed) == {startup.ABOVE_MAX_ROWS: 1}
+
+
+def test_graphs_without_a_forward_context_are_counted_by_capture(allocator, engine, monkeypatch):
+    """Encoder graphs: ten of them with three sites each are no step with thirty."""
+
+    class Capture:
+        """A CUDA graph capture."""
+
+    captures = [Capture() for _ in range(10)]
+    monkeypatch.setattr(worker, "forward_context", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    allocator.engine = engine
+    for capture in captures:
+        monkeypatch.setattr(worker.driver, "under_way", lambda stream, capture=capture: capture)
+        for _ in range(3):
+            allocator.scales(5, 64, CPU, None)
+    allocator.engine = None
+    assert engine.captured().served == 3

@@ -34,7 +34,7 @@ import scan_sites
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from safealloc.integrations.vllm import sites, targets
+from safealloc.integrations.vllm import targets
 
 RESULT = Path(__file__).with_name("hooks_by_release.json")
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(5, 45)), "manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -61,8 +61,7 @@ class Release:
         allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
         kernel_zeroes_padding: whether that function says that the quantization kernel zeroes padding.
         findings: one per target.
-        new_sites: functions that allocate scales and are not in the table of sites.
-        gone_sites: functions of that table that allocate none.
+        new_sites: places that allocate scales and are not in the table of sites.
         unavailable: why the release could not be read, or "".
     """
 
@@ -73,7 +72,6 @@ class Release:
     kernel_zeroes_padding: bool | None = None
     findings: Sequence[targets.Finding] = ()
     new_sites: Sequence[str] = ()
-    gone_sites: Sequence[str] = ()
     unavailable: str = field(default="", kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,16 +84,14 @@ class Release:
             "kernel_zeroes_padding": self.kernel_zeroes_padding,
             "hooks": {found.target.name: found.status for found in self.findings},
             "why_not": {found.target.name: found.detail for found in self.findings if found.detail},
-            "sites": [site.name for site in sites.existing(self.version)],
             "new_sites": list(self.new_sites),
-            "gone_sites": list(self.gone_sites),
         }
 
     @property
     def unfit(self) -> bool:
-        """Whether a hook that should fit does not, the table of sites is wrong, or that is unknown."""
+        """Whether a hook that should fit does not, a site is not in the table, or that is unknown."""
         changed = any(found.status in ("changed", "missing") for found in self.findings)
-        return changed or bool(self.unavailable or self.new_sites or self.gone_sites)
+        return changed or bool(self.unavailable or self.new_sites)
 
 
 class _Remote(io.RawIOBase):
@@ -234,9 +230,8 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
 
         version = name.split("-")[1]
         metadata = wheel.read(f"vllm-{version}.dist-info/METADATA").decode()
-        modules = (name for name in members if name.startswith("vllm/") and name.endswith(".py"))
-        dotted = (name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in modules)
-        below = ((name.removeprefix("vllm."), source(name) or "") for name in dotted)
+        files = [name for name in members if name.startswith("vllm/") and name.endswith(".py")]
+        sources = {name.removeprefix("vllm/"): wheel.read(name).decode() for name in sorted(files)}
         torch = re.search(r"^Requires-Dist: torch ?\(?==([\w.+]+)", metadata, re.MULTILINE)
         return Release(
             version,
@@ -245,7 +240,7 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
             targets.own_allocation(source),
             targets.kernel_zeroes_padding(source),
             targets.check(version, source),
-            *scan_sites.differences(version, scan_sites.found(below)),
+            scan_sites.missing(sources),
         )
 
 
@@ -308,7 +303,6 @@ def _cells(release: Release) -> tuple[str, ...]:
         if found.status not in ("hooked", "as known")
     ]
     left += [f"a site that is not in the table: {name}" for name in release.new_sites]
-    left += [f"a site of the table that is gone: {name}" for name in release.gone_sites]
     existing = [found for found in release.findings if found.status not in ("not yet there", "as known")]
     return (
         release.torch or "?",

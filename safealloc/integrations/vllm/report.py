@@ -10,13 +10,13 @@ from safealloc.pool.reports import PoolStats
 
 
 def ready(
-    version: str, capability: int | None, captured: Sites, held: PoolStats | None, hooked: Collection[str]
+    version: str, capability: tuple[int, int] | None, captured: Sites, held: PoolStats | None, hooked: Collection[str]
 ) -> str:
     """The line after the captures.
 
     Args:
         version: of vLLM.
-        capability: compute capability, 10 * major + minor; ``None`` on a CPU.
+        capability: compute capability; ``None`` on a CPU.
         captured: the sites that captured steps went through.
         held: what the engine's pool holds, or ``None`` where it has none.
         hooked: the names of the targets that are hooked.
@@ -28,46 +28,46 @@ def ready(
         pool = f"{held.buffers} buffers, {held.bytes / 2**20:.1f} MiB, {held.capture_fallbacks} fallbacks"
     return (
         f"serves {captured.served} of {total} NVFP4 scale sites per step, in {captured.captures} captures; {pool}; "
-        f"bypassed: {bypassed}. {gain(version, capability, captured)}. {places(version, hooked)}"
+        f"bypassed: {bypassed}. {gain(version, capability, captured)}. {left(version, hooked)}"
     )
 
 
-def gain(version: str, capability: int | None, captured: Sites) -> str:
+def gain(version: str, capability: tuple[int, int] | None, captured: Sites) -> str:
     """What the served sites mean in a release and on a GPU."""
+    validates = capability is not None and sites.family(capability) is None
     if not captured.served:
-        return "Changes nothing here"
+        return f"Changes nothing: {_no_kernels(capability)}" if validates else "Changes nothing here"
+    if not targets.release(version) or targets.release(version) > targets.release(targets.SUPPORTED[1]):
+        return f"What that gives in vLLM {version} is not known: its sources were not read"
     dense, gains = captured.served - captured.grouped, []
-    padding = sites.dense_padding(version)
-    if padding == "kernel" and captured.fused:
+    zeroed = sites.SITES[0].zeroed_by(version)
+    if zeroed == "kernel" and captured.fused:
         gains.append(f"safety behind {_count(captured.fused, 'fused producer')}")
-    elif padding == "nobody" and dense:
+    elif zeroed == "nobody" and dense:
         gains.append(f"safety at {_count(dense, 'site')}")
+    elif zeroed == "kernel" and not captured.grouped:
+        gains.append("no safety that vLLM's quantizer lacks")
     if captured.grouped:
         gains.append(f"memory and safety at {_count(captured.grouped, 'expert quantizer')}")
-    gains.append(f"time of {_count(dense, 'fill')} per step" if padding == "zeros" and dense else "no time")
-    if padding == "kernel" and not captured.fused and not captured.grouped:
-        gains.insert(0, "no safety that vLLM's quantizer lacks")
-    if (unused := without_fp4(capability)) is not None:
-        gains.append(f"for validation: {unused}")
-    if targets.release(version) > targets.release(targets.SUPPORTED[1]):
-        gains.append(f"as far as is known: {version} is newer than {targets.SUPPORTED[1]}, the last that was checked")
+    gains.append(f"time of {_count(dense, 'fill')} per step" if zeroed == "fill" and dense else "no time")
+    if validates:
+        gains.append(f"for validation: {_no_kernels(capability)}")
     return f"Gives {', '.join(gains)}"
 
 
-def without_fp4(capability: int | None) -> str | None:
-    """Why vLLM does not quantize activations to FP4 on a GPU, or ``None`` where it does."""
-    if capability is None or capability >= 100:
-        return None
-    return f"compute capability {capability / 10} has no FP4 arithmetic, so vLLM runs NVFP4 layers weight-only"
+def left(version: str, hooked: Collection[str]) -> str:
+    """How many kinds of allocation sites a release has, and which are not hooked although nobody zeroes their padding."""
+    found = [site for site in sites.SITES if site.exists(version) and site.zeroed_by(version) != "no padding"]
+    without = [site for site in found if site.hook is None or site.hook.name not in hooked]
+    unsafe = [site.name for site in without if site.zeroed_by(version) in ("nobody", "not read")]
+    rest = f"; not hooked, and not known to be zeroed: {', '.join(unsafe)}" if unsafe else ""
+    return (
+        f"Of {len(found)} kinds of padded scale sites in vLLM {version}, {len(found) - len(without)} are hooked{rest}"
+    )
 
 
-def places(version: str, hooked: Collection[str]) -> str:
-    """How many allocation sites a release has, and which are not hooked although nobody zeroes their padding."""
-    found = sites.existing(version)
-    left = [one for one in found if not sites.is_hooked(one, hooked)]
-    dirty = [one.name for one in left if (one.padding or sites.dense_padding(version)) == "nobody"]
-    rest = f"; not hooked, and zeroed by nobody: {', '.join(dirty)}" if dirty else ""
-    return f"vLLM {version} allocates scales in {len(found)} functions, {len(found) - len(left)} of them hooked{rest}"
+def _no_kernels(capability: tuple[int, int] | None) -> str:
+    return f"vLLM has no NVFP4 kernels for compute capability {'.'.join(map(str, capability or ()))}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,129 +1,135 @@
-"""Where vLLM allocates scales with padding at each step, by release, and what the pool changes there.
+"""Where vLLM allocates block scales for activations, release by release, and what the pool changes there.
 
-Weights are not here, nor scales in linear layouts, which have no padding. ``tests/vllm_releases/check_releases.py`` searches
-the sources of every release for such allocations, and names those that are missing here.
+The table was read from the Python sources of vLLM 0.19.1, 0.20.2, 0.22.1, 0.25.1, 0.28.0, 0.30.0, 0.32.0 and 0.33.0, with
+``tests/vllm_releases/scan_sites.py``; a release in between is taken for the one before. Default GPUs are those of 0.32.0 and
+0.33.0. What kernels do is known from FlashInfer 0.7.2.post1's sources and from vLLM's comments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.targets import Target, release
 
-Padding = Literal["zeros", "kernel", "nobody"]
-"""Who zeroes padding: a ``torch.zeros`` at each call, the producer's kernel, or nobody that is known."""
+Family = Literal["SM10x", "SM12x"]
+"""GPUs with NVFP4 kernels in vLLM: compute capability 10.x (B200, B300, GB200), and 12.x (RTX 50, GB10)."""
+
+FILLS = (("0.20.0", "0.21.0"), ("0.25.0", "0.29.0"))
+"""First and last release of those whose ``create_fp4_scale_tensor`` calls ``torch.zeros``."""
+
+KERNEL_ZEROES = "0.30.0"
+"""First release whose ``scaled_fp4_quant`` kernel zeroes padding, by a comment in vLLM."""
+
+Padding = Literal["fill", "kernel", "nobody", "no padding", "not read"]
+"""Who zeroes it: ``torch.zeros`` at each call, the producer, or nobody; "not read" if the producer's code was not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One function that allocates scales, or has FlashInfer allocate them."""
+    """One producer of block scales, with the memory it writes to."""
 
     name: str  # in the log and in doctor's table
-    function: str  # module and qualified name, below ``vllm``
-    padding: Padding | None  # ``None``: it depends on the release, :func:`dense_padding`
-    hook: Target | None = None
-    since: str = targets.SUPPORTED[0]
-    until: str | None = None  # the first release without it
+    where: str  # functions of vLLM that allocate for it, separated by spaces
+    scales: str  # format and layout
+    padding: Padding | None  # who zeroes it; ``None``: nobody before KERNEL_ZEROES, then the kernel
+    hook: targets.Target | None  # which hook serves it, or ``None``
+    default: tuple[Family, ...] = ()  # GPUs on which vLLM takes it unless told otherwise
+    when: str = ""  # what else has to be true
+    since: str = targets.SUPPORTED[0]  # first release that was read with it
+
+    def exists(self, version: str) -> bool:
+        return targets.release(version) >= targets.release(self.since)
+
+    def zeroed_by(self, version: str) -> Padding:
+        """Who zeroes its padding in a release without the plugin."""
+        if self.where == _SHARED and self.hook is not None and fills(version):
+            return "fill"
+        if self.padding is None:
+            return "kernel" if targets.release(version) >= targets.release(KERNEL_ZEROES) else "nobody"
+        return self.padding
+
+    def change(self, version: str) -> str:
+        """What the pool changes there, in a few words."""
+        zeroed = self.zeroed_by(version)
+        if self.hook is None:
+            return "nothing" if zeroed == "no padding" else "nothing: no hook"
+        memory = ", memory" if self.hook is targets.EXPERTS else ""
+        return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing")
 
 
-_OPS, _MOE, _V41 = "_custom_ops", "model_executor.layers.fused_moe", "models.deepseek_v41"
-_DISPATCH = f"{_MOE}.prepare_finalize"
-_MXFP8 = "model_executor.layers.quantization.utils.mxfp8_utils"
-_CUTEDSL_MOE = "flashinfer_cutedsl_moe_masked"
+def fills(version: str) -> bool:
+    """Whether a release calls ``torch.zeros`` for the scales of its dense quantizer."""
+    numbers = targets.release(version)
+    return any(targets.release(first) <= numbers <= targets.release(last) for first, last in FILLS)
 
-SITES = (
-    Site(targets.SCALES.name, f"{_OPS}.{targets.SCALES.name}", None, targets.SCALES),
+
+def family(capability: tuple[int, int] | None) -> Family | None:
+    """The GPUs that a compute capability belongs to, or ``None`` if vLLM has no NVFP4 kernels for it."""
+    families: dict[int, Family] = {10: "SM10x", 12: "SM12x"}
+    return None if capability is None else families.get(capability[0])
+
+
+_SHARED, _TILES = "create_fp4_scale_tensor", "NVFP4 128x4"
+_BOTH: tuple[Family, ...] = ("SM10x", "SM12x")
+_EXPERTS = "scaled_fp4_experts_quant silu_and_mul_scaled_fp4_experts_quant"
+_MXFP4_EXPERTS = "mxfp4_experts_quant silu_and_mul_mxfp4_experts_quant"
+_ALL_TO_ALL = (
+    "_unwrap_scale_and_prepare_for_moe flashinfer_alltoall_dispatch FlashInferNVLinkOneSidedPrepareAndFinalize.prepare"
+)
+_LINEAR = (
+    f"{_SHARED} quantize_nvfp4_per_token_input norm_quant_trtllm_nvfp4 TrtLlmNvFp4ExpertsBase._quantize_per_token_input"
+)
+_MXFP8 = (
+    "_mxfp8_e4m3_quantize_impl mxfp8_e4m3_quantize swizzle_mxfp8_scale flashinfer_mxfp8_quantize_8x4 "
+    "TrtLlmMxfp4ExpertsModular.apply TrtLlmMxfp4ExpertsMonolithic.apply"
+)
+_V41 = ("fused_q_kv_rmsnorm_quant FusedWoAKernel.__call__", "DeepseekV4MegaAttnAttention._o_proj")
+_V41_EXPERTS = "RoutedExpertGemm.gemm1 RoutedExpertGemm.front EngramBatch.__init__"
+_LAYERS, _FEW, _MOE = (
+    "linear layers",
+    "trtllm, up to 32 rows",
+    "vLLM's CUTLASS MoE",
+)
+
+SITES: Sequence[Site] = (
+    Site("scaled_fp4_quant", _SHARED, _TILES, None, targets.SCALES, _BOTH),
+    Site("all-reduce + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, ("SM10x",), "tensor parallel"),
+    Site("SiLU + FP4, pass", _SHARED, _TILES, "nobody", targets.SCALES, _BOTH),
     Site(
-        targets.FUSED_ACT_QUANT.name,
-        "model_executor.layers.fusion.fused_act_quant._silu_and_mul_nvfp4_dynamic",
+        "SiLU + FP4, function",
+        "_silu_and_mul_nvfp4_dynamic",
+        _TILES,
         "nobody",
         targets.FUSED_ACT_QUANT,
-        since="0.30.0",
+        _BOTH,
+        "",
+        "0.30.0",
     ),
-    Site(targets.EXPERTS.name, f"{_OPS}.{targets.EXPERTS.name}", "nobody", targets.EXPERTS),
-    Site(targets.SILU_EXPERTS.name, f"{_OPS}.{targets.SILU_EXPERTS.name}", "nobody", targets.SILU_EXPERTS),
-    Site("mxfp4_experts_quant", f"{_OPS}.mxfp4_experts_quant", "nobody", since="0.20.0"),
-    Site("silu_and_mul_mxfp4_experts_quant", f"{_OPS}.silu_and_mul_mxfp4_experts_quant", "nobody", since="0.20.0"),
-    Site("CuTe-DSL batched experts", f"{_MOE}.experts.flashinfer_cutedsl_moe.{_CUTEDSL_MOE}", "nobody", until="0.20.0"),
+    Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
+    Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
+    Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), "CUTLASS MoE"),
+    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS MoE", "0.20.2"),
+    Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
+    Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
+    Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),
+    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", None, (), "trtllm"),
+    Site("MXFP8 quantizers", _MXFP8, "MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
     Site(
-        "CuTe-DSL batched experts",
-        f"{_MOE}.experts.flashinfer_cutedsl_batched_moe.{_CUTEDSL_MOE}",
-        "nobody",
-        since="0.20.0",
-    ),
-    Site("8x4 quantizer", "utils.flashinfer.flashinfer_quant_nvfp4_8x4_sf_layout", "kernel"),
-    Site(
-        "experts after data-parallel dispatch", f"{_DISPATCH}.naive_dp_ep._unwrap_scale_and_prepare_for_moe", "kernel"
-    ),
-    Site(
-        "experts after one-sided NVLink dispatch",
-        f"{_DISPATCH}.flashinfer_nvlink_one_sided.FlashInferNVLinkOneSidedPrepareAndFinalize.prepare",
+        "MXFP4 quantizer",
+        "flashinfer_mxfp4_quantize",
+        "MXFP4 128x4",
         "kernel",
+        None,
+        (),
+        "MXFP4 linear layers",
+        "0.22.1",
     ),
+    Site("DeepSeek V4.1 query, wo_a", _V41[0], "MXFP8 128x4", "kernel", None, (), "that model", "0.30.0"),
+    Site("DeepSeek V4.1 o_proj", _V41[1], "MXFP8 128x4", "nobody", None, (), "that model", "0.33.0"),
     Site(
-        "experts after two-sided NVLink dispatch",
-        f"{_DISPATCH}.flashinfer_nvlink_two_sided.flashinfer_alltoall_dispatch",
-        "kernel",
-    ),
-    Site("experts after DeepEP dispatch", f"{_DISPATCH}.deepep_v2._unpack_mxfp8_scale", "zeros", since="0.29.0"),
-    Site("MXFP4 quantizer", "utils.flashinfer.flashinfer_mxfp4_quantize", "kernel", since="0.22.0"),
-    Site("MXFP8 quantizer", f"{_MXFP8}._mxfp8_e4m3_quantize_impl", "kernel"),
-    Site("8x4 MXFP8 quantizer", "utils.flashinfer.flashinfer_mxfp8_quantize_8x4", "kernel", since="0.29.0"),
-    Site("DeepSeek V4.1: q", f"{_V41}.common.ops.query_quant.fused_q_kv_rmsnorm_quant", "kernel", since="0.32.0"),
-    Site("DeepSeek V4.1: engram", f"{_V41}.common.engram.EngramBatch.__init__", "kernel", since="0.32.0"),
-    Site(
-        "DeepSeek V4.1: all-reduce",
-        f"{_V41}.nvidia.specialized_decode.boundary.boundary.empty_quantized_layer_input",
-        "kernel",
-        since="0.33.0",
-    ),
-    Site(
-        "DeepSeek V4.1: o_proj",
-        f"{_V41}.nvidia.flash_mla_mega_attn.DeepseekV4MegaAttnAttention._o_proj",
-        "nobody",
-        since="0.33.0",
+        "DeepSeek V4.1 experts", _V41_EXPERTS, "MXFP8, 128x4 and linear", "not read", None, (), "that model", "0.33.0"
     ),
 )
-
-DENSE_PADDING: tuple[tuple[str, Padding], ...] = (
-    ("0.19.1", "nobody"),
-    ("0.20.0", "zeros"),
-    ("0.22.0", "nobody"),
-    ("0.25.0", "zeros"),
-    ("0.30.0", "kernel"),
-)
-"""Who zeroes the padding of a dense layer's scales, from a release on."""
-
-
-def existing(version: str) -> list[Site]:
-    """The sites of a release, in the order of the table."""
-    at = release(version)
-    return [one for one in SITES if release(one.since) <= at and (one.until is None or at < release(one.until))]
-
-
-def dense_padding(version: str) -> Padding:
-    """Who zeroes the padding of a dense layer's scales: vLLM's quantizer does from 0.30 on, the fused producers do not."""
-    at = release(version)
-    found = [padding for since, padding in DENSE_PADDING if release(since) <= at]
-    return found[-1] if found else "nobody"
-
-
-def is_hooked(site: Site, hooked: Collection[str]) -> bool:
-    """Whether the pool may serve a site, where targets of these names are hooked."""
-    return site.hook is not None and site.hook.name in hooked
-
-
-def change(site: Site, version: str, hooked: Collection[str]) -> str:
-    """What safealloc changes at a site of a release, where targets of these names are hooked."""
-    padding = site.padding or dense_padding(version)
-    if not is_hooked(site, hooked):
-        why = {"nobody": "not hooked, and nobody zeroes its padding", "zeros": "zeroed at each call"}
-        return f"nothing: {why.get(padding, 'its kernel zeroes padding')}"
-    if site.hook in (targets.EXPERTS, targets.SILU_EXPERTS):
-        return "memory and safety"
-    return {"zeros": "time: no fill per call", "kernel": "safety behind fused producers; no time"}.get(
-        padding, "safety"
-    )
+"""Scales in a layout of tiles, and linear ones of the same kinds; DeepGEMM's columns of FP8 scales are left out."""

@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from safealloc import settings
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.integrations.vllm.sizes import captured_rows
-from safealloc.integrations.vllm.worker import capturing, forward_context
+from safealloc.integrations.vllm.worker import capturing, step_under_way
 from safealloc.pool.pool import ScalePool
 
 # What a served site is.
@@ -107,7 +107,7 @@ class Engine:
         self._grouped: set[GroupedSite] = set()
         self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # of the profile run, while their storage is alive
         self._passes: list[Counter[str]] = []  # per captured step: calls by what was served, or by reason
-        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str]]] = {}  # by id of the forward context
+        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str]]] = {}  # by id of the forward context or capture
 
     # --- profile run --------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Engine:
         """In a capture, count a call by what was served, or by why it was bypassed."""
         if not capturing():
             return
-        context = forward_context()
+        context = step_under_way()
         known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
             alive = (lambda: None) if context is None else weakref.ref(context)

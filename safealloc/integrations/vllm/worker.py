@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from safealloc.pool import driver
+
 # Below vLLM's logger, whose handlers and level the user has configured; a logger of our own would print nothing.
 logger = logging.getLogger("vllm.safealloc")
 
@@ -20,17 +22,22 @@ def forward_context() -> Any:
     return None if module is None else module._forward_context
 
 
+def step_under_way() -> Any:
+    """What tells one captured step from another: the forward context, or outside of one, as for encoders, the capture."""
+    context = forward_context()
+    if context is None and torch.cuda.is_initialized():
+        context = driver.under_way(torch.cuda.current_stream().cuda_stream)
+    return context
+
+
 def capturing() -> bool:
     """Whether the current stream is capturing a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def capability(device: torch.device) -> int | None:
-    """Compute capability of a CUDA device, 10 * major + minor; ``None`` elsewhere."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; ``None`` elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def query_length(worker: Any) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.internals import buffers_of
+from support.internals import buffers_of, unlock
 from support.soak.oracle import check
 from support.soak.registry import action
 from support.soak.walk import Soak
@@ -76,6 +76,7 @@ def interrupted(soak: Soak) -> None:
     pool = soak.pool("plain")
     for _ in range(20):
         came = at_line(soak.numbers.randint(1, 120), some_call(soak, pool), interrupt)
+        unlock(pool)
         soak.counts["exceptions injected"] += came
     pool.stats()
 
