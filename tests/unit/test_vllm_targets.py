@@ -126,17 +126,22 @@ def test_hooks_are_off_where_a_caller_changes_the_rule_that_they_rely_on():
     assert found[targets.QUANTIZE].status == "changed"
     for target in (targets.SCALES, targets.OUTPUTS):
         assert found[target].status == "changed"
-        assert found[target].detail == "it relies on scaled_fp4_quant, which is not as it is known"
+        assert found[target].detail == "it goes with scaled_fp4_quant, which is not as it is known"
     assert found[targets.EXPERTS].status == "hooked"
 
 
-def test_outputs_are_left_alone_where_the_scale_allocation_is():
-    """The hook on outputs would go around it."""
-    assert changed(targets.SCALES, "torch.zeros", "torch.ones").status == "changed"
+@pytest.mark.parametrize(("one", "other"), [("SCALES", "OUTPUTS"), ("OUTPUTS", "SCALES")])
+def test_scales_and_outputs_are_hooked_together_or_not_at_all(one, other):
+    """The hook on outputs goes around the allocation; that one alone would take a padded k for the true one."""
+    one, other = getattr(targets, one), getattr(targets, other)
     sources = stand_in()
-    sources[targets.SCALES.module] = sources[targets.SCALES.module].replace("torch.zeros", "torch.ones")
-    assert (
-        found_in(sources)[targets.OUTPUTS].detail == "it relies on create_fp4_scale_tensor, which is not as it is known"
+    body = "torch.zeros((r" if one is targets.SCALES else "physical_n // 2"
+    sources[one.module] = sources[one.module].replace(body, body.replace("zeros", "ones").replace("// 2", "// 4"))
+    found = found_in(sources)
+    assert found[one].detail.startswith("its body is not one that is known")
+    assert (found[other].status, found[other].detail) == (
+        "changed",
+        f"it goes with {one.name}, which is not as it is known",
     )
 
 
@@ -149,8 +154,9 @@ def imported(tmp_path, monkeypatch):
     (tmp_path / "their_module.py").write_text("def rule(): ...\ndef f(): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "their_module", raising=False)
-    rule = targets.Target("rule", "their_module", ("rule",), bodies=("0",))
-    target = targets.Target("f", "their_module", ("f",), bodies=("0",), needs=(rule,))
+    rule = targets.Target("rule", "their_module", ("rule",), bodies=("0",), group="theirs")
+    target = targets.Target("f", "their_module", ("f",), bodies=("0",), group="theirs")
+    monkeypatch.setattr(targets, "TARGETS", (rule, target))
     yield importlib.import_module("their_module"), targets.Finding(target, "hooked", "f")
     del sys.modules["their_module"]
 
@@ -161,7 +167,7 @@ def test_a_function_as_in_its_file_is_replaced_by_nobody(imported):
 
 
 @pytest.mark.parametrize("name", ["f", "rule"])
-def test_who_replaced_a_function_or_what_it_relies_on_is_named(imported, name):
+def test_who_replaced_a_function_or_one_of_its_group_is_named(imported, name):
     module, finding = imported
 
     def theirs(): ...
@@ -365,7 +371,7 @@ def test_the_committed_scan_was_made_with_this_table(committed):
             "parameters": [", ".join(names) for names in target.parameters],
             "since": target.since,
             "bodies": sorted(target.bodies),
-            "needs": [need.name for need in target.needs],
+            "group": target.group,
         }
     for release in committed["releases"].values():
         assert list(release["hooks"]) == list(committed["targets"])

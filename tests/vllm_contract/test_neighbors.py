@@ -10,7 +10,7 @@ import pytest
 import torch
 import vllm._custom_ops as ops
 import vllm.utils.flashinfer as vllm_flashinfer
-from support.vllm_cpu_ops import CPU, GLOBAL_SCALE, activation
+from support.vllm_cpu_ops import GLOBAL_SCALE, activation
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import ScalePool
@@ -55,8 +55,10 @@ def test_a_function_that_another_plugin_has_replaced_is_left_alone_and_the_plugi
     assert targets.SILU_EXPERTS.name in registered
     warnings = [record.getMessage() for record in log if record.levelno >= logging.WARNING]
     where = f"another plugin has {__name__}.theirs.<locals>.wrap.<locals>.their_function instead of {name}"
-    expected = targets.SCALES.name if name == targets.QUANTIZE.name else name
-    assert f"safealloc: {expected} is not hooked: {where}" in warnings
+    dense = (targets.SCALES.name, targets.OUTPUTS.name)  # together or not at all
+    for left_alone in (name,) if "experts" in name else dense:
+        assert left_alone not in registered
+        assert f"safealloc: {left_alone} is not hooked: {where}" in warnings
     integration.unregister()
     assert getattr(ops, name) is left
 
@@ -126,9 +128,11 @@ def test_without_flashinfers_op_its_hook_is_not_said_to_be_there(
 def test_registering_again_below_a_wrapper_leaves_it_alone(theirs: Callable[[str], list[str]], pool: ScalePool) -> None:
     integration.register()
     theirs("create_fp4_output_tensors")
-    on_top = ops.create_fp4_output_tensors
+    on_top, scales = ops.create_fp4_output_tensors, ops.create_fp4_scale_tensor
     integration.unregister()
+    own = ops.create_fp4_scale_tensor
+    assert own is not scales
     integration.register()
     assert ops.create_fp4_output_tensors is on_top
-    scales = ops.create_fp4_scale_tensor(5, 64, CPU, True)
-    assert pool.spec(scales) is not None
+    assert ops.create_fp4_scale_tensor is own
+    assert targets.FUSED_ACT_QUANT.name in (plugin.registered() or ())

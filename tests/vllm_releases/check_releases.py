@@ -278,7 +278,7 @@ def _as_dict(target: targets.Target) -> dict[str, Any]:
         "parameters": [", ".join(names) for names in target.parameters],
         "since": target.since,
         "bodies": sorted(target.bodies),
-        "needs": [need.name for need in target.needs],
+        "group": target.group,
     }
 
 

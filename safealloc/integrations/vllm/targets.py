@@ -35,9 +35,7 @@ class Target:
     parameters: tuple[tuple[str, ...], ...] = ()  # the lists of names that the hook accepts; empty for a class
     since: str = SUPPORTED[0]  # the first release that has it
     bodies: tuple[str, ...] = ()  # digests of those that the hook replaces; empty where it calls the original
-    needs: tuple[
-        Target, ...
-    ] = ()  # targets of the same module that have to be as they are known for this one to be hooked
+    group: str = ""  # targets of one module that are hooked together or not at all
 
 
 def _function(
@@ -45,10 +43,10 @@ def _function(
     name: str,
     *parameters: tuple[str, ...],
     bodies: tuple[str, ...] = (),
-    needs: tuple[Target, ...] = (),
+    group: str = "",
 ) -> Target:
     """A function that the log calls by its name."""
-    return Target(name, module, (name,), parameters, bodies=bodies, needs=needs)
+    return Target(name, module, (name,), parameters, bodies=bodies, group=group)
 
 
 _CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
@@ -61,7 +59,12 @@ _MXFP4 = ("block_size", "use_nvfp4")
 _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
 
 QUANTIZE = _function(
-    _CUSTOM_OPS, "scaled_fp4_quant", _QUANTIZE, (*_QUANTIZE, "padded_n"), bodies=("69f20afb5c", "b76cbf35ed")
+    _CUSTOM_OPS,
+    "scaled_fp4_quant",
+    _QUANTIZE,
+    (*_QUANTIZE, "padded_n"),
+    bodies=("69f20afb5c", "b76cbf35ed"),
+    group="dense",
 )
 """Not replaced: it decides which layout goes where, and the hooks rely on its rule."""
 SCALES = _function(
@@ -69,7 +72,7 @@ SCALES = _function(
     "create_fp4_scale_tensor",
     _OUTPUTS,
     bodies=("7a7d45fbe9", "9f7ebc2976", "a3a0f59e97"),
-    needs=(QUANTIZE,),
+    group="dense",
 )
 OUTPUTS = _function(
     _CUSTOM_OPS,
@@ -77,7 +80,7 @@ OUTPUTS = _function(
     _OUTPUTS,
     (*_OUTPUTS, "padded_n"),
     bodies=("5dba6d0e8a", "11093bc733"),
-    needs=(QUANTIZE, SCALES),
+    group="dense",
 )
 MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4), bodies=("c7f1c4880c", "641eb47b16"))
 MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
@@ -148,24 +151,25 @@ def installed() -> tuple[str, Source] | None:
 def check(version: str, source: Source) -> list[Finding]:
     """One finding per target."""
     trees = {module: _parsed(source, module) for module in {target.module for target in TARGETS}}
-    found: dict[Target, Finding] = {}
-    for target in TARGETS:
-        finding = _check(target, version, trees[target.module])
-        unfit = [need.name for need in target.needs if found[need].status not in ("hooked", "as known")]
-        if finding.status == "hooked" and unfit:
-            finding = Finding(
-                target, "changed", finding.attribute, f"it relies on {unfit[0]}, which is not as it is known"
-            )
-        found[target] = finding
-    return list(found.values())
+    found = [_check(target, version, trees[target.module]) for target in TARGETS]
+    unfit = {
+        one.target.group: one.target for one in found if one.target.group and one.status not in ("hooked", "as known")
+    }
+    for index, one in enumerate(found):
+        other = unfit.get(one.target.group)
+        if other is not None and one.status == "hooked":
+            detail = f"it goes with {other.name}, which is not as it is known"
+            found[index] = Finding(one.target, "changed", one.attribute, detail)
+    return found
 
 
 def replaced_by(finding: Finding, module: ModuleType) -> str | None:
-    """Who has replaced a function that has to be vLLM's own, or one that it relies on; ``None`` where nobody has.
+    """Who has replaced a function that has to be vLLM's own, or one of its group; ``None`` where nobody has.
 
     The live function is vLLM's own if its code is from the file of its module and has its name.
     """
-    for target in (*finding.target.needs, finding.target):
+    group = [target for target in TARGETS if target.group and target.group == finding.target.group]
+    for target in group or [finding.target]:
         for name in target.attributes if target.bodies else ():
             live = getattr(module, name, None)
             code = getattr(live, "__code__", None)
