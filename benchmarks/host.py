@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import random
 import sys
 import time
 import timeit
@@ -28,7 +30,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, short
 from safealloc.integrations.vllm import ops as vllm_ops
 from safealloc.integrations.vllm.serve import Allocator
-from safealloc.integrations.vllm.startup import Steps
+from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.ops.backends import Call, triton_refusal
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize
@@ -48,6 +50,7 @@ EMPTY, ZEROS, ACQUIRE, SIDE_STREAM, OP, HOOK = (
     "torch.ops.safealloc.acquire",
     "hook in vLLM",
 )
+EAGER, EAGER_OWN = "hook in vLLM outside captures, 1 to 1024 rows", "what it calls there, 1 to 1024 rows"
 LAUNCH, LAUNCHER, QUANTIZE, QUANTIZE_DEFAULT, LINEAR = (
     "bare Triton launch",
     "triton_quantize.quantize",
@@ -138,17 +141,19 @@ def targets(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         at_most("pool.acquire, a hit: microseconds", 1.0, [timing.median(times[ACQUIRE])]),
         at_most("pool.acquire against torch.empty: times", round(1 / 3, 4), ratio(ACQUIRE, EMPTY)),
         at_most("hook in vLLM against torch.empty: times", 2.0, ratio(HOOK, EMPTY)),
+        at_most("hook in vLLM outside captures against what it calls there: times", 1.2, ratio(EAGER, EAGER_OWN)),
         at_most("nvfp4_quantize against a bare Triton launch: times", 2.0, ratio(QUANTIZE, LAUNCH)),
     ]
 
 
 @contextlib.contextmanager
 def vllm_step(device: torch.device) -> Iterator[None]:
-    """Inside, the hooks have an allocator as in a vLLM worker whose model runs."""
+    """Inside, the hooks have an allocator as in a vLLM worker that captures its model."""
     allocator = Allocator()
     allocator.enabled = True
-    allocator.steps, allocator.max_rows = Steps(rows=(ROWS,), max_rows=ROWS), ROWS
-    allocator.pool = default_pool(device)  # set here, as the allocator's first use of a pool would share its captures
+    allocator.vllm_scale_tensor = _vllm_functions()[0][1]
+    allocator.engine = Engine(Steps({ROWS: 1}), device)
+    allocator.engine.pool = default_pool(device)
     context = sys.modules.get(_CONTEXT)
     sys.modules[_CONTEXT] = SimpleNamespace(_forward_context=object())  # how vLLM shows that a model runs
     try:
@@ -173,8 +178,24 @@ def allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
         candidates.append(Candidate(SIDE_STREAM, acquire, torch.cuda.Stream(device)))
     candidates.append(Candidate(OP, functools.partial(torch.ops.safealloc.acquire, ROWS, K, int(LAYOUT), device)))
     candidates.append(Candidate(HOOK, functools.partial(vllm_ops.scales, ROWS, K, device, None)))
+    rows = random.Random(0).choices(range(1, 1025), k=4096)
+    theirs = _vllm_functions()[0][1]
+    candidates += [
+        Candidate(EAGER, functools.partial(outside_captures, itertools.cycle(rows), vllm_ops.scales, device, None)),
+        Candidate(EAGER_OWN, functools.partial(outside_captures, itertools.cycle(rows), theirs, device, True)),
+    ]
     own = [Candidate(name, functools.partial(call, ROWS, K, device, True)) for name, call in _vllm_functions()]
     return candidates + own
+
+
+def outside_captures(rows: Iterator[int], function: Callable[..., Tensor], *rest: Any) -> Tensor:
+    """Call a function for the next number of rows while no engine captures."""
+    allocator = vllm_ops.allocator
+    engine, allocator.engine = allocator.engine, None
+    try:
+        return function(next(rows), K, *rest)
+    finally:
+        allocator.engine = engine
 
 
 def _vllm_functions() -> list[tuple[str, Callable[[int, int, torch.device, bool], Tensor]]]:

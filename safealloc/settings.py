@@ -12,7 +12,6 @@ from dataclasses import dataclass
 ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
-MAX_ROWS = "SAFEALLOC_MAX_ROWS"
 VERIFY = "SAFEALLOC_VERIFY"
 VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
 POISON = "SAFEALLOC_POISON"
@@ -21,7 +20,6 @@ MEANINGS = {
     ENABLED: "0 keeps the vLLM plugin off",
     STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
     LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
-    MAX_ROWS: "rows up to which the pool serves vLLM's calls (default: the largest captured batch)",
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
@@ -51,12 +49,6 @@ def strict() -> bool:
 def linear() -> bool:
     """Whether ``SAFEALLOC_LINEAR=1`` puts our linear kernel before vLLM's."""
     return os.environ.get(LINEAR, "0") == "1"
-
-
-def max_rows() -> int | None:
-    """``SAFEALLOC_MAX_ROWS``, or ``None`` where it is no number."""
-    text = os.environ.get(MAX_ROWS, "")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def watching() -> bool:

@@ -155,9 +155,6 @@ def _bad_settings() -> dict[str, str]:
     except ValueError as error:
         name = str(error).partition(" ")[0]
         problems[name] = f"No default pool can be made: {error}"
-    given = {name: value for name, value, _ in settings.given()}[settings.MAX_ROWS]
-    if given and not settings.max_rows():
-        problems[settings.MAX_ROWS] = f"{settings.MAX_ROWS} must be a positive integer, got {given!r}: it is ignored"
     return problems
 
 

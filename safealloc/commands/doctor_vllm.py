@@ -23,8 +23,8 @@ class HookFinding:
     """One hook."""
 
     name: str  # as in the log
-    # "hooked" where it fits; "changed" or "missing" where vLLM's own code is left alone; "not yet there"
-    # where vLLM is older than what it hooks
+    # "hooked" where it fits; "as known" where nothing is replaced, and hooks rely on it; "changed" or "missing" where
+    # vLLM's own code is left alone; "not yet there" where vLLM is older than what it hooks
     status: str
     reason: str | None  # why it would not be registered although it fits, or has nothing to replace, or ``None``
 
@@ -95,6 +95,8 @@ def _hook(found: targets.Finding) -> HookFinding:
     if found.status == "hooked" and found.target.module == targets.MM.module:
         missing = _optional.missing("flashinfer")
         reason = None if missing is None else f"exists only with FlashInfer: {missing}"
+    if found.status == "as known":
+        reason = "not replaced: hooks rely on what it does"
     if found.status == "hooked" and found.target is targets.STEP and not settings.watching():
         reason = f"registered only with {settings.VERIFY}, which is not set"
     return HookFinding(found.target.name, found.status, reason)
@@ -172,7 +174,7 @@ def show(found: VllmFinding, out: Console) -> None:
         out.print(f"vLLM {found.version}: {why}.\n")
     rows = []
     for hook in found.hooks:
-        fits = hook.status in ("hooked", "not yet there")
+        fits = hook.status not in ("changed", "missing")
         registers = "yes" if hook.status == "hooked" and hook.reason is None else "-" if fits else f"no: {hook.status}"
         rows.append(((hook.name, registers, hook.reason or ""), fits))
     report.table(out, f"vLLM {found.version}: hooks", ("", "would register", "why not"), rows)
@@ -209,7 +211,7 @@ def _state(found: VllmFinding) -> Iterable[tuple[Sequence[str], bool]]:
     if not reason and not state.enabled:
         reason = f"{settings.ENABLED}=0 keeps it off"
     yield ("loaded by vLLM", "no" if reason else "yes", reason), not reason
-    here = ("no", "vLLM's processes register the hooks when they start")
+    here = ("no", "vLLM's workers register the hooks when they load a model that may have FP4 layers")
     yield ("registered here", *(here if state.registered is None else (f"{len(state.registered)} hooks", ""))), True
     for linear in found.linear:
         yield (f"linear kernel on {linear.device}", linear.path or "-", linear.reason or ""), True

@@ -267,10 +267,10 @@ class Inventory:
                 f"{len(self.by_address)} buffers, and callers hold {one_call} that were made for one call"
             )
 
-    def trim(self) -> int:
-        """Give up the cache's idle buffers, and what is free to the device; their bytes."""
+    def trim(self, reserved: bool = False) -> int:
+        """Give up the cache's idle buffers, or all that no graph has, and what is free to the device; their bytes."""
         before = self.nbytes
-        self._forget_idle()  # apart, so that no variable here holds one when the memory is released
+        self._forget_idle(reserved)  # apart, so that no variable here holds one when the memory is released
         self.release_memory()
         return before - self.nbytes
 
@@ -321,9 +321,10 @@ class Inventory:
         for buffer in self.buffers():
             self.forget(buffer)
 
-    def _forget_idle(self) -> None:
+    def _forget_idle(self, reserved: bool) -> None:
         for buffer in self.buffers():
-            claim = None if buffer.kept else buffer.claim()
+            free = not buffer.kept or (reserved and (buffer.owner is STOCK or isinstance(buffer.owner, int)))
+            claim = buffer.claim() if free else None
             if claim is not None or (not buffer.held() and buffer.altered()):
                 self.forget(buffer)
             del claim

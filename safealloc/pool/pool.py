@@ -221,10 +221,10 @@ class ScalePool(PoolState):
             if missing and self._on_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
 
-    def trim(self) -> int:
+    def trim(self, *, reserved: bool = False) -> int:
         """Give up the idle buffers of the cache, and their memory to the device; returns their bytes.
 
-        Reserved, captured and held buffers stay.
+        Captured and held buffers stay, and without ``reserved`` the reserved ones.
 
         Raises:
             SafeAllocError: in a capture.
@@ -233,7 +233,7 @@ class ScalePool(PoolState):
         with self._entrance():
             self._check_usable("trim")
             self._take_back_and_drain()
-            return self._inventory.trim()
+            return self._inventory.trim(reserved)
 
     def close(self) -> None:
         """Give up every buffer; each later use of the pool is an error.

@@ -6,6 +6,7 @@ projection has padding columns, and vLLM pads its k. vLLM loads the plugin throu
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -39,6 +40,7 @@ DEFAULTS = {
     "corrupt": False,
     "guard": False,  # dirty what graphs hold, with SAFEALLOC_VERIFY_REPAIR=1 and then as if without it
     "sleep": [],
+    "restart": False,  # shut the engine down and start another one in this process
     "layers": 4,
     "hidden": 1024,
     "intermediate": 2832,
@@ -192,11 +194,11 @@ def generated_code() -> dict[str, int]:
     found = {"quantizations": 0, "into a pool buffer": 0, "reused": 0}
     for file in Path(os.environ["VLLM_CACHE_ROOT"]).rglob("*.py"):
         text = file.read_text(errors="replace")
-        if "safealloc.vllm_scales" not in text or "async_compile" not in text:
+        if not re.search(r"safealloc\.vllm_(fused_)?scales", text) or "async_compile" not in text:
             continue  # vLLM also writes the traced graph there
         ours: set[str] = set()
         for line in text.splitlines():
-            if made := re.match(r"\s*(\w+) = torch\.ops\.safealloc\.vllm_scales\.default\(", line):
+            if made := re.match(r"\s*(\w+) = torch\.ops\.safealloc\.vllm_(?:fused_)?scales\.default\(", line):
                 ours.add(made[1])
             elif (alias := re.match(r"\s*(\w+) = (\w+)(\[0\])?$", line)) and alias[2] in ours:
                 ours.add(alias[1])
@@ -255,8 +257,12 @@ def run(request: dict) -> dict:
     from support.internals import buffers_of, watch_of
 
     from safealloc import PaddingCorruptionError, default_pool
+    from safealloc.integrations.vllm.serve import engine_of
 
-    pool = default_pool("cuda:0")
+    worker = engine.llm.llm_engine.model_executor.driver_worker.worker
+    own = engine_of(worker)
+    pool = default_pool("cuda:0") if own is None or own.pool is None else own.pool
+    result["engine has a pool"] = own is not None and own.pool is not None
     result["stats"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     result["verified"] = pool.verify()
     result["addresses"] = sorted(buffer.address for buffer in buffers_of(pool))
@@ -299,6 +305,25 @@ def run(request: dict) -> dict:
             result["raised"] = None
         except PaddingCorruptionError as error:
             result["raised"] = str(error)
+    if request["restart"]:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        from safealloc import PoolClosedError
+
+        del worker, own
+        engine.llm.llm_engine.engine_core.shutdown()
+        try:
+            result["bytes after shutdown"] = pool.stats().bytes
+        except PoolClosedError:
+            result["bytes after shutdown"] = 0
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        engine = Engine(request)
+        again = engine_of(engine.llm.llm_engine.model_executor.driver_worker.worker)
+        pool = again.pool
+        result["tokens after restart"] = digest(engine.generate())
+        result["bytes after restart"] = pool.stats().bytes
     result["stats at the end"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     return result
 

@@ -24,15 +24,19 @@ EAGER = {"mode": 0, "cudagraph_mode": "NONE"}
 FULL = {"mode": 3, "cudagraph_mode": "FULL"}
 PIECEWISE = {"mode": 3, "cudagraph_mode": "PIECEWISE"}
 OFF = {"SAFEALLOC": "0"}
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+NGRAM = {"mode": 0, "cudagraph_mode": "FULL", "engine": SHARED_GPU["engine"] | {"speculative_config": SPECULATION}}
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager, vLLM's own": (EAGER | MIXED, OFF),
-    "eager, pool": (EAGER | MIXED | {"adversary": True, "corrupt": True}, {}),
+    "eager, pool": (EAGER | MIXED | {"adversary": True}, {}),
     "eager, torch.empty": (EAGER | MIXED | {"adversary": True, "control": "empty"}, OFF),
     "FULL, vLLM's own": (FULL | MIXED, OFF),
     "FULL, pool": (FULL | MIXED | {"adversary": True, "corrupt": True}, {}),
     "PIECEWISE, vLLM's own": (PIECEWISE | MIXED, OFF),
     "PIECEWISE, pool": (PIECEWISE | MIXED | {"adversary": True, "corrupt": True}, {}),
+    "ngram, vLLM's own": (NGRAM | MIXED, OFF),
+    "ngram, pool": (NGRAM | MIXED | {"restart": True}, {}),
     "both, sleep": (MIXED | {"sleep": [1, 2], "engine": {"enable_sleep_mode": True} | SHARED_GPU["engine"]}, {}),
     "FULL, guarded": (FULL | MIXED | {"guard": True}, {"SAFEALLOC_VERIFY": "1", "SAFEALLOC_VERIFY_REPAIR": "1"}),
     "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
@@ -153,7 +157,26 @@ def test_tokens_depend_on_the_padding(results):
     assert results["eager, torch.empty"]["tokens"] != results["eager, vLLM's own"]["tokens"]
 
 
-@pytest.mark.parametrize("mode", ["eager", "FULL", "PIECEWISE"])
+def test_an_eager_engine_has_no_pool(results):
+    assert not results["eager, pool"]["engine has a pool"]
+    assert results["FULL, pool"]["engine has a pool"]
+
+
+def test_speculative_decoding_is_reserved_before_the_captures_and_changes_no_token(results):
+    run = results["ngram, pool"]
+    assert run["tokens"] == results["ngram, vLLM's own"]["tokens"]
+    assert (run["stats"]["misses"], run["stats"]["capture_fallbacks"]) == (0, 0)
+    assert run["stats"]["captured"] == run["stats"]["buffers"]  # nothing in vain
+
+
+def test_memory_is_given_back_and_the_next_engine_in_the_process_has_its_own(results):
+    run = results["ngram, pool"]
+    assert run["bytes after shutdown"] == 0
+    assert run["bytes after restart"] == run["stats"]["bytes"]
+    assert run["tokens after restart"] == run["tokens"]
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
 def test_dirty_padding_changes_tokens_is_found_and_repaired(results, mode):
     run = results[f"{mode}, pool"]
     assert run["tokens with NaN in the padding"] != run["tokens"]

@@ -23,7 +23,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safealloc import ScaleSpec, SfLayout
+from safealloc import ScalePool, ScaleSpec, SfLayout
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.kernels import reference
 from safealloc.pool.contents import spec_of
 
@@ -324,6 +326,15 @@ def engine_config(
         model_config=SimpleNamespace(enforce_eager=False),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
+
+
+@contextlib.contextmanager
+def capturing(pool: ScalePool, most_rows: int = 1 << 20) -> Iterator[Engine]:
+    """Inside, calls of up to so many rows are those of an engine's captures; it has ``pool``."""
+    engine = Engine(Steps({most_rows: 1}), pool.device)
+    engine.pool = pool
+    with allocator.working(engine):
+        yield engine
 
 
 def in_forward_context() -> Any:

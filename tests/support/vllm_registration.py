@@ -83,13 +83,18 @@ default = importlib.import_module("safealloc.pool.default")
 
 def allocate():
     import vllm._custom_ops as ops
-    _, scales = ops.create_fp4_output_tensors(5, 80, torch.device("cpu"), True, padded_n=96)
+    from safealloc.integrations.vllm.serve import allocator
+    from safealloc.integrations.vllm.startup import Engine, Steps
+    engine = Engine(Steps({8: 1}), torch.device("cpu"))
+    engine.pool = default_pool("cpu")
+    with allocator.working(engine):
+        _, scales = ops.create_fp4_output_tensors(5, 80, torch.device("cpu"), True, padded_n=96)
     return str(default_pool("cpu").spec(scales))
 
 def loaded_and_allocated():
     import vllm.plugins
     vllm.plugins.load_general_plugins()
-    assert plugin.registered()
+    plugin.register()  # as a worker does
     return allocate()
 """
-"""The beginning of such a program: vLLM has loaded its plugins."""
+"""The beginning of such a program: vLLM has loaded its plugins. ``allocate`` does so as in a capture."""

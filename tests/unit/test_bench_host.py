@@ -38,7 +38,7 @@ def test_every_call_without_a_launch_is_measured_and_vllms_state_is_restored(hos
     for found in calls.values():
         lower, upper = found["quartiles"]
         assert 0.05 < lower <= found["us"] <= upper < 1000
-    assert [target["reached"] is None for target in result["targets"]] == [False, False, False, True]
+    assert [target["reached"] is None for target in result["targets"]] == [False, False, False, False, True]
 
 
 def test_the_hook_gets_a_pool_buffer(host):
@@ -73,18 +73,21 @@ def test_targets_compare_medians_and_ratios_within_a_batch(host):
         host.EMPTY: [3.0, 30.0, 3.0],
         host.ACQUIRE: [0.9, 9.0, 0.9],
         host.HOOK: [5.9, 59.0, 5.9],
+        host.EAGER: [11.0, 110.0, 11.0],
+        host.EAGER_OWN: [10.0, 100.0, 10.0],
         host.LAUNCH: [10.0, 100.0, 10.0],
         host.QUANTIZE: [19.0, 190.0, 19.0],
     }
     targets = host.targets(times)
-    assert [target["target"] for target in targets] == [1.0, 0.3333, 2.0, 2.0]
-    assert [target["reached"] for target in targets] == [0.9, 0.3, 1.9667, 1.9]
+    assert [target["target"] for target in targets] == [1.0, 0.3333, 2.0, 1.2, 2.0]
+    assert [target["reached"] for target in targets] == [0.9, 0.3, 1.9667, 1.1, 1.9]
     assert all(target["met"] for target in targets)
     slower = {name: [2 * time for time in samples] for name, samples in times.items()}
+    slower[host.EAGER_OWN] = times[host.EAGER_OWN]
     slower[host.EMPTY], slower[host.LAUNCH] = times[host.EMPTY], times[host.LAUNCH]
     assert not any(target["met"] for target in host.targets(slower))
     few = {name: times[name] for name in (host.EMPTY, host.ACQUIRE)}
-    assert [target["met"] for target in host.targets(few)] == [True, True, False, False]
+    assert [target["met"] for target in host.targets(few)] == [True, True, False, False, False]
 
 
 def test_the_bare_launch_repeats_the_launch_of_quantize(host, monkeypatch):

@@ -69,15 +69,11 @@ def test_the_switches_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.enabled()
     assert not settings.strict()
     assert not settings.linear()
-    assert settings.max_rows() is None
-    for name, text in {"": "0", "_STRICT": "1", "_LINEAR": "1", "_MAX_ROWS": "64"}.items():
+    for name, text in {"": "0", "_STRICT": "1", "_LINEAR": "1"}.items():
         monkeypatch.setenv(f"SAFEALLOC{name}", text)
     assert not settings.enabled()
     assert settings.strict()
     assert settings.linear()
-    assert settings.max_rows() == 64
-    monkeypatch.setenv("SAFEALLOC_MAX_ROWS", "many")
-    assert settings.max_rows() is None
 
 
 def test_given_lists_every_variable_with_its_value(monkeypatch: pytest.MonkeyPatch) -> None:

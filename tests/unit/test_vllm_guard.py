@@ -12,9 +12,10 @@ from support.internals import check_all
 from torch import Tensor
 
 from safealloc import PaddingCorruptionError, PoolClosedError, ScalePool, SfLayout, settings
-from safealloc.integrations.vllm import hooks, ops, serve, targets
+from safealloc.integrations.vllm import hooks, ops, targets
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import Allocator
+from safealloc.integrations.vllm.serve import ENGINE, Allocator
+from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.integrations.vllm.worker import logger
 from safealloc.pool import default
 from safealloc.settings import POISON, STRICT, VERIFY, VERIFY_REPAIR
@@ -30,18 +31,24 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logger, "propagate", True)
 
 
+def capturing(pool: ScalePool) -> Allocator:
+    """An allocator of an engine whose captures are under way."""
+    allocator = Allocator()
+    allocator.enabled = True
+    allocator.engine = Engine(Steps({8: 1}), CPU)
+    allocator.engine.pool = pool
+    return allocator
+
+
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Allocator, ScalePool]]]:
+def guarded() -> Iterator[Callable[..., tuple[Allocator, ScalePool]]]:
     """Makes an allocator in a step, and the pool that it hands out from, which checks every handout and replay."""
     pools: list[ScalePool] = []
 
     def make(*, repair: bool = False) -> tuple[Allocator, ScalePool]:
         pool = ScalePool("cpu", verify_every=1, verify_repair=repair)
         pools.append(pool)
-        monkeypatch.setattr(serve, "default_pool", lambda device: pool)
-        allocator = Allocator()
-        allocator.enabled = True
-        return allocator, pool
+        return capturing(pool), pool
 
     yield make
     for pool in pools:
@@ -57,10 +64,6 @@ def dense(allocator: Allocator) -> Tensor:
     return allocator.scales(5, 64, CPU, None)
 
 
-def in_8x4(allocator: Allocator) -> Tensor:
-    return allocator.quantized_8x4(torch.ones(5, 64, dtype=torch.bfloat16), torch.ones(1))[1]
-
-
 def grouped(allocator: Allocator) -> Tensor:
     offsets, tiles = torch.tensor([0, 4, 4, 10]), torch.tensor([0, 128, 128, 256])
     scales = allocator.grouped_scales(10, 64, TOPK, offsets.int(), tiles.int())
@@ -68,13 +71,12 @@ def grouped(allocator: Allocator) -> Tensor:
     return scales
 
 
-@pytest.mark.parametrize("site", [dense, in_8x4, grouped])
+@pytest.mark.parametrize("site", [dense, grouped])
 def test_dirty_padding_is_raised_by_every_kind_of_call(
     guarded: Callable[..., Any], site: Callable[[Allocator], Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other pool errors are logged, and vLLM allocates; after this one tokens may be wrong."""
     allocator, pool = guarded()
-    allocator.vllm_quantize_8x4 = lambda *given: pytest.fail("vLLM's own quantizer was called")
     scales = site(allocator)
     assert pool.spec(scales) is not None
     scales.view(torch.uint8).view(-1)[-1] = 0x38
@@ -104,19 +106,16 @@ def test_dirty_padding_is_repaired_by_every_kind_of_call(
     guarded: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     allocator, pool = guarded(repair=True)
-    for site in (dense, in_8x4):
-        site(allocator).view(torch.uint8).view(-1)[-1] = 0x38
-        check_all(pool)
-        assert pool.spec(site(allocator)) is not None
-        assert pool.verify() > 0
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    dense(allocator).view(torch.uint8).view(-1)[-1] = 0x38
+    check_all(pool)
+    assert pool.spec(dense(allocator)) is not None
+    assert pool.verify() > 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_debug_pool_raises_dirty_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_debug_pool_raises_dirty_padding_too() -> None:
     with ScalePool("cpu", debug=True) as pool:
-        monkeypatch.setattr(serve, "default_pool", lambda device: pool)
-        allocator = Allocator()
-        allocator.enabled = True
+        allocator = capturing(pool)
         dense(allocator).view(torch.uint8).view(-1)[-1] = 0x38
         with pytest.raises(PaddingCorruptionError):
             dense(allocator)
@@ -146,7 +145,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Allocator], Wo
         monkeypatch.setattr(hooks, "allocator", allocator)
         hooks.HOOKS[targets.STEP](patches, SimpleNamespace(Worker=Worker), "Worker.execute_model")
         assert Worker.execute_model is not original
-        return Worker()
+        made = Worker()
+        setattr(made, ENGINE, allocator.engine)
+        return made
 
     yield make
     patches.restore()
@@ -158,7 +159,10 @@ def test_a_hooked_step_returns_what_the_original_returns(
 ) -> None:
     allocator, pool = guarded()
     stepping = worker(allocator)
-    assert stepping.execute_model(1) == (stepping, 1)  # no pool yet
+    assert allocator.engine is not None
+    allocator.engine.pool = None
+    assert stepping.execute_model(1) == (stepping, 1)
+    allocator.engine.pool = pool
     dense(allocator)
     calls: list[int] = []
     monkeypatch.setattr(pool, "safe_point", lambda: calls.append(len(stepping.steps)))
@@ -255,9 +259,11 @@ def test_a_value_that_is_not_a_number_is_logged_once(
     monkeypatch.setattr(default, "_pools", {})
     allocator = Allocator()
     allocator.enabled = True
+    engine = allocator.engine = Engine(Steps({8: 1}), CPU)
     stepping = worker(allocator)
     for step in range(3):
         assert dense(allocator).shape == (128, 1)
+        hooks.log_errors(engine.reserve)
         assert stepping.execute_model(step) == (stepping, step)
     (record,) = caplog.records
     assert record.levelname == "ERROR"

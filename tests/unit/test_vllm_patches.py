@@ -85,7 +85,7 @@ def test_an_equal_object_is_not_replaced(write, patches, replacement):
     assert one.g is g
 
 
-def test_restore_undoes_in_reverse_order(write, patches, replacement):
+def test_restore_puts_names_back_in_one_pass_and_undoes_the_rest_in_reverse_order(write, patches, replacement):
     write("one", "def f(): ...\n")
     one = importlib.import_module("one")
     original = one.f
@@ -96,7 +96,8 @@ def test_restore_undoes_in_reverse_order(write, patches, replacement):
     patches.rebind(replacement, another)
     patches.undo_by(lambda: undone.append((3, one.f)))
     patches.restore()
-    assert undone == [(3, another), (2, replacement), (1, original)]
+    assert undone == [(3, original), (2, original), (1, original)]  # names first, in one pass
+    assert one.f is original
     patches.restore()
     assert len(undone) == 3
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
 import json
 import re
 import sys
@@ -35,7 +37,8 @@ def test_every_hook_fits_the_stand_in():
             assert found.status == "not yet there"
             assert found.detail == f"vLLM has it since {target.since}"
         else:
-            assert (found.status, found.detail) == ("hooked", ""), target.name
+            expected = "as known" if target is targets.QUANTIZE else "hooked"
+            assert (found.status, found.detail) == (expected, ""), target.name
             assert found.attribute == target.attributes[0]
 
 
@@ -95,7 +98,94 @@ def test_docstrings_comments_and_line_breaks_do_not_change_the_digest_of_a_body(
 
 
 def test_any_body_fits_where_the_hook_calls_the_original():
-    assert changed(targets.SCALES, "(128, 4)", "(m, n)").status == "hooked"
+    assert changed(targets.MM_OP, "import mm_fp4", "import mm_fp4 as mm").status == "hooked"
+
+
+REPLACED = {
+    "scales of another shape": (targets.SCALES, "(rounded_m, rounded_n // 4)", "(rounded_m, rounded_n)"),
+    "scales of another dtype": (targets.SCALES, "dtype=torch.int32", "dtype=torch.uint8"),
+    "scales in other tiles": (targets.SCALES, "round_up(m, 128)", "round_up(m, 256)"),
+    "another rule for the layout that a GEMM reads": (targets.MM, "a.shape[0] <= 32", "a.shape[0] <= 64"),
+    "another allocation of experts": (targets.EXPERTS, "MAX_TOKENS_PER_EXPERT * topk, padded_k", "topk, padded_k"),
+}
+
+
+@pytest.mark.parametrize("change", list(REPLACED))
+def test_a_function_that_is_replaced_whole_is_left_alone_when_its_body_changes(change):
+    target, old, new = REPLACED[change]
+    found = changed(target, old, new)
+    assert found.status == "changed"
+    assert found.detail.startswith("its body is not one that is known (")
+
+
+def test_hooks_are_off_where_a_caller_changes_the_rule_that_they_rely_on():
+    sources = stand_in()
+    module = targets.QUANTIZE.module
+    sources[module] = sources[module].replace("and m <= 32 else", "and m <= 64 else")
+    found = found_in(sources)
+    assert found[targets.QUANTIZE].status == "changed"
+    for target in (targets.SCALES, targets.OUTPUTS):
+        assert found[target].status == "changed"
+        assert found[target].detail == "it goes with scaled_fp4_quant, which is not as it is known"
+    assert found[targets.EXPERTS].status == "hooked"
+
+
+@pytest.mark.parametrize(("one", "other"), [("SCALES", "OUTPUTS"), ("OUTPUTS", "SCALES")])
+def test_scales_and_outputs_are_hooked_together_or_not_at_all(one, other):
+    """The hook on outputs goes around the allocation; that one alone would take a padded k for the true one."""
+    one, other = getattr(targets, one), getattr(targets, other)
+    sources = stand_in()
+    body = "torch.zeros((r" if one is targets.SCALES else "physical_n // 2"
+    sources[one.module] = sources[one.module].replace(body, body.replace("zeros", "ones").replace("// 2", "// 4"))
+    found = found_in(sources)
+    assert found[one].detail.startswith("its body is not one that is known")
+    assert (found[other].status, found[other].detail) == (
+        "changed",
+        f"it goes with {one.name}, which is not as it is known",
+    )
+
+
+# --- the live function ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """A module with two functions, and a finding that both have to be its own."""
+    (tmp_path / "their_module.py").write_text("def rule(): ...\ndef f(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "their_module", raising=False)
+    rule = targets.Target("rule", "their_module", ("rule",), bodies=("0",), group="theirs")
+    target = targets.Target("f", "their_module", ("f",), bodies=("0",), group="theirs")
+    monkeypatch.setattr(targets, "TARGETS", (rule, target))
+    yield importlib.import_module("their_module"), targets.Finding(target, "hooked", "f")
+    del sys.modules["their_module"]
+
+
+def test_a_function_as_in_its_file_is_replaced_by_nobody(imported):
+    module, finding = imported
+    assert targets.replaced_by(finding, module) is None
+
+
+@pytest.mark.parametrize("name", ["f", "rule"])
+def test_who_replaced_a_function_or_one_of_its_group_is_named(imported, name):
+    module, finding = imported
+
+    def theirs(): ...
+
+    for other in (theirs, functools.wraps(getattr(module, name))(lambda: None), functools.partial(theirs)):
+        setattr(module, name, other)
+        reason = targets.replaced_by(finding, module)
+        assert reason is not None
+        assert reason.endswith(f" instead of {name}")
+        if other is theirs:
+            assert reason.startswith(f"{__name__}.test_who_replaced_")
+
+
+def test_a_wrapper_is_no_obstacle_where_the_hook_calls_the_original(imported):
+    module, _ = imported
+    module.f = functools.partial(module.f)
+    wrapped = targets.Target("f", "their_module", ("f",))
+    assert targets.replaced_by(targets.Finding(wrapped, "hooked", "f"), module) is None
 
 
 def test_a_name_that_is_no_longer_a_function_is_not_hooked():
@@ -135,10 +225,10 @@ def test_a_method_is_searched_in_its_class_only():
 
 
 def test_a_method_or_nested_function_of_the_same_name_is_not_the_target():
-    definition = "def process_weights_after_loading(model, model_config, target_device): ..."
+    definition = "def flashinfer_scaled_fp4_mm(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend): ..."
     for around in ("class Loader:", "def load():"):
-        sources = stand_in() | {targets.LOAD.module: f"{around}\n    {definition}\n"}
-        assert found_in(sources)[targets.LOAD].status == "missing"
+        sources = stand_in() | {targets.MM.module: f"{around}\n    {definition}\n"}
+        assert found_in(sources)[targets.MM].status == "missing"
 
 
 @pytest.mark.parametrize(
@@ -153,9 +243,9 @@ def test_a_method_or_nested_function_of_the_same_name_is_not_the_target():
     ],
 )
 def test_a_function_below_an_if_or_a_try_is_found(text):
-    definition = "def process_weights_after_loading(model, model_config, target_device): ..."
-    sources = stand_in() | {targets.LOAD.module: text.format(definition)}
-    assert found_in(sources)[targets.LOAD].status == "hooked"
+    definition = f"def flashinfer_mm_fp4({', '.join(targets.MM_OP.parameters[0])}): ..."
+    sources = stand_in() | {targets.MM.module: text.format(definition)}
+    assert found_in(sources)[targets.MM_OP].status == "hooked"
 
 
 def test_a_class_is_found_by_its_older_name():
@@ -183,13 +273,13 @@ def test_a_source_that_cannot_be_read_is_reported_as_the_reason():
     def source(module):
         if module == targets.MM.module:
             raise PermissionError(13, "Permission denied")
-        if module == targets.LOAD.module:
+        if module == targets.PASSES.module:
             return b"\xff".decode()
         return stand_in().get(module)
 
     found = {finding.target: finding for finding in targets.check(VERSION, source)}
     assert "Permission denied" in found[targets.MM].detail
-    assert "UnicodeDecodeError" in found[targets.LOAD].detail
+    assert "UnicodeDecodeError" in found[targets.PASSES].detail
     assert found[targets.SCALES].status == "hooked"
 
 
@@ -281,6 +371,7 @@ def test_the_committed_scan_was_made_with_this_table(committed):
             "parameters": [", ".join(names) for names in target.parameters],
             "since": target.since,
             "bodies": sorted(target.bodies),
+            "group": target.group,
         }
     for release in committed["releases"].values():
         assert list(release["hooks"]) == list(committed["targets"])
@@ -293,14 +384,16 @@ def test_every_hook_fits_every_supported_release(committed):
     supported = [version for version in releases if oldest <= targets.release(version) <= newest]
     assert len(supported) >= 20
     for version in supported:
-        assert set(releases[version]["hooks"].values()) <= {"hooked", "not yet there"}, version
+        assert set(releases[version]["hooks"].values()) <= {"hooked", "as known", "not yet there"}, version
+        assert releases[version]["new_sites"] == [], version
         assert releases[version]["torch"], version
         assert releases[version]["allocation"] in ("zeros", "empty"), version
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
 def test_since_is_the_first_release_that_has_the_target(committed, target):
-    with_it = [version for version, found in committed["releases"].items() if found["hooks"][target.name] == "hooked"]
+    known = ("hooked", "as known")
+    with_it = [version for version, found in committed["releases"].items() if found["hooks"][target.name] in known]
     assert min(with_it, key=targets.release) == target.since
 
 

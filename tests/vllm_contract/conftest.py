@@ -22,7 +22,7 @@ from safealloc.integrations.vllm import patches
 
 _missing = vllm_installed.missing()
 if _missing is None:
-    from support.vllm_cpu_ops import mm_calls  # before a test module imports vLLM
+    from support.vllm_cpu_ops import capturing, mm_calls  # before a test module imports vLLM
 
 
 class _Unavailable(pytest.Module):
@@ -67,8 +67,8 @@ def clean(monkeypatch: pytest.MonkeyPatch, modules_to_look_through: None) -> Ite
 
 @pytest.fixture
 def pool() -> Iterator[ScalePool]:
-    """The default pool of the CPU."""
-    with ScalePool("cpu") as pool, use_pool(pool):
+    """The default pool of the CPU, and of an engine whose captures are under way."""
+    with ScalePool("cpu") as pool, use_pool(pool), capturing(pool):
         yield pool
 
 

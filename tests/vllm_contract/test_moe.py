@@ -12,11 +12,9 @@ import vllm._custom_ops as ops
 from support import vllm_cpu_moe_ops
 from support.vllm_cpu_moe_ops import Layer, grouped, offsets_of, quantized, quantizers_fail, scale_bytes
 from support.vllm_cpu_ops import (
-    CPU,
     FP8,
     activation,
-    engine_config,
-    in_forward_context,
+    capturing,
     metadata,
     padding_is_written,
 )
@@ -24,9 +22,9 @@ from support.vllm_registration import with_source
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from safealloc import PoolClosedError, ScalePool, ScaleSpec, SfLayout
+from safealloc import PoolClosedError, ScalePool, SfLayout
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import plugin, serve, targets
+from safealloc.integrations.vllm import plugin, targets
 from safealloc.integrations.vllm.serve import allocator
 
 EXPERTS, TOPK, K = 6, 2, 80  # 80 columns are 5 of scales, so that 3 of padding follow
@@ -205,36 +203,13 @@ def test_the_scales_of_a_large_layer_are_smaller_than_vllms(pool: ScalePool) -> 
     assert pool.stats().bytes >= ours.nbytes
 
 
-@both
-def test_one_buffer_serves_all_batch_sizes(
-    pool: ScalePool, monkeypatch: pytest.MonkeyPatch, plugin: None, name: str
-) -> None:
-    """It is reserved in the profile run, which calls the layer with more rows than the pool serves."""
-    monkeypatch.setattr(serve, "default_pool", lambda device: pool)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    allocator.begin(engine_config((1, 2, 4, 8), max_num_seqs=8), torch.device("cuda"))
-    with in_forward_context():
-        quantize(name, *inputs(name, (50, 50, 0, 0, 0, 0)))
-        assert quantized.pop() is None
-        for counts in ((8, 8, 0, 0, 0, 0), (0, 0, 1, 1, 0, 0), (1, 0, 0, 0, 3, 0), (2, 2, 2, 2, 4, 4)):
-            for _ in range(2):  # layers
-                _, scales = quantize(name, *inputs(name, counts))
-                assert not others(scales, counts).any()
-                del scales
-    assert set(quantized) == {ScaleSpec.grouped(16, K, SfLayout.layout_128x4, EXPERTS)}
-    allocator.ready()
-    assert (pool.misses, pool.stats().buffers) == (0, 1)
-    assert pool.verify() == 1
-
-
 # --- which calls are served -------------------------------------------------------------------------------------------
 
 
 @both
 def test_rows_above_the_largest_batch_get_zeroed_scales(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
     """As large as needed; rows are counted as tokens."""
-    allocator.begin(engine_config((1, 2, 4, 8)), CPU)
-    with in_forward_context():
+    with capturing(pool, 8):
         for counts, served in (((8, 8, 0, 0, 0, 0), True), ((8, 8, 1, 0, 0, 0), False), (GROUPINGS[3], False)):
             _, scales = quantize(name, *inputs(name, counts))
             assert (quantized.pop() is not None) is served
@@ -245,8 +220,8 @@ def test_rows_above_the_largest_batch_get_zeroed_scales(pool: ScalePool, plugin:
 
 
 @both
-def test_calls_outside_a_step_get_zeroed_scales(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
-    allocator.begin(engine_config(), CPU)
+def test_calls_outside_captures_get_zeroed_scales(pool: ScalePool, plugin: None, name: str, stale: None) -> None:
+    allocator.engine = None
     _, scales = quantize(name, *inputs(name, GROUPINGS[0]))
     assert quantized == [None]
     assert scales.shape == (SfLayout.layout_128x4.grouped_rows(10, EXPERTS), 8)

@@ -16,16 +16,13 @@ from safealloc.integrations.vllm import plugin as vllm_plugin
 K = 80
 
 
-def test_hooks_serve_every_thread(plugin: None) -> None:
-    """From the default pool of the process; ``use_pool`` affects its own thread only."""
+def test_hooks_serve_every_thread(plugin: None, pool: ScalePool) -> None:
+    """From the pool of the engine whose captures are under way."""
     expected = vllm_quantize(activation(5, K))
     failures: list[BaseException] = []
 
     def work() -> None:
-        from safealloc import default_pool
-
         try:
-            pool = default_pool("cpu")
             for _ in range(50):
                 x_fp4, scales = vllm_quantize(activation(5, K))
                 assert pool.spec(scales) is not None
@@ -61,11 +58,67 @@ def test_several_threads_may_register_at_once(pool: ScalePool) -> None:
     assert differences(before, state()) == set()
 
 
-def test_loading_the_plugin_starts_no_cuda_and_makes_no_pool() -> None:
+def test_loading_the_plugin_imports_and_reads_next_to_nothing() -> None:
+    """None of vLLM's modules, of the hooks or of Triton, and no source of vLLM is opened."""
+    run(
+        """
+import builtins, io, pathlib, sys
+import torch
+import vllm.plugins
+opened = []
+sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+before = set(sys.modules)
+vllm.plugins.load_general_plugins()
+new = set(sys.modules) - before
+assert "safealloc.integrations.vllm.plugin" in new
+assert not {name for name in new if name.startswith(("vllm.", "triton", "flashinfer"))}, new
+hooks = ("hooks", "serve", "startup", "ops", "kernel", "sites", "report")
+assert not {f"safealloc.integrations.vllm.{name}" for name in hooks} & new
+assert not [name for name in opened if "/vllm/" in name and "safealloc" not in name and name.endswith(".py")], opened
+assert not torch.cuda.is_initialized()
+waiting = [finder for finder in sys.meta_path if type(finder).__module__.startswith("safealloc")]
+assert len(waiting) == 1, waiting  # for the module of vLLM's workers
+"""
+    )
+
+
+def test_a_process_that_loads_another_model_is_as_without_the_plugin() -> None:
+    """Its functions, its compile factors and its log; only the start of a worker is wrapped."""
+    output = run(
+        LOADED
+        + """
+import vllm._custom_ops as ops
+import vllm.envs, vllm.utils.flashinfer
+from types import SimpleNamespace
+from vllm.v1.worker.gpu_worker import Worker
+
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("safealloc")]
+model = SimpleNamespace(quantization="fp8", hf_config=None)
+worker = SimpleNamespace(
+    device=torch.device("cuda"), vllm_config=SimpleNamespace(model_config=model, speculative_config=None)
+)
+try:
+    Worker.load_model(worker)
+except AttributeError as error:  # vLLM's own, of a worker that is none
+    assert "_maybe_get_memory_pool_context" in str(error), error
+assert plugin.registered() is None
+assert ops.create_fp4_scale_tensor.__module__ == "vllm._custom_ops"
+assert "SAFEALLOC" not in str(vllm.envs.compile_factors())
+assert not torch.cuda.is_initialized() and default._pools == {}
+assert "safealloc.integrations.vllm.hooks" not in sys.modules
+""",
+        VLLM_LOGGING_LEVEL="INFO",
+    )
+    assert "safealloc:" not in output
+    assert "registered for" not in output
+
+
+def test_registering_starts_no_cuda_and_makes_no_pool() -> None:
     """It imports none of vLLM's kernel modules either, and hooks modules that are imported later."""
     run(
         LOADED
         + """
+plugin.register()
 assert plugin.registered()
 assert not torch.cuda.is_initialized()
 assert default._pools == {}
@@ -78,7 +131,6 @@ import vllm.utils.flashinfer
 assert ops.create_fp4_scale_tensor.__module__ == "safealloc.integrations.vllm.hooks"
 assert ops.__loader__ is ops.__spec__.loader
 assert "safealloc" not in type(ops.__loader__).__module__
-assert ops.flashinfer_quant_nvfp4_8x4_sf_layout is vllm.utils.flashinfer.flashinfer_quant_nvfp4_8x4_sf_layout
 assert default._pools == {}
 spec = allocate()
 assert "rows=5" in spec and "80" in spec and "96" in spec, spec
@@ -103,6 +155,7 @@ def test_a_forked_process_has_a_pool_of_its_own() -> None:
     run(
         LOADED
         + """
+plugin.register()
 expected = allocate()
 parent = default_pool("cpu")
 queue = multiprocessing.get_context("fork").SimpleQueue()
@@ -125,6 +178,7 @@ def test_a_spawned_process_loads_the_plugin(tmp_path: Any) -> None:
         LOADED
         + """
 if __name__ == "__main__":
+    plugin.register()
     expected = allocate()
     with multiprocessing.get_context("spawn").Pool(1) as processes:
         assert processes.apply(loaded_and_allocated) == expected

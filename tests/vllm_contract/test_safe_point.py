@@ -14,14 +14,15 @@ import torch
 import vllm.envs
 import vllm.v1.worker.gpu_worker
 from support.internals import check_all
-from support.vllm_cpu_ops import activation, vllm_quantize
+from support.vllm_cpu_ops import activation, capturing, vllm_quantize
 from support.vllm_registration import LOADED, run
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import PaddingCorruptionError, ScalePool, SfLayout, use_pool
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import plugin, targets
-from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.serve import ENGINE
+from safealloc.integrations.vllm.startup import Engine
 from safealloc.settings import VERIFY
 
 K = 80
@@ -37,10 +38,14 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ScalePool
             monkeypatch.setenv(VERIFY, "1")
             pool = stack.enter_context(ScalePool("cpu", verify_every=1, verify_repair=repair))
             stack.enter_context(use_pool(pool))
+            engines.append(stack.enter_context(capturing(pool)))
             integration.register()
             return pool
 
         yield make
+
+
+engines: list[Engine] = []
 
 
 class FakeWorker:
@@ -53,6 +58,8 @@ class FakeWorker:
         self.model_runner = SimpleNamespace(execute_model=self._execute)
         self.ran: list[Any] = []
         self.step = step
+        if engines:
+            setattr(self, ENGINE, engines[-1])
 
     def annotate_profile(self, scheduler_output: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -140,7 +147,8 @@ def test_one_safe_point_per_step(guarded: Callable[..., ScalePool], monkeypatch:
     calls: list[int] = []
     monkeypatch.setattr(pool, "safe_point", lambda: calls.append(len(worker.ran)))
     Worker.execute_model(worker, NOTHING)
-    assert calls == []  # no buffer was handed out yet
+    assert calls == [0]
+    calls.clear()
     vllm_quantize(activation(5, K))
     calls.clear()  # the one of that acquire
     assert Worker.execute_model(worker, NOTHING) is None
@@ -192,7 +200,6 @@ def test_dirty_padding_is_raised_at_the_next_call(
     with pytest.raises(PaddingCorruptionError):
         vllm_quantize(activation(5, K))
     assert log == []
-    assert allocator.pool is pool
     pool.verify(repair=True)
 
 
@@ -206,6 +213,7 @@ from support.internals import guard_of, watch_of
 def guarded():
     import vllm.plugins
     vllm.plugins.load_general_plugins()
+    plugin.register()  # as a worker does when it loads such a model
     allocate()
     from vllm.v1.worker.gpu_worker import Worker
     pool = default_pool("cpu")
@@ -217,7 +225,7 @@ if __name__ == "__main__":
     expected = True, imported.__name__, 7, True
     with multiprocessing.get_context("spawn").Pool(1) as processes:
         assert processes.apply(guarded) == guarded() == expected, guarded()
-    assert imported.Worker.execute_model.__code__.co_filename.endswith("hooks.py")
+    assert imported.Worker.execute_model.__code__.co_filename.endswith("patches.py")
 """
     )
     run(

@@ -1,131 +1,129 @@
-"""The plugin in a worker's start-up: what it reads of the configuration, and what it logs."""
+"""The plugin in a worker's start-up: what it reads of vLLM's configuration, by vLLM's own rules, and what it logs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.vllm_cpu_ops import CPU, activation, engine_config, in_forward_context
-from support.vllm_cpu_ops import vllm_quantize as quantize
+import torch
+import vllm._custom_ops as ops
+from support.vllm_cpu_ops import CPU
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
-from safealloc import ScalePool
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import serve
-from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Steps
+from safealloc.integrations.vllm.serve import engine_of
+from safealloc.integrations.vllm.sizes import capture_sizes, captured_rows
 
 K = 80
+MODES = [mode for mode in CUDAGraphMode if mode is not CUDAGraphMode.NONE]
 
 
-def test_steps_are_read_from_a_configuration() -> None:
-    assert Steps.of(engine_config((4, 1, 2), max_num_seqs=3)) == Steps((1, 2, 4), 4)
-    assert Steps.of(engine_config((1, 2), max_num_seqs=16)) == Steps((1, 2), 16)
-    assert Steps.of(engine_config((1, 2), max_num_seqs=16, mode=0)) == Steps((), 16)
-    assert Steps.of(engine_config((1, 5, 8), use_ubatching=True)) == Steps((1, 2, 3, 4, 5, 8), 8, copies=2)
-    assert Steps.of(engine_config((8,), enable_dbo=True)) == Steps((4, 8), 8, copies=2)
-    eager = engine_config()
-    eager.model_config.enforce_eager = True
-    assert Steps.of(eager) == Steps((), 8)
+def config(mode: CUDAGraphMode, sizes: tuple[int, ...], max_num_seqs: int = 64) -> SimpleNamespace:
+    """The fields of a ``VllmConfig`` that vLLM's own rules read; its compilation part is vLLM's class."""
+    compilation = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=list(sizes))
+    compilation.max_cudagraph_capture_size = max(sizes)
+    return SimpleNamespace(
+        compilation_config=compilation,
+        model_config=SimpleNamespace(enforce_eager=False),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, use_ubatching=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        speculative_config=None,
+        lora_config=None,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )
 
 
-def test_vllms_configuration_has_the_fields_that_are_read() -> None:
-    from vllm.config import CompilationConfig, CUDAGraphMode, SchedulerConfig, VllmConfig
+@pytest.mark.parametrize("query", range(1, 9))
+@pytest.mark.parametrize("largest", [512, 1024])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_v1_rows_are_those_of_vllms_dispatcher(mode: CUDAGraphMode, largest: int, query: int) -> None:
+    given = config(mode, capture_sizes(largest))
+    ours = captured_rows(given, query, second_runner=False)
+    if mode.decode_mode() == CUDAGraphMode.FULL:
+        given.compilation_config.adjust_cudagraph_sizes_for_spec_decode(query)
+    dispatcher: Any = CudagraphDispatcher.__new__(CudagraphDispatcher)
+    vars(dispatcher).update(vllm_config=given, compilation_config=given.compilation_config)
+    rows: set[int] = set()
+    dispatcher._compute_bs_to_padded_graph_size = dispatcher._get_lora_cases = lambda: [0]
+    dispatcher._create_padded_batch_descriptor = lambda size, uniform, *lora: _Descriptor(size)
+    dispatcher.add_cudagraph_key = lambda mode, descriptor: rows.add(descriptor.num_tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.v1.cudagraph_dispatcher.replace", lambda descriptor, **changed: descriptor)
+        dispatcher.initialize_cudagraph_keys(mode, query)
+    assert ours == tuple(sorted(rows))
 
-    fields = {
-        CompilationConfig: ("cudagraph_mode", "cudagraph_capture_sizes"),
-        SchedulerConfig: ("max_num_seqs",),
-        VllmConfig: ("compilation_config", "model_config", "parallel_config", "scheduler_config"),
-    }
-    for config, names in fields.items():
-        assert set(names) <= set(config.__dataclass_fields__)
-    assert CUDAGraphMode.NONE.value == 0
+
+class _Descriptor:
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
 
 
-def worker(config: SimpleNamespace) -> SimpleNamespace:
-    return SimpleNamespace(vllm_config=config, device=CPU, rank=3)
+@pytest.mark.parametrize("query", range(1, 9))
+@pytest.mark.parametrize("largest", [512, 1024])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_v2_rows_are_those_of_vllms_manager(mode: CUDAGraphMode, largest: int, query: int) -> None:
+    given = config(mode, capture_sizes(largest))
+    manager: Any = CudaGraphManager.__new__(CudaGraphManager)
+    vars(manager).update(
+        vllm_config=given, compilation_config=given.compilation_config, cudagraph_mode=mode, decode_query_len=query,
+        max_num_reqs=64, varlen_decode=False, ubatch_runner=None, lora_capture_cases=[0], _candidates={}, _capture_descs={},
+    )  # fmt: skip
+    manager._init_candidates()
+    rows = {descriptor.num_tokens for descriptors in manager._capture_descs.values() for descriptor in descriptors}
+    assert captured_rows(given, query, second_runner=True) == tuple(sorted(rows))
 
 
-def test_a_worker_passes_its_configuration_before_it_measures_memory(
-    pool: ScalePool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own method runs and returns what it returns."""
-    seen: list[Steps | None] = []
+class Runner:
+    """A model runner of one layer."""
 
-    def determine_available_memory(self: Any) -> int:
-        seen.append(allocator.steps)
-        return 4711
+    def step(self, rows: int) -> torch.Tensor:
+        return ops.create_fp4_scale_tensor(rows, K, CPU, True)
 
-    monkeypatch.setattr(Worker, "determine_available_memory", determine_available_memory)
+    def profile_run(self) -> None:
+        self.step(4096)
+
+    def capture_model(self) -> list[torch.Tensor]:
+        return [self.step(rows) for rows in (2, 1)]
+
+
+def started(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode) -> Any:
+    """A worker of which the plugin has hooked vLLM's class, after its start."""
+    worker: Any = SimpleNamespace(vllm_config=config(mode, (1, 2)), device=CPU, rank=3, model_runner=Runner())
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: self.model_runner.profile_run())
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: self.model_runner.capture_model() and 1.5)
     integration.register()
-    assert Worker.determine_available_memory(worker(engine_config((1, 2), max_num_seqs=2))) == 4711
-    assert seen == [Steps((1, 2), 2)]
+    Worker.determine_available_memory(worker)
+    assert Worker.compile_or_warm_up_model(worker) == 1.5
+    return worker
 
 
-def warmed_up(monkeypatch: pytest.MonkeyPatch, warm_up: Callable[[], None]) -> Callable[[], Any]:
-    """A worker's start with ``warm_up`` in place of vLLM's; the plugin is registered."""
-
-    def compile_or_warm_up_model(self: Any) -> float:
-        warm_up()
-        return 1.5
-
-    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 4711)
-    monkeypatch.setattr(Worker, "compile_or_warm_up_model", compile_or_warm_up_model)
-    integration.register()
-    started = worker(engine_config())
-
-    def start() -> Any:
-        Worker.determine_available_memory(started)
-        return Worker.compile_or_warm_up_model(started)
-
-    return start
-
-
-def in_a_step(*rows: int) -> None:
-    with in_forward_context():
-        for count in rows:
-            quantize(activation(count, K))
-
-
-def test_a_worker_logs_how_many_sites_are_served(
-    pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
+def test_a_worker_logs_one_line_about_its_captures(
+    monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
 ) -> None:
-    """One line per rank. Sites are counted in CUDA graph captures, which a CPU does not have."""
-    start = warmed_up(monkeypatch, lambda: in_a_step(5, 4))
-    log.clear()
-    assert start() == 1.5
-    (record,) = log
-    assert record.levelno == logging.INFO
-    assert record.getMessage().startswith("safealloc: rank 3: serves 0 of 0 NVFP4 scale sites per step")
-    assert "2 buffers" in record.getMessage()
+    """Sites are counted in CUDA graph captures, which a CPU does not have."""
+    started(monkeypatch, CUDAGraphMode.FULL)
+    assert [record.levelno for record in log if "sites per step" in record.getMessage()] == [logging.INFO]
+    assert "safealloc: rank 3: serves 0 of 0 NVFP4 scale sites per step" in log[-1].getMessage()
 
 
-def test_growth_after_the_warm_up_is_logged_once(
-    pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
-) -> None:
-    warmed_up(monkeypatch, lambda: in_a_step(5))()
-    monkeypatch.setattr(serve, "workspace_locked", lambda: True)
-    log.clear()
-    in_a_step(5)
-    assert log == []
-    in_a_step(6, 7)
-    (record,) = log
-    assert record.levelno == logging.WARNING
-    assert "6 rows, k=80, layout_128x4" in record.getMessage()
+def test_an_eager_worker_has_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_of(started(monkeypatch, CUDAGraphMode.NONE)) is None
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_worker_starts_in_spite_of_our_errors_unless_strict(
-    pool: ScalePool, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], strict: bool
+    monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], strict: bool
 ) -> None:
     monkeypatch.setenv("SAFEALLOC_STRICT", "1" if strict else "0")
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 4711)
     integration.register()
     log.clear()
-    broken = SimpleNamespace(vllm_config=None, device=CPU)
+    broken: Any = SimpleNamespace(vllm_config=None, device=CPU, model_runner=Runner())
     if strict:
         with pytest.raises(AttributeError):
             Worker.determine_available_memory(broken)

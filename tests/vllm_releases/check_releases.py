@@ -1,9 +1,11 @@
-"""Which hooks fit which vLLM release, by ``targets.check`` on the sources in its wheel; nothing is imported or installed.
+"""Which hooks fit which vLLM release, and whether the table of allocation sites is complete, by the sources in its wheel.
+
+Nothing is imported or installed. Where something does not fit, the result says what would change: which functions stay
+vLLM's own, and which sites are not in the table.
 
 python tests/vllm_releases/check_releases.py [RELEASE ...] [--wheels DIR] [--json FILE] [--markdown]
 
-pip finds the wheels. Only the few source files that are needed are read, by HTTP range requests; wheels in ``--wheels DIR``
-are not unpacked either.
+pip finds the wheels. Only source files are read, by HTTP range requests; wheels in ``--wheels DIR`` are not unpacked either.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import scan_sites
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -58,6 +61,7 @@ class Release:
         allocation: what its ``create_fp4_scale_tensor`` allocates with, "zeros" or "empty".
         kernel_zeroes_padding: whether that function says that the quantization kernel zeroes padding.
         findings: one per target.
+        new_sites: places that allocate scales and are not in the table of sites.
         unavailable: why the release could not be read, or "".
     """
 
@@ -67,6 +71,7 @@ class Release:
     allocation: str | None = None
     kernel_zeroes_padding: bool | None = None
     findings: Sequence[targets.Finding] = ()
+    new_sites: Sequence[str] = ()
     unavailable: str = field(default="", kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,12 +84,14 @@ class Release:
             "kernel_zeroes_padding": self.kernel_zeroes_padding,
             "hooks": {found.target.name: found.status for found in self.findings},
             "why_not": {found.target.name: found.detail for found in self.findings if found.detail},
+            "new_sites": list(self.new_sites),
         }
 
     @property
     def unfit(self) -> bool:
-        """Whether a hook that should fit does not, or that is unknown."""
-        return bool(self.unavailable) or any(found.status in ("changed", "missing") for found in self.findings)
+        """Whether a hook that should fit does not, a site is not in the table, or that is unknown."""
+        changed = any(found.status in ("changed", "missing") for found in self.findings)
+        return changed or bool(self.unavailable or self.new_sites)
 
 
 class _Remote(io.RawIOBase):
@@ -223,6 +230,8 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
 
         version = name.split("-")[1]
         metadata = wheel.read(f"vllm-{version}.dist-info/METADATA").decode()
+        files = [name for name in members if name.startswith("vllm/") and name.endswith(".py")]
+        sources = {name.removeprefix("vllm/"): wheel.read(name).decode() for name in sorted(files)}
         torch = re.search(r"^Requires-Dist: torch ?\(?==([\w.+]+)", metadata, re.MULTILINE)
         return Release(
             version,
@@ -231,6 +240,7 @@ def looked_at(name: str, file: BinaryIO | io.BufferedReader) -> Release:
             targets.own_allocation(source),
             targets.kernel_zeroes_padding(source),
             targets.check(version, source),
+            scan_sites.missing(sources),
         )
 
 
@@ -268,6 +278,7 @@ def _as_dict(target: targets.Target) -> dict[str, Any]:
         "parameters": [", ".join(names) for names in target.parameters],
         "since": target.since,
         "bodies": sorted(target.bodies),
+        "group": target.group,
     }
 
 
@@ -289,9 +300,10 @@ def _cells(release: Release) -> tuple[str, ...]:
     left = [
         f"{found.target.name}{', not yet there' if found.status == 'not yet there' else f': {found.status}, {found.detail}'}"
         for found in release.findings
-        if found.status != "hooked"
+        if found.status not in ("hooked", "as known")
     ]
-    existing = [found for found in release.findings if found.status != "not yet there"]
+    left += [f"a site that is not in the table: {name}" for name in release.new_sites]
+    existing = [found for found in release.findings if found.status not in ("not yet there", "as known")]
     return (
         release.torch or "?",
         f"`torch.{release.allocation}`{kernel}",

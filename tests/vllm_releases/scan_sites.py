@@ -41,7 +41,8 @@ LEFT_OUT = {
     r"FusedAddRMSNormNvfp4QuantPattern\.register\.replacement$": "a dummy that FlashInfer's checks of arguments want",
     r"fused_moe/utils\.py:moe_kernel_quantize_input$": "vLLM's own emulation, which has no scales",
     r":_padded_cutlass$": "FP8 with scales of blocks of 128, in float32",
-    r"deep_gemm_utils\.py|silu_mul_quant_fp8_packed|rope_quant_attn_out|alloc_mega_attn_output": "DeepGEMM's columns",
+    r"deep_gemm_utils\.py|silu_mul_quant_fp8_packed|rope_quant_attn_out|alloc_mega_attn_output"
+    r"|fused_inv_rope_fp8_quant": "DeepGEMM's columns",
     r"fused_indexer_q\.py": "linear scales of the indexer's queries, which no GEMM with tiles reads",
 }
 """Places by regular expression, and why they are no sites."""

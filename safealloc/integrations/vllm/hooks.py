@@ -14,11 +14,12 @@ from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.integrations.vllm import kernel, targets
-from safealloc.integrations.vllm.ops import grouped_scales, quantized_8x4, scales
+from safealloc.integrations.vllm import kernel, report, targets
+from safealloc.integrations.vllm.ops import grouped_scales, scales
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import allocator, is_raised
-from safealloc.integrations.vllm.worker import logger
+from safealloc.integrations.vllm.serve import allocator, engine_of
+from safealloc.integrations.vllm.startup import Engine
+from safealloc.integrations.vllm.worker import around, capability, logger
 from safealloc.ops.gemm import check_agrees
 from safealloc.pool.contents import spec_of
 
@@ -50,16 +51,6 @@ def _output_tensors(patches: Patches, module: ModuleType, name: str) -> None:
         return output, scales(m, n, device, padded_n)
 
     patches.rebind(original, create_fp4_output_tensors)
-
-
-def _quantize_8x4(patches: Patches, module: ModuleType, name: str) -> None:
-    original = getattr(module, name)
-
-    def flashinfer_quant_nvfp4_8x4_sf_layout(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-        return quantized_8x4(a, a_global_sf)
-
-    patches.set(allocator, "vllm_quantize_8x4", original)
-    patches.rebind(original, flashinfer_quant_nvfp4_8x4_sf_layout)
 
 
 def _mm(patches: Patches, module: ModuleType, name: str) -> None:
@@ -97,7 +88,6 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
 def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
     """At run time, also in compiled code: vLLM's own op stays in the graph, where its passes look for it."""
     op = getattr(module, name)
-    originals: dict[str, Callable[..., Tensor]] = dict(op._backend_fns)
 
     def checked(original: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
@@ -106,8 +96,8 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
         return original(*given, **named)
 
-    op._backend_fns.update({device: functools.partial(checked, one) for device, one in originals.items()})
-    patches.undo_by(lambda: op._backend_fns.update(originals))
+    for device, original in list(op._backend_fns.items()):
+        patches.set_item(op._backend_fns, device, functools.partial(checked, original))
 
 
 def check_operands(spec: ScaleSpec, a: Tensor, use_8x4_sf_layout: bool, backend: str) -> None:
@@ -132,7 +122,7 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
         x_rows = x.reshape(-1, x.shape[-1])
         rows, k = x_rows.shape[0], out_shape[-1]
         data = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-        block_scale = scales(rows, k, x.device, None).view(torch.float8_e4m3fn)
+        block_scale = scales(rows, k, x.device, None, fused=True).view(torch.float8_e4m3fn)
         torch.ops._C.silu_and_mul_nvfp4_quant(data, block_scale, x_rows, linear.input_global_scale_inv)
         return module.QuantizedActivation(
             data=data.view(*out_shape[:-1], k // 2),
@@ -142,12 +132,9 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
             quant_key=module.kNvfp4Dynamic,
         )
 
-    def in_table(producer: Any, other: Any) -> None:
-        for key in [key for key, value in module._FUSED_ACT_QUANT.items() if value is producer]:
-            module._FUSED_ACT_QUANT[key] = other
-
-    in_table(original, _silu_and_mul_nvfp4_dynamic)
-    patches.undo_by(lambda: in_table(_silu_and_mul_nvfp4_dynamic, original))
+    for key, producer in list(module._FUSED_ACT_QUANT.items()):
+        if producer is original:
+            patches.set_item(module._FUSED_ACT_QUANT, key, _silu_and_mul_nvfp4_dynamic)
     patches.rebind(original, _silu_and_mul_nvfp4_dynamic)
 
 
@@ -199,49 +186,104 @@ def zero_for_attention(graph: fx.Graph) -> int:
     return changed
 
 
+def zero_for_fused(graph: fx.Graph) -> int:
+    """Let what allocates for a fused producer see to its padding, which such a producer does not write; returns how many.
+
+    The node stays where it is, with another op of the same signature. A producer is an op that writes the scales; the plain
+    quantizer zeroes padding itself, where vLLM relies on that.
+    """
+    changed = 0
+    for node in graph.nodes:
+        if node.target is torch.ops.safealloc.vllm_scales.default and any(map(_is_fused_producer, *_uses(node))):
+            node.target = torch.ops.safealloc.vllm_fused_scales.default
+            changed += 1
+    return changed
+
+
+def _uses(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Nodes that use the output of a node or a view of it, and by their side what they use."""
+    users, used, aliases = [], [], [node]
+    for alias in aliases:
+        for user in alias.users:
+            users.append(user)
+            used.append(alias)
+            returns = getattr(getattr(user.target, "_schema", None), "returns", ())
+            if any(one.alias_info is not None and not one.alias_info.is_write for one in returns):
+                aliases.append(user)
+    return users, used
+
+
+def _is_fused_producer(user: fx.Node, scales: fx.Node) -> bool:
+    op: Any = user.target
+    given = user.args
+    if not isinstance(op, torch._ops.OpOverload):  # auto_functionalized, whose first argument is the op
+        op, given = (given[0] if given else None), ()
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.name == "_C::scaled_fp4_quant":
+        return False
+    return any(
+        argument.alias_info is not None
+        and argument.alias_info.is_write
+        and (user.kwargs.get(argument.name) is scales or (index < len(given) and given[index] is scales))
+        for index, argument in enumerate(op._schema.arguments)
+    )
+
+
+def _passes(original: Callable[..., None], manager: Any, graph: fx.Graph) -> None:
+    original(manager, graph)
+    log_errors(zero_for_fused, graph)
+
+
 def _profile(original: Callable[..., Any], worker: Any) -> Any:
-    log_errors(allocator.begin, worker.vllm_config, worker.device)
-    return original(worker)
+    log_errors(allocator.begin, worker)
+    engine = engine_of(worker)
+    if engine is None:
+        return original(worker)
+
+    def profile_run(method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        with allocator.working(engine):
+            result = method(*given, **named)
+        log_errors(engine.reserve)
+        return result
+
+    with around(worker.model_runner, "profile_run", profile_run):
+        return original(worker)
 
 
 def _warm_up(original: Callable[..., Any], worker: Any) -> Any:
-    result = original(worker)
-    log_errors(_log_sites, worker)
+    engine = engine_of(worker)
+    if engine is None or engine.pool is None:  # nothing of NVFP4 was seen
+        return original(worker)
+
+    def capture_model(method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        with allocator.working(engine):
+            return method(*given, **named)
+
+    with around(worker.model_runner, "capture_model", capture_model):
+        result = original(worker)
+    log_errors(_log_sites, worker, engine)
     return result
 
 
 def _step(original: Callable[..., Any], worker: Any, scheduler_output: Any) -> Any:
     """A safe point before each step; after a step its replay may still be running."""
-    allocator.safe_point()
+    engine = engine_of(worker)
+    if engine is not None and engine.pool is not None:
+        log_errors(engine.pool.safe_point)
     return original(worker, scheduler_output)
 
 
-def _log_sites(worker: Any) -> None:
-    sites = allocator.ready()
-    bypassed = "; ".join(f"{reason} ({count})" for reason, count in sites.bypassed.items())
-    pool = "no pool yet"
-    if allocator.pool is not None:
-        stats = allocator.pool.stats()
-        pool = f"{stats.buffers} buffers, {stats.bytes / 2**20:.1f} MiB, {stats.capture_fallbacks} fallbacks"
-    total = sites.served + sum(sites.bypassed.values())
-    logger.info(
-        f"safealloc: rank {getattr(worker, 'rank', 0)}: serves {sites.served} of {total} NVFP4 scale sites per step, "
-        f"in {sites.captures} captures; {pool}; bypassed: {bypassed or 'none'}"
-    )
+def _shutdown(original: Callable[..., Any], worker: Any) -> Any:
+    try:
+        return original(worker)
+    finally:
+        log_errors(allocator.end, worker)
 
 
-def _load(patches: Patches, module: ModuleType, name: str) -> None:
-    original = getattr(module, name)
-
-    @functools.wraps(original)
-    def process_weights_after_loading(model: Any, model_config: Any, target_device: Any) -> Any:
-        allocator.loading += 1
-        try:
-            return original(model, model_config, target_device)
-        finally:
-            allocator.loading -= 1
-
-    patches.rebind(original, process_weights_after_loading)
+def _log_sites(worker: Any, engine: Engine) -> None:
+    sites = engine.captured()
+    held = None if engine.pool is None else engine.pool.stats()
+    line = report.ready(targets.version(), capability(engine.device), sites, held, allocator.hooked)
+    logger.info("safealloc: rank %s: %s", getattr(worker, "rank", 0), line)
 
 
 def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
@@ -252,32 +294,22 @@ def _method(replacement: Callable[..., Any], method: str = "") -> Hook:
 
     def hook(patches: Patches, module: ModuleType, name: str) -> None:
         class_name, _, named = name.partition(".")
-        holder = getattr(module, class_name)
-        original = getattr(holder, method or named)
-
-        @functools.wraps(original)
-        def replaced(self: Any, *given: Any, **options: Any) -> Any:
-            return replacement(original, self, *given, **options)
-
-        patches.set(holder, method or named, replaced)
+        patches.wrap(getattr(module, class_name), method or named, replacement)
 
     return hook
 
 
-def log_errors(function: Callable[..., None], *given: Any) -> None:
-    """Call a function; its errors are logged, so that a worker starts, unless :func:`is_raised` says otherwise."""
+def log_errors(function: Callable[..., object], *given: Any) -> None:
+    """Call a function; its errors are logged once per kind, so that a worker starts, unless they are to be raised."""
     try:
         function(*given)
     except Exception as error:
-        if is_raised(error):
-            raise
-        logger.error("safealloc: %s: %s", type(error).__name__, error)
+        allocator.log_error(error, "vLLM goes on without it")
 
 
 HOOKS: dict[targets.Target, Hook] = {
     targets.SCALES: _scale_tensor,
     targets.OUTPUTS: _output_tensors,
-    targets.QUANTIZE_8X4: _quantize_8x4,
     targets.MM: _mm,
     targets.MM_OP: _mm_op,
     targets.FUSED_ACT_QUANT: _fused_act_quant,
@@ -288,7 +320,8 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.PROFILE: _method(_profile),
     targets.WARM_UP: _method(_warm_up),
     targets.STEP: _method(_step),
-    targets.LOAD: _load,
+    targets.SHUTDOWN: _method(_shutdown),
+    targets.PASSES: _method(_passes),
     targets.LINEAR: lambda patches, module, name: kernel.add(patches, module),
 }
 """By target; the plugin adds the compile-cache key itself."""

@@ -29,20 +29,15 @@ def _traced() -> bool:
     return _is_compiling() or (_dispatch_modes() > 0 and active_fake_mode() is not None)
 
 
-def scales(m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
-    """int32 ``[rounded_m, rounded_n // 4]`` in 128x4, from the pool where the pool serves the call."""
+def scales(m: int, n: int, device: torch.device, padded_n: int | None, fused: bool = False) -> Tensor:
+    """int32 ``[rounded_m, rounded_n // 4]`` in 128x4; ``fused``: for a producer that leaves padding unwritten."""
     if _traced():
-        result: Tensor = torch.ops.safealloc.vllm_scales(m, n, device, padded_n)
+        op = torch.ops.safealloc.vllm_fused_scales if fused else torch.ops.safealloc.vllm_scales
+        result: Tensor = op(m, n, device, padded_n)
         return result
-    return allocator.scales(m, n, device, padded_n)
-
-
-def quantized_8x4(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    """NVFP4 data of ``a``, uint8 ``[m, n // 2]``, and its 8x4 scales, uint8."""
-    if _traced():
-        result: tuple[Tensor, Tensor] = torch.ops.safealloc.vllm_quantize_8x4(a, a_global_sf)
-        return result
-    return allocator.quantized_8x4(a, a_global_sf)
+    if allocator.engine is None and not fused:  # eager work and prefill, at vLLM's own cost
+        return allocator.vllm_scale_tensor(m, padded_n or n, device, True)
+    return allocator.scales(m, n, device, padded_n, fused)
 
 
 def grouped_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> Tensor | None:
@@ -58,7 +53,7 @@ def bypassed_in_compiled_code() -> str | None:
     """Why compiled code gets vLLM's own memory, which Inductor may reuse, or ``None`` where it gets pool buffers."""
     try:
         forbid_reuse(torch.ops.safealloc.vllm_scales.default)
-        forbid_reuse(torch.ops.safealloc.vllm_quantize_8x4.default)
+        forbid_reuse(torch.ops.safealloc.vllm_fused_scales.default)
     except SafeAllocError as error:
         if settings.strict():
             raise
@@ -72,15 +67,15 @@ _SCALES = "(SymInt m, SymInt n, Device device, SymInt? padded_n=None) -> Tensor"
 
 
 def _scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
-    return allocator.scales(m, n, device, padded_n, bypassed_in_compiled_code())
+    return allocator.scales(m, n, device, padded_n, False, bypassed_in_compiled_code())
+
+
+def _fused_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
+    return allocator.scales(m, n, device, padded_n, True, bypassed_in_compiled_code())
 
 
 def _zero_scales_op(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
     return allocator.zero_scales(m, n, device, padded_n)
-
-
-def _quantize_8x4_op(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    return allocator.quantized_8x4(a, a_global_sf, bypassed_in_compiled_code())
 
 
 def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = None) -> Tensor:
@@ -88,17 +83,11 @@ def _scales_fake(m: int, n: int, device: torch.device, padded_n: int | None = No
     return empty_scales(m, n, SfLayout.layout_128x4, device, padded_n).view(torch.int32)
 
 
-def _quantize_8x4_fake(a: Tensor, a_global_sf: Tensor) -> tuple[Tensor, Tensor]:
-    bypassed_in_compiled_code()
-    m, n = a.shape
-    return a.new_empty((m, n // 2), dtype=torch.uint8), empty_scales(m, n, SfLayout.layout_8x4, a.device)
-
-
-for _name, _schema, _real, _fake in (
-    ("vllm_scales", _SCALES, _scales_op, _scales_fake),
-    ("vllm_zero_scales", _SCALES, _zero_scales_op, _scales_fake),
-    ("vllm_quantize_8x4", "(Tensor a, Tensor a_global_sf) -> (Tensor, Tensor)", _quantize_8x4_op, _quantize_8x4_fake),
+for _name, _real in (
+    ("vllm_scales", _scales_op),
+    ("vllm_fused_scales", _fused_scales_op),
+    ("vllm_zero_scales", _zero_scales_op),
 ):
-    library.define(f"{_name}{_schema}", tags=_ALLOCATES)
+    library.define(f"{_name}{_SCALES}", tags=_ALLOCATES)
     library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"safealloc::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"safealloc::{_name}", _scales_fake, lib=library)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
 Action = Callable[[ModuleType], None]
+Pair = tuple[object, object]
+"""An object, and what replaces it."""
 
 
 class Patches:
-    """What was replaced, and how to undo it. Only one instance at a time may wait for imports."""
+    """What was replaced, and how to undo it. What somebody else has put in its place since then is left alone.
+
+    Only one instance at a time may wait for imports.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._waiting = _WaitingForImports()
+        self._rebound: list[Pair] = []
         self._undo: list[Callable[[], None]] = []
+        self._local = threading.local()
 
     def when_imported(self, module: str, action: Action) -> None:
         """Call ``action`` with a module: now if it is imported, else right after it is."""
@@ -31,11 +39,26 @@ class Patches:
             with self._lock:
                 self._waiting.add(module, action)
 
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Inside, :meth:`rebind` only takes notes; at the end, all modules are looked through once."""
+        if getattr(self._local, "pairs", None) is not None:
+            yield  # part of an outer pass
+            return
+        pairs: list[Pair] = []
+        self._local.pairs = pairs
+        try:
+            yield
+        finally:
+            self._local.pairs = None
+            with self._lock:
+                _rebind(pairs)
+                self._rebound += pairs
+
     def rebind(self, original: object, replacement: object) -> None:
         """Replace an object by another under every name that some module has bound it to."""
-        with self._lock:
-            _rebind(original, replacement)
-            self._undo.append(lambda: _rebind(replacement, original))
+        with self.one_pass():
+            self._local.pairs.append((original, replacement))
 
     def set(self, holder: Any, name: str, value: object) -> None:
         """Set an attribute of a class or an object."""
@@ -43,7 +66,33 @@ class Patches:
             own = name in vars(holder)
             original = vars(holder).get(name)
             setattr(holder, name, value)
-            self._undo.append(lambda: setattr(holder, name, original) if own else delattr(holder, name))
+
+        def undo() -> None:
+            if vars(holder).get(name) is value:
+                setattr(holder, name, original) if own else delattr(holder, name)
+
+        self.undo_by(undo)
+
+    def set_item(self, table: MutableMapping[Any, Any], key: object, value: object) -> None:
+        """Replace a value of a table."""
+        with self._lock:
+            original, table[key] = table[key], value
+
+        def undo() -> None:
+            if table.get(key) is value:
+                table[key] = original
+
+        self.undo_by(undo)
+
+    def wrap(self, holder: Any, name: str, around: Callable[..., Any]) -> None:
+        """Turn calls of a method into ``around(original, self, ...)``."""
+        original = getattr(holder, name)
+
+        @functools.wraps(original)
+        def wrapped(self: Any, *given: Any, **named: Any) -> Any:
+            return around(original, self, *given, **named)
+
+        self.set(holder, name, wrapped)
 
     def undo_by(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` at :meth:`restore`."""
@@ -54,6 +103,8 @@ class Patches:
         """Restore every original, last replaced first, and stop waiting for imports."""
         with self._lock:
             self._waiting.stop()
+            rebound, self._rebound = self._rebound, []
+            _rebind([(replacement, original) for original, replacement in reversed(rebound)])
             with contextlib.ExitStack() as undo:  # in reverse order; all are called, even if one fails
                 while self._undo:
                     undo.callback(self._undo.pop(0))
@@ -64,14 +115,18 @@ def _being_imported(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
-def _rebind(original: object, replacement: object) -> None:
-    for module in list(sys.modules.values()):
+def _rebind(pairs: Sequence[Pair]) -> None:
+    """In one pass through all modules, as if one pair were done after the other."""
+    final: dict[int, object] = {}
+    for original, replacement in reversed(pairs):
+        final[id(original)] = final.get(id(replacement), replacement)
+    for module in list(sys.modules.values()) if final else ():
         bound = None
         with contextlib.suppress(AttributeError):  # getattr would load a module of importlib.util.LazyLoader
             bound = object.__getattribute__(module, "__dict__")
         if isinstance(bound, dict):
-            for name in [name for name, value in list(bound.items()) if value is original]:
-                bound[name] = replacement
+            for name in [name for name, value in list(bound.items()) if id(value) in final]:
+                bound[name] = final[id(bound[name])]
 
 
 class _WaitingForImports(importlib.abc.MetaPathFinder):

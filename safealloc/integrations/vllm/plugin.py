@@ -1,40 +1,53 @@
-"""Registers the hooks with vLLM: the entry point of ``vllm.general_plugins``, and the same by hand."""
+"""Registers the hooks with vLLM: the entry point of ``vllm.general_plugins``, and the same by hand.
+
+The entry point only waits for a worker that loads a model. Nothing is hooked, and nothing of the hooks imported, before one
+has FP4 layers on a CUDA device.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import itertools
 import threading
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from safealloc import settings
 from safealloc._version import __version__
-from safealloc.integrations.vllm import targets
-from safealloc.integrations.vllm.hooks import HOOKS
+from safealloc.integrations.vllm import quantization, targets
 from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import allocator
 from safealloc.integrations.vllm.worker import logger
 
-HOOKS_VERSION = 1
+HOOKS_VERSION = 2
 """Part of vLLM's compile-cache key: raise it when the traced code changes."""
 
-CACHE_KEY = "SAFEALLOC_VLLM_HOOKS"
+_NO_KEY = "its compile-cache key cannot be extended, so that vLLM would load code that was compiled without the hooks"
 _LOGGER = "vllm.logger"
 
 _lock = threading.RLock()
 _patches = Patches()
-_hooked: tuple[str, ...] | None = None
+_waiting = False  # for a worker that loads a model
+_hooked: dict[str, targets.Target] | None = None
 
 
 def load() -> None:
-    """The entry point, which vLLM calls in each of its processes: :func:`register`, unless ``SAFEALLOC=0``."""
-    if settings.enabled():
-        register()
+    """The entry point, which vLLM calls in each of its processes; it never raises, and ``SAFEALLOC=0`` keeps it off."""
+    global _waiting
+    try:
+        with _lock:
+            if settings.enabled() and not _waiting:
+                _waiting = True
+                _patches.when_imported(targets.START.module, _wait_for_a_model)
+    except Exception as error:  # vLLM calls plugins unguarded
+        logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
 
 
 def registered() -> tuple[str, ...] | None:
     """The hooks that are registered in this process, or ``None``."""
-    return _hooked
+    return None if _hooked is None else tuple(_hooked)
 
 
 def register() -> None:
@@ -43,70 +56,134 @@ def register() -> None:
     A function is replaced in every module that has already imported it; a module that is imported later is hooked then. Never
     raises, does not initialize CUDA, and makes no pool.
     """
-    global _hooked
     with _lock:
         if _hooked is not None:
             return
-        _hooked = ()
         try:
-            _hooked = _register()
-        except Exception as error:  # vLLM calls plugins unguarded
+            _register()
+        except Exception as error:
             logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
             _unregister()
 
 
 def unregister() -> None:
-    """Put every original of vLLM back; a no-op where nothing is registered."""
+    """Put every original of vLLM back, and wait for no model; a no-op where nothing is registered.
+
+    What another plugin has put on top of a hook stays, and works: the hook below it calls vLLM.
+    """
     with _lock:
-        if _hooked is not None:
+        was_registered = _hooked is not None
+        if was_registered or _waiting:
             _unregister()
+        if was_registered:
             logger.info("safealloc: unregistered")
 
 
 def _unregister() -> None:
-    global _hooked
-    _patches.restore()
-    _hooked = None
+    global _hooked, _waiting
+    _hooked, _waiting = None, False
+    try:
+        _patches.restore()
+    except Exception as error:
+        logger.warning("safealloc: not all of vLLM was put back: %s: %s", type(error).__name__, error)
+    from safealloc.integrations.vllm.serve import allocator
+
     allocator.reset()
 
 
-def _register() -> tuple[str, ...]:
+def _wait_for_a_model(module: ModuleType) -> None:
+    try:
+        _patches.wrap(module.Worker, "load_model", _load_model)
+    except AttributeError as error:
+        logger.warning("safealloc: not registered: this vLLM is not known: %s", error)
+
+
+def _load_model(original: Callable[..., Any], worker: Any, *given: Any, **named: Any) -> Any:
+    if _waiting and _is_wanted(worker):
+        register()
+    return original(worker, *given, **named)
+
+
+def _is_wanted(worker: Any) -> bool:
+    """Whether the pool may serve a worker: a CUDA device of NVIDIA's, and FP4 layers."""
+    import torch
+
+    device = getattr(worker, "device", None)
+    if getattr(device, "type", None) != "cuda" or torch.version.hip is not None:
+        return False
+    try:
+        return quantization.may_have_fp4(worker.vllm_config)
+    except Exception as error:
+        logger.debug("safealloc: the model's quantization is not known: %s: %s", type(error).__name__, error)
+        return True
+
+
+def _register() -> None:
+    global _hooked
     found = targets.installed()
     if found is None:
         raise ImportError("vLLM is not installed")
     version, source = found
     importlib.import_module(_LOGGER)  # sets up the handlers for the messages below
-    findings = [one for one in targets.check(version, source) if one.target is not targets.STEP or settings.watching()]
-    hooked = tuple(finding.target.name for finding in findings if finding.status == "hooked")
-    _add_cache_key(hooked)
-    for finding in findings:
-        hook = HOOKS.get(finding.target)
-        if finding.status == "hooked" and hook is not None:
-            _patches.when_imported(finding.target.module, functools.partial(_apply, finding))
+    from safealloc.integrations.vllm.serve import allocator
+
+    skipped = {targets.START} | (set() if settings.watching() else {targets.STEP})
+    findings = [one for one in targets.check(version, source) if one.target not in skipped]
+    fits = [finding for finding in findings if finding.status == "hooked"]
+    if all(finding.target is not targets.CACHE_KEY for finding in fits):
+        raise ImportError(_NO_KEY)
+    _hooked = allocator.hooked = {finding.target.name: finding.target for finding in fits}
+    with _patches.one_pass():
+        for module, same in itertools.groupby(sorted(fits, key=_module), _module):
+            _patches.when_imported(module, functools.partial(_apply, list(same)))
+    if _hooked is None:
+        raise ImportError(_NO_KEY)
     allocator.enabled = True
-    logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(hooked))
+    logger.info("safealloc %s: registered for vLLM %s: %s", __version__, version, ", ".join(_hooked))
     not_hooked = [finding for finding in findings if finding.status in ("changed", "missing")]
     if not_hooked:
         reasons = "; ".join(f"{finding.target.name} ({finding.detail})" for finding in not_hooked)
         logger.warning("safealloc: not hooked in vLLM %s: %s", version, reasons)
-    return hooked
 
 
-def _apply(finding: targets.Finding, module: ModuleType) -> None:
-    """Replace one target in its module; an error is logged, and leaves that target to vLLM."""
-    target, name = finding.target, finding.attribute
-    if not hasattr(module, name.partition(".")[0]):
-        return  # defined only where FlashInfer is installed
-    try:
-        HOOKS[target](_patches, module, name)
-    except Exception as error:
-        logger.warning("safealloc: %s is not hooked: %s: %s", target.name, type(error).__name__, error)
+def _module(finding: targets.Finding) -> str:
+    return finding.target.module
 
 
-def _add_cache_key(hooked: tuple[str, ...]) -> None:
-    """Keep compiled code of a hooked vLLM and of a plain one apart in vLLM's cache."""
-    traced = [name for name in hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
-    state = f"{','.join([str(HOOKS_VERSION), *traced])}{',first' if settings.linear() else ''}"
-    variables = importlib.import_module(targets.CACHE_KEY.module).environment_variables
-    variables[CACHE_KEY] = lambda: state
-    _patches.undo_by(lambda: variables.pop(CACHE_KEY, None))
+def _apply(findings: Sequence[targets.Finding], module: ModuleType) -> None:
+    """Replace the targets of a module; one that is not vLLM's own, or whose hook fails, is left alone and named."""
+    from safealloc.integrations.vllm.hooks import HOOKS
+
+    hooks = HOOKS | {targets.CACHE_KEY: _cache_key}
+    others = [targets.replaced_by(finding, module) for finding in findings]  # before the first is replaced
+    with _patches.one_pass():
+        for finding, other in zip(findings, others, strict=True):
+            target, name = finding.target, finding.attribute
+            reason = "" if other is None else f"another plugin has {other}"
+            there = hasattr(module, name.partition(".")[0])  # some exist only where FlashInfer is installed
+            if there and not reason:
+                try:
+                    hooks[target](_patches, module, name)
+                    continue
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    if target is targets.CACHE_KEY:
+                        _unregister()
+            if _hooked is not None:  # else it was unregistered meanwhile
+                _hooked.pop(target.name, None)
+            if reason:
+                logger.warning("safealloc: %s is not hooked: %s", target.name, reason)
+
+
+def _cache_key(patches: Patches, module: ModuleType, name: str) -> None:
+    """Keep compiled code of a hooked vLLM and of a plain one apart in vLLM's cache, for models that may have FP4 layers."""
+    patches.wrap(module.VllmConfig, name.partition(".")[2], _compute_hash)
+
+
+def _compute_hash(original: Callable[..., str], vllm_config: Any, *given: Any, **named: Any) -> str:
+    key = original(vllm_config, *given, **named)
+    if _hooked is None or not quantization.may_have_fp4(vllm_config):
+        return key
+    traced = [name for name in _hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
+    state = ",".join([str(HOOKS_VERSION), *traced, *(["first"] if settings.linear() else [])])
+    return f"{key}-{hashlib.sha256(state.encode()).hexdigest()[:10]}"

@@ -1,113 +1,110 @@
 """Which of vLLM's calls get a pool buffer.
 
-That is decided per call, since the same compiled code serves all batch sizes: a step that a CUDA graph may hold gets a pool
-buffer, everything else vLLM's own allocation. MoE layers are different: vLLM allocates for the largest possible number of
-rows, and does not zero that, so that calls which the pool does not serve get zeroed memory of the size that they need.
+That is decided per call, since the same compiled code serves all batch sizes: a call in a capture, or in the warm-up just
+before it, gets a buffer of its engine's pool; everything else is vLLM's own allocation. Where that is ``torch.empty``, it is
+zeroed for producers that leave padding unwritten. MoE layers are different: vLLM allocates for the largest
+possible number of rows, and does not zero that, so that calls which no pool serves get zeroed memory of the size that they
+need.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safealloc import settings
-from safealloc.errors import PaddingCorruptionError
+from safealloc.errors import PaddingCorruptionError, SafeAllocError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm import startup
-from safealloc.integrations.vllm.startup import GroupedSite, Site, Sites, StartUp, Steps
-from safealloc.integrations.vllm.worker import forward_context, logger, workspace_locked
+from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations.vllm import startup, targets
+from safealloc.integrations.vllm.startup import Engine, GroupedSite, Site, Steps
+from safealloc.integrations.vllm.worker import is_second_runner, logger, query_length
 from safealloc.ops.grouped import clean_grouped_scales
-from safealloc.ops.quantize import nvfp4_quantize
-from safealloc.pool.default import default_pool
-from safealloc.pool.pool import ScalePool
+from safealloc.pool.default import use_pool
 
 # Used in every call, and in Python 3.11 looking up a member of an enum takes 0.2 us.
-_LAYOUT_128X4, _LAYOUT_8X4 = SfLayout.layout_128x4, SfLayout.layout_8x4
+_LAYOUT_128X4 = SfLayout.layout_128x4
+ENGINE = "_safealloc_engine"
+"""Attribute of a worker: its :class:`Engine`."""
 
 
 class Allocator:
     """Answers the calls of one process."""
 
     def __init__(self) -> None:
-        # vLLM's own functions, which the hooks set. Where nothing is hooked, code that was compiled before still asks.
+        # vLLM's own function, which the hook sets. Where nothing is hooked, code that was compiled before still asks.
         self.vllm_scale_tensor: Callable[..., Tensor] = lambda m, n, device, is_sf_swizzled_layout: _zeros(m, n, device)
-        self.vllm_quantize_8x4: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        # Columns of the input by layer, of the layers on our linear kernel.
+        self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._engines: set[Engine] = set()
+        self.engine: Engine | None = None  # whose profile run or captures are under way
         self.reset()
 
     def reset(self) -> None:
-        """As if no engine had started, and nothing were hooked."""
+        """As if nothing were hooked; gives back what the engines have."""
         self.enabled = False  # whether the plugin is registered
-        self.steps: Steps | None = None  # what the engine is configured for, once one has started
-        self.max_rows = settings.max_rows() or sys.maxsize  # of a call that the pool serves
-        self.loading = 0  # loads of weights that are under way
-        # Columns of the input by layer, of the layers on our linear kernel.
-        self.linear_ks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.pool: ScalePool | None = None  # where the last buffer came from
-        self.start_up: StartUp | None = None  # from before vLLM measures memory until after its last capture
-        self.logs_growth = False  # whether to log a warning when the pool grows
-        self._error_logged = False
-        self._misses = 0  # of the pool, when its growth was last looked at
+        self.hooked: Collection[str] = ()  # names of the targets that are hooked
+        self._logged: set[tuple[type, str]] = set()  # kinds of errors
+        for engine in list(self._engines):
+            if engine is self.engine:
+                self.engine = None
+            self._end(engine)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def scales(self, m: int, n: int, device: torch.device, padded_n: int | None, bypassed: str | None = None) -> Tensor:
+    def scales(
+        self,
+        m: int,
+        n: int,
+        device: torch.device,
+        padded_n: int | None,
+        fused: bool = False,
+        bypassed: str | None = None,
+    ) -> Tensor:
         """What ``create_fp4_scale_tensor`` returns for a swizzled layout: int32 ``[rounded_m, rounded_n // 4]``.
 
-        ``padded_n`` is the n of the GEMM, where vLLM pads it; ``bypassed`` is why the call is left to vLLM, if the caller
-        knows.
+        ``padded_n`` is the n of the GEMM, where vLLM pads it; ``fused`` says that the producer leaves padding unwritten, and
+        ``bypassed`` is why no pool serves the call, if the caller knows.
         """
+        engine = self.engine
+        if engine is None or not self.enabled:
+            return self._vllm_scales(m, n, device, padded_n, fused)
         if padded_n == n:
             padded_n = None
-        bypassed = bypassed or self._bypassed(m)
+        pool = engine.pool
+        if pool is None:  # the profile run
+            tensor = self._vllm_scales(m, n, device, padded_n, fused)
+            self._note(engine.observe, Site(n, _LAYOUT_128X4, padded_n), tensor)
+            return tensor
+        bypassed = bypassed or engine.bypassed(m)
         if bypassed is None:
             try:
-                pool = self._pool(device)
                 tensor = pool.acquire(m, n, _LAYOUT_128X4, padded_k=padded_n).view(torch.int32)
-                if self.logs_growth and pool.misses != self._misses:
-                    self._log_growth(pool, f"{m} rows, k={n}, layout_128x4")
             except Exception as error:
                 bypassed = self._handle_error(error)
         if bypassed is not None:
-            tensor = self.vllm_scale_tensor(m, padded_n or n, device, True)
-        if self.start_up is not None:
-            self._in_start_up(self.start_up.observe, m, Site(n, _LAYOUT_128X4, padded_n), tensor, bypassed)
+            tensor = self._vllm_scales(m, n, device, padded_n, fused)
+        self._note(engine.count, bypassed or (startup.FUSED if fused else startup.PLAIN))
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """Like :meth:`scales`, but zeroed per call and not from the pool, for a producer that leaves rows unwritten."""
-        tensor = _zeros(m, padded_n or n, device)
-        if self.start_up is not None:
-            self._in_start_up(self.start_up.count, startup.ATTENTION_FUSION)
+        if self.engine is not None:
+            self._note(self.engine.count, startup.ATTENTION_FUSION)
+        return _zeros(m, padded_n or n, device)
+
+    def _vllm_scales(self, m: int, n: int, device: torch.device, padded_n: int | None, fused: bool) -> Tensor:
+        tensor = self.vllm_scale_tensor(m, padded_n or n, device, True)
+        if fused and m > 0 and not allocates_zeros():
+            zero_padding(tensor, m, n, padded_n)
         return tensor
-
-    def quantized_8x4(self, a: Tensor, a_global_sf: Tensor, bypassed: str | None = None) -> tuple[Tensor, Tensor]:
-        """What ``flashinfer_quant_nvfp4_8x4_sf_layout`` returns: uint8 ``[m, n // 2]`` and 8x4 scales, uint8.
-
-        FlashInfer's quantizer allocates its result, so ours is called instead.
-        """
-        m, n = a.shape
-        bypassed = bypassed or self._bypassed(m)
-        if bypassed is None:
-            try:
-                pool = self._pool(a.device)
-                data, tensor = nvfp4_quantize(a.contiguous(), a_global_sf, layout=_LAYOUT_8X4, pool=pool)
-                if self.logs_growth and pool.misses != self._misses:
-                    self._log_growth(pool, f"{m} rows, k={n}, layout_8x4")
-            except Exception as error:
-                bypassed = self._handle_error(error)
-        if bypassed is not None:
-            if self.vllm_quantize_8x4 is None:
-                raise RuntimeError("vLLM's own 8x4 quantizer is not known: the hook is not registered")
-            data, tensor = self.vllm_quantize_8x4(a, a_global_sf)
-        if self.start_up is not None:
-            self._in_start_up(self.start_up.observe, m, Site(n, _LAYOUT_8X4, None), tensor, bypassed)
-        return data, tensor
 
     def grouped_scales(
         self, rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor
@@ -122,115 +119,125 @@ class Allocator:
         Returns:
             int32 ``[padded_rows, padded_cols // 4]`` with rows for the worst grouping; ``None`` where vLLM has to allocate.
         """
-        experts = expert_offsets.shape[0] - 1
-        ranks = 1 if self.steps is None else self.steps.ranks
-        bypassed = self._bypassed(-(-rows // (topk * ranks)))
-        if bypassed in (startup.UNREGISTERED, startup.NO_ROWS):
+        if not self.enabled or rows < 1:
             return None
-        if self.start_up is not None and bypassed != startup.OUTSIDE_A_STEP:
-            self._in_start_up(self.start_up.reserve_grouped, GroupedSite(k, experts, topk))
-        if bypassed is None:
-            try:
-                pool = self._pool(expert_offsets.device)
-                tensor = pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4)
-                # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
-                clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
-                tensor = tensor.view(torch.int32)
-                if self.logs_growth and pool.misses != self._misses:
-                    self._log_growth(pool, f"{rows} rows grouped by {experts} experts, k={k}, layout_128x4")
-            except Exception as error:
-                bypassed = self._handle_error(error)
-        if bypassed is not None:
+        experts = expert_offsets.shape[0] - 1
+        engine = self.engine
+        tensor = None
+        if engine is not None and engine.pool is None:
+            self._note(engine.observe_grouped, GroupedSite(k, experts, topk))
+        elif engine is not None and engine.pool is not None:
+            bypassed = engine.bypassed(-(-rows // (topk * engine.steps.ranks)))
+            if bypassed is None:
+                try:
+                    tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4)
+                    # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
+                    clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
+                    tensor = tensor.view(torch.int32)
+                except Exception as error:
+                    tensor, bypassed = None, self._handle_error(error)
+            self._note(engine.count, bypassed or startup.GROUPED)
+        if tensor is None:
             tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device)
-        if self.start_up is not None:
-            self._in_start_up(self.start_up.count, bypassed)
         return tensor
 
-    def safe_point(self) -> None:
-        """Raise, or repair, what the checks of ``SAFEALLOC_VERIFY`` have found; a step of replays asks for no buffer.
-
-        Raises:
-            PaddingCorruptionError: as :meth:`ScalePool.safe_point`.
-        """
-        if self.pool is not None:
-            try:
-                self.pool.safe_point()
-            except Exception as error:
-                self._handle_error(error)
-
-    def _bypassed(self, m: int) -> str | None:
-        """Why a call is left to vLLM, or ``None``."""
-        if not self.enabled:
-            return startup.UNREGISTERED
-        if m > self.max_rows:
-            return startup.ABOVE_MAX_ROWS
-        if m < 1:  # a data-parallel rank without a token
-            return startup.NO_ROWS
-        if self.loading or (self.steps is not None and forward_context() is None):
-            return startup.OUTSIDE_A_STEP
-        return None
-
-    def _pool(self, device: torch.device) -> ScalePool:
-        pool = default_pool(device)
-        if pool is not self.pool:
-            # vLLM captures all its graphs into one memory pool by torch.cuda.graph, and replays one after the other.
-            pool.shared_captures(synchronized=True)
-            self.pool = pool
-            if self.start_up is not None:
-                self.start_up.pool = pool
-        return pool
-
     def _handle_error(self, error: Exception) -> str:
-        """Raise a pool error, or log it if it is the first; returns why vLLM allocates instead."""
+        """Raise an error, or log it if it is the first of its kind; returns why vLLM allocates instead."""
+        self.log_error(error, "vLLM allocates instead")
+        return startup.POOL_ERROR if isinstance(error, SafeAllocError) else startup.OTHER_ERROR
+
+    def _note(self, note: Callable[..., None], *given: Any) -> None:
+        """Call what only keeps accounts; its errors do not reach vLLM."""
+        try:
+            note(*given)
+        except Exception as error:
+            self.log_error(error, "the line after the captures may be wrong")
+
+    def log_error(self, error: Exception, what: str) -> None:
+        """Log an error, once per kind, unless :func:`is_raised` says otherwise."""
         if is_raised(error):
             raise error
-        if not self._error_logged:
-            self._error_logged = True
-            failed = "safealloc: the pool failed and vLLM allocates instead; further errors are not logged: %s: %s"
-            logger.error(failed, type(error).__name__, error)
-        return startup.POOL_ERROR
+        if (type(error), what) not in self._logged:
+            self._logged.add((type(error), what))
+            source = "the pool failed" if isinstance(error, SafeAllocError) else "an error was met"
+            logger.error("safealloc: %s; %s; logged once: %s: %s", source, what, type(error).__name__, error)
 
-    # --- start-up -----------------------------------------------------------------------------------------------------
+    # --- an engine's life ---------------------------------------------------------------------------------------------
 
-    def begin(self, vllm_config: Any, device: torch.device) -> None:
-        """Call before vLLM measures memory: from here on each shape is reserved when it is first seen."""
-        self.steps = Steps.of(vllm_config)
-        self.max_rows = self.steps.max_rows
-        self.start_up, self.logs_growth = None, False
-        if device.type == "cuda":
-            self.start_up = StartUp(self._pool(device), self.steps, self.linear_ks)
-            self.start_up.reserve_linear()
+    def begin(self, worker: Any) -> Engine | None:
+        """The engine of a worker that is about to measure memory; ``None`` where nothing will be captured."""
+        self.end(worker)
+        if not self.enabled or worker.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
+            return None
+        steps = Steps.of(worker.vllm_config, query_length(worker), second_runner=is_second_runner(worker))
+        if not steps.copies:
+            return None
+        model = getattr(worker.model_runner, "model", None)
+        layers = set(model.modules()) if isinstance(model, torch.nn.Module) else set()
+        engine = Engine(steps, worker.device, [k for layer, k in self.linear_ks.items() if layer in layers])
+        self._engines.add(engine)
+        setattr(worker, ENGINE, engine)
+        weakref.finalize(worker, self._end, engine).atexit = False
+        return engine
 
-    def ready(self) -> Sites:
-        """Call after vLLM's last capture; returns the sites that its graphs went through. From here on growth is logged."""
-        start_up, self.start_up = self.start_up, None
-        sites = Sites() if start_up is None else start_up.sites()
-        sites.served += len(self.linear_ks)
-        if self.pool is not None:
-            sites.captures = self.pool.captures()
-            if self.steps is not None and self.steps.rows:  # without graphs, batches come as they come
-                self._misses, self.logs_growth = self.pool.misses, True
-        return sites
+    @contextlib.contextmanager
+    def working(self, engine: Engine) -> Iterator[None]:
+        """Inside, calls are those of the engine's profile run, or of its captures and their warm-ups."""
+        before = self.engine
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "engine", before)
+            self.engine = engine
+            if engine.pool is not None:
+                try:
+                    stack.enter_context(use_pool(engine.pool))  # for our linear kernel
+                except SafeAllocError as error:  # somebody closed it
+                    self.log_error(error, "vLLM allocates instead")
+            yield
 
-    def _in_start_up(self, method: Callable[..., None], *given: Any) -> None:
-        """Call a method of the start-up, whose reservations may fail."""
+    def end(self, worker: Any) -> None:
+        """Give back what a worker's engine has; a no-op where it has nothing."""
+        engine = engine_of(worker)
+        if engine is not None:
+            delattr(worker, ENGINE)
+            self._end(engine)
+
+    def _end(self, engine: Engine) -> None:
+        self._engines.discard(engine)
         try:
-            method(*given)
+            engine.close()
         except Exception as error:
-            self._handle_error(error)
+            logger.error("safealloc: an engine's pool was not closed: %s: %s", type(error).__name__, error)
 
-    def _log_growth(self, pool: ScalePool, shape: str) -> None:
-        """Log a warning, once, if vLLM has stopped growing its own memory."""
-        self._misses = pool.misses
-        if workspace_locked():
-            self.logs_growth = False
-            grows = "safealloc: the pool still grows after vLLM's warm-up, for %s; such shapes share a cache of %d MiB"
-            logger.warning(grows, shape, pool.cache_bytes >> 20)
+
+def engine_of(worker: Any) -> Engine | None:
+    """The engine of a worker, once its sizes are known."""
+    engine: Engine | None = getattr(worker, ENGINE, None)
+    return engine
 
 
 def is_raised(error: Exception) -> bool:
-    """Whether a pool error is raised instead of logged: dirty padding always is, since tokens may be wrong."""
+    """Whether an error is raised instead of logged: dirty padding always is, since tokens may be wrong."""
     return settings.strict() or isinstance(error, PaddingCorruptionError)
+
+
+@functools.cache
+def allocates_zeros() -> bool:
+    """Whether this vLLM zeroes the scales that it allocates; where its sources are not found, it is taken not to."""
+    found = targets.installed()
+    return found is not None and targets.own_allocation(found[1]) == "zeros"
+
+
+def zero_padding(scales: Tensor, m: int, n: int, padded_n: int | None) -> None:
+    """Zero padding rows and columns, by one kernel; ``scales`` is int32 ``[rounded_m, rounded_n // 4]`` in 128x4."""
+    if scales.is_cuda:
+        with contextlib.suppress(ImportError):
+            from safealloc.kernels import triton_padding
+
+            triton_padding.zero_padding(scales, _LAYOUT_128X4, m, n, padded_n)
+            return
+        scales.zero_()  # without Triton
+        return
+    ScaleSpec(m, n, _LAYOUT_128X4, padded_n).zero_padding(scales.view(torch.uint8).view(-1))
 
 
 def _zeros(m: int, n: int, device: torch.device) -> Tensor:

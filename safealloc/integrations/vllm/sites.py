@@ -109,7 +109,7 @@ SITES: Sequence[Site] = (
     Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
     Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
     Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),
-    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", targets.QUANTIZE_8X4, (), "trtllm"),
+    Site("8x4 NVFP4", "flashinfer_nvfp4_quantize", "NVFP4 8x4", "kernel", None, (), "trtllm"),
     Site("MXFP8 quantizers", _MXFP8, "MXFP8, each layout", "kernel", None, (), "MXFP8 activations"),
     Site(
         "MXFP4 quantizer",

@@ -1,16 +1,17 @@
-"""A worker's start-up, from before vLLM measures memory until after its last capture.
+"""A worker's engine: which batch sizes it captures, which shapes its layers ask for, and the pool made for both.
 
-The batch sizes that will be captured are known from the configuration. The shapes that layers ask for are seen in the profile
-run and the warm-up: when one is first seen, buffers are reserved for every batch size that will be captured.
+The batch sizes follow from the configuration by vLLM's own rules. The shapes are seen in the profile run, in which vLLM
+allocates. When it ends, and before vLLM measures memory, buffers are reserved for every captured batch size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,47 +21,51 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc import settings
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
-from safealloc.integrations.vllm.worker import forward_context
+from safealloc.integrations.vllm.sizes import captured_rows
+from safealloc.integrations.vllm.worker import capturing, step_under_way
 from safealloc.pool.pool import ScalePool
 
-# Why vLLM allocates for a call.
+# What a served site is.
+PLAIN, FUSED, GROUPED = "plain", "fused", "grouped"
+
+# Why vLLM allocates for a call in a capture or its warm-up.
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
-OUTSIDE_A_STEP = "weights at load time"
 NO_ROWS = "no rows"
 POOL_ERROR = "pool error"
-UNREGISTERED = "the plugin is not registered"
 INDUCTOR = "Inductor cannot be kept from reusing a pool buffer"
+OTHER_ERROR = "an error that is not the pool's"
 ATTENTION_FUSION = "attention fusion, which leaves rows without a token unwritten: zeroed per step"
 
 
 @dataclass
 class Steps:
-    """What one worker's engine is configured for."""
+    """What one worker's engine captures."""
 
-    rows: tuple[int, ...]  # batch sizes of its CUDA graphs, in tokens
-    max_rows: int  # of a call that the pool serves; prefill above it is vLLM's
-    copies: int = 1  # micro-batches that run at once
+    copies: dict[int, int]  # by rows in tokens: micro-batches of that size that run at once
     ranks: int = 1  # data-parallel ranks, whose tokens an expert layer gathers
 
     @classmethod
-    def of(cls, vllm_config: Any) -> Steps:
-        """From a ``VllmConfig``."""
-        compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
-        mode = compilation.cudagraph_mode
-        captures = mode is not None and mode.value != 0 and not vllm_config.model_config.enforce_eager
-        rows = set(compilation.cudagraph_capture_sizes or ()) if captures else set()
-        largest = max([vllm_config.scheduler_config.max_num_seqs, *rows])
-        copies = 1
+    def of(cls, vllm_config: Any, query: int = 1, *, second_runner: bool = False) -> Steps:
+        """From a ``VllmConfig``.
+
+        Args:
+            query: tokens of a request in a decode step, ``num_speculative_tokens + 1``.
+            second_runner: model runner V2, whose rules differ.
+        """
+        parallel = vllm_config.parallel_config
+        rows = captured_rows(vllm_config, query, second_runner=second_runner)
+        copies = dict.fromkeys(rows, 1)
         if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
-            copies = 2
-            rows |= {part for size in rows for part in (size // 2, size - size // 2) if part}
-        ranks = getattr(parallel, "data_parallel_size", 1)
-        return cls(tuple(sorted(rows)), settings.max_rows() or largest, copies, ranks)
+            parts = max(2, getattr(parallel, "num_ubatches", 2) or 2)
+            least = getattr(parallel, "dbo_decode_token_threshold", parts)
+            for size in [size for size in rows if size >= max(parts, least)]:
+                copies |= {size // parts: parts, size - (parts - 1) * (size // parts): parts}
+        return cls(dict(sorted(copies.items())), getattr(parallel, "data_parallel_size", 1))
 
     @property
     def most_rows(self) -> int:
-        """Tokens of the largest step that buffers are reserved for: a captured one, if there are any."""
-        return min(max(self.rows, default=self.max_rows), self.max_rows)
+        """Tokens of the largest captured step."""
+        return max(self.copies, default=0)
 
 
 @dataclass
@@ -69,7 +74,9 @@ class Sites:
 
     captures: int = 0  # CUDA graphs that hold pool buffers; several per batch size where vLLM splits its model
     served: int = 0  # sites per step that the pool serves
-    bypassed: Counter[str | None] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
+    fused: int = 0  # of these, sites of a producer that leaves padding unwritten
+    grouped: int = 0  # of these, expert quantizers
+    bypassed: Counter[str] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
 
 
 class Site(NamedTuple):
@@ -88,78 +95,98 @@ class GroupedSite(NamedTuple):
     topk: int
 
 
-class StartUp:
-    """What a worker's start-up has shown so far, and what was reserved for it."""
+class Engine:
+    """One worker's engine; it has a pool from the end of the profile run to the engine's own end."""
 
-    def __init__(self, pool: ScalePool, steps: Steps, linear_ks: Mapping[Any, int]) -> None:
-        self.pool = pool  # where buffers are reserved
-        self._steps = steps
-        self._linear_ks = linear_ks  # columns of the input by layer, of the layers on our linear kernel
-        self._copies: Counter[Site] = Counter()  # buffers of a site that are reserved for each captured batch size
-        self._grouped: set[GroupedSite] = set()  # for each, one buffer per micro-batch is reserved
-        self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # while their storage is alive
-        self._passes: list[Counter[str | None]] = []  # per captured step: calls by reason; None is served
-        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str | None]]] = {}  # by id of the forward context
+    def __init__(self, steps: Steps, device: torch.device, linear_ks: Sequence[int] = ()) -> None:
+        self.steps = steps
+        self.device = device
+        self.pool: ScalePool | None = None
+        self._linear_ks = linear_ks  # columns of the input of each layer on our linear kernel
+        self._copies: Counter[Site] = Counter()  # tensors of a site that the profile run held at once
+        self._grouped: set[GroupedSite] = set()
+        self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # of the profile run, while their storage is alive
+        self._passes: list[Counter[str]] = []  # per captured step: calls by what was served, or by reason
+        self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str]]] = {}  # by id of the forward context or capture
 
-    def reserve_linear(self) -> None:
-        """Reserve for the layers on our linear kernel, whose shapes are known before the profile run."""
-        for k in set(self._linear_ks.values()):
-            for layout in (SfLayout.layout_8x4, SfLayout.layout_128x4):
-                self._reserve(Site(k, layout, None), 1)
+    # --- profile run --------------------------------------------------------------------------------------------------
 
-    def observe(self, rows: int, site: Site, tensor: Tensor, bypassed: str | None) -> None:
-        """Note an answered call: count it in a capture; before one, reserve as many buffers as the site holds at once.
+    def observe(self, site: Site, tensor: Tensor) -> None:
+        """Note a tensor that vLLM allocated in the profile run."""
+        alive = [storage for storage in self._vllm_tensors.get(site, ()) if not storage.expired()]
+        self._vllm_tensors[site] = [*alive, StorageWeakRef(tensor.untyped_storage())]
+        self._copies[site] = max(self._copies[site], len(alive) + 1)
 
-        ``tensor`` are the scales that were returned, and ``bypassed`` is why they are vLLM's own, or ``None``.
-        """
-        if torch.cuda.is_current_stream_capturing():
-            self.count(bypassed)
-            return
-        if bypassed is None:
-            held = self.pool.held(rows, site.k, site.layout, padded_k=site.padded_k)
-        elif bypassed == ABOVE_MAX_ROWS:
-            held = self._vllm_tensors_held(site, tensor)
-        else:
-            return
-        if held > self._copies[site]:
-            self._copies[site] = held
-            self._reserve(site, held)
-
-    def reserve_grouped(self, site: GroupedSite) -> None:
-        """Outside a capture, reserve when a site is first seen; the buffer of the largest step serves all others too."""
-        if site in self._grouped or torch.cuda.is_current_stream_capturing():
-            return
+    def observe_grouped(self, site: GroupedSite) -> None:
+        """Note a call of an expert quantizer in the profile run."""
         self._grouped.add(site)
-        rows = self._steps.most_rows * self._steps.ranks * site.topk
-        self.pool.reserve(rows, site.k, SfLayout.layout_128x4, self._steps.copies, experts=site.experts)
 
-    def count(self, bypassed: str | None) -> None:
-        """In a capture, count an answered call."""
-        if not torch.cuda.is_current_stream_capturing():
+    def reserve(self) -> None:
+        """Make the pool, with buffers for what was observed; none where nothing was, or nothing is captured.
+
+        Raises:
+            SafeAllocError: as :class:`ScalePool` and :meth:`ScalePool.reserve`.
+        """
+        self._vllm_tensors.clear()
+        linear = {Site(k, layout, None) for k in self._linear_ks for layout in SfLayout if layout.tile.rows > 1}
+        sites = self._copies | Counter(dict.fromkeys(linear, 1))
+        if not self.steps.copies or not (sites or self._grouped):
             return
-        context = forward_context()
+        self.pool = pool = ScalePool(self.device, **dataclasses.asdict(settings.watch()))
+        # vLLM captures all its graphs into one memory pool by torch.cuda.graph, and replays one after the other.
+        pool.shared_captures(synchronized=True)
+        for site, held in sites.items():
+            for copies in set(self.steps.copies.values()):
+                rows = [size for size in self._rows(site) if self.steps.copies[size] == copies]
+                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k)
+        most = self.steps.most_rows * self.steps.ranks
+        for grouped in self._grouped:  # the buffer of the largest step serves all others too
+            copies = max(self.steps.copies.values())
+            pool.reserve(most * grouped.topk, grouped.k, SfLayout.layout_128x4, copies, experts=grouped.experts)
+
+    def _rows(self, site: Site) -> Iterable[int]:
+        if site.layout is SfLayout.layout_8x4:  # only our own kernel takes it
+            return [size for size in self.steps.copies if size <= MAX_ROWS_8X4]
+        if site.k in self._linear_ks and site not in self._copies:
+            return [size for size in self.steps.copies if size > MAX_ROWS_8X4]
+        return self.steps.copies
+
+    # --- captures -----------------------------------------------------------------------------------------------------
+
+    def bypassed(self, tokens: int) -> str | None:
+        """Why a call in a capture or its warm-up is left to vLLM, or ``None``."""
+        if tokens < 1:  # a data-parallel rank without a token
+            return NO_ROWS
+        return ABOVE_MAX_ROWS if tokens > self.steps.most_rows else None
+
+    def count(self, answer: str) -> None:
+        """In a capture, count a call by what was served, or by why it was bypassed."""
+        if not capturing():
+            return
+        context = step_under_way()
         known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
             alive = (lambda: None) if context is None else weakref.ref(context)
             known = self._pass_of[id(context)] = (alive, Counter())
             self._passes.append(known[1])
-        known[1][bypassed] += 1
+        known[1][answer] += 1
 
-    def sites(self) -> Sites:
-        """Served sites, and bypassed ones by reason: of each the largest number in any captured step."""
-        largest: Counter[str | None] = functools.reduce(operator.or_, self._passes, Counter())
-        return Sites(served=largest.pop(None, 0), bypassed=largest)
+    def captured(self) -> Sites:
+        """Give back what no graph took, after the last capture; returns the sites that the graphs went through.
 
-    def _vllm_tensors_held(self, site: Site, tensor: Tensor) -> int:
-        """How many tensors that vLLM allocated for a site are alive, including this one."""
-        held = [storage for storage in self._vllm_tensors.get(site, ()) if not storage.expired()]
-        self._vllm_tensors[site] = [*held, StorageWeakRef(tensor.untyped_storage())]
-        return len(held) + 1
+        Served sites, and bypassed ones by reason: of each the largest number in any captured step.
+        """
+        captures = 0
+        if self.pool is not None:
+            self.pool.trim(reserved=True)
+            captures = self.pool.captures()
+        largest: Counter[str] = functools.reduce(operator.or_, self._passes, Counter())
+        self._passes, self._pass_of = [], {}
+        plain, fused, grouped = (largest.pop(kind, 0) for kind in (PLAIN, FUSED, GROUPED))
+        return Sites(captures, plain + fused + grouped + len(self._linear_ks), fused, grouped, largest)
 
-    def _reserve(self, site: Site, copies: int) -> None:
-        rows: Iterable[int] = self._steps.rows
-        if site.layout is SfLayout.layout_8x4:
-            rows = [size for size in rows if size <= MAX_ROWS_8X4]
-        elif site.k in self._linear_ks.values():  # up to there our own kernel takes 8x4
-            rows = [size for size in rows if size > MAX_ROWS_8X4]
-        self.pool.reserve(rows, site.k, site.layout, copies * self._steps.copies, padded_k=site.padded_k)
+    def close(self) -> None:
+        """Give the memory back; what living graphs use, when they are gone."""
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.close()

@@ -1,7 +1,8 @@
 """What is hooked in vLLM, and whether a given vLLM has it: its sources are read, not imported.
 
 The plugin, ``safealloc doctor`` and the check of every supported release use this table. A function is not hooked if its
-signature is not in the table, or if the hook replaces its body and that has changed.
+signature is not in the table, if the hook replaces its body and that has changed, if what it relies on has changed, or if
+another plugin has replaced it first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 SUPPORTED = ("0.19.1", "0.33.0")
@@ -33,26 +35,54 @@ class Target:
     parameters: tuple[tuple[str, ...], ...] = ()  # the lists of names that the hook accepts; empty for a class
     since: str = SUPPORTED[0]  # the first release that has it
     bodies: tuple[str, ...] = ()  # digests of those that the hook replaces; empty where it calls the original
+    group: str = ""  # targets of one module that are hooked together or not at all
 
 
-def _function(module: str, name: str, *parameters: tuple[str, ...], bodies: tuple[str, ...] = ()) -> Target:
+def _function(
+    module: str,
+    name: str,
+    *parameters: tuple[str, ...],
+    bodies: tuple[str, ...] = (),
+    group: str = "",
+) -> Target:
     """A function that the log calls by its name."""
-    return Target(name, module, (name,), parameters, bodies=bodies)
+    return Target(name, module, (name,), parameters, bodies=bodies, group=group)
 
 
 _CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
 _FUSION, _LINEAR = "vllm.compilation.passes.fusion", "vllm.model_executor.kernels.linear"
 _OUTPUTS = ("m", "n", "device", "is_sf_swizzled_layout")
-_OUTPUTS_BODIES = ("5dba6d0e8a", "11093bc733")
+_QUANTIZE = ("input", "input_global_scale", "is_sf_swizzled_layout", "backend")
 _MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backend")
 _MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
 _MXFP4 = ("block_size", "use_nvfp4")
 _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
 
-SCALES = _function(_CUSTOM_OPS, "create_fp4_scale_tensor", _OUTPUTS)
-OUTPUTS = _function(_CUSTOM_OPS, "create_fp4_output_tensors", _OUTPUTS, (*_OUTPUTS, "padded_n"), bodies=_OUTPUTS_BODIES)
-QUANTIZE_8X4 = _function(_FLASHINFER, "flashinfer_quant_nvfp4_8x4_sf_layout", ("a", "a_global_sf"))
-MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4))
+QUANTIZE = _function(
+    _CUSTOM_OPS,
+    "scaled_fp4_quant",
+    _QUANTIZE,
+    (*_QUANTIZE, "padded_n"),
+    bodies=("69f20afb5c", "b76cbf35ed"),
+    group="dense",
+)
+"""Not replaced: it decides which layout goes where, and the hooks rely on its rule."""
+SCALES = _function(
+    _CUSTOM_OPS,
+    "create_fp4_scale_tensor",
+    _OUTPUTS,
+    bodies=("7a7d45fbe9", "9f7ebc2976", "a3a0f59e97"),
+    group="dense",
+)
+OUTPUTS = _function(
+    _CUSTOM_OPS,
+    "create_fp4_output_tensors",
+    _OUTPUTS,
+    (*_OUTPUTS, "padded_n"),
+    bodies=("5dba6d0e8a", "11093bc733"),
+    group="dense",
+)
+MM = _function(_FLASHINFER, "flashinfer_scaled_fp4_mm", _MM, (*_MM, *_MXFP4), bodies=("c7f1c4880c", "641eb47b16"))
 MM_OP = Target("vllm::flashinfer_mm_fp4", _FLASHINFER, ("flashinfer_mm_fp4",), (_MM_OP, (*_MM_OP, *_MXFP4)))
 FUSED_ACT_QUANT = Target(
     "fused_act_quant",
@@ -70,19 +100,19 @@ PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memor
 WARM_UP = Target("warm-up and capture", _WORKER, ("Worker.compile_or_warm_up_model",), (("self",),))
 STEP = Target("safe point at each step", _WORKER, ("Worker.execute_model",), (("self", "scheduler_output"),))
 """Hooked with ``SAFEALLOC_VERIFY`` only."""
-LOAD = Target(
-    "weights at load time",
-    "vllm.model_executor.model_loader.utils",
-    ("process_weights_after_loading",),
-    (("model", "model_config", "target_device"),),
+SHUTDOWN = Target("end of a worker", _WORKER, ("Worker.shutdown",), (("self",),))
+PASSES = Target(
+    "pass manager", "vllm.compilation.passes.pass_manager", ("PostGradPassManager.__call__",), (("self", "graph"),)
 )
-CACHE_KEY = Target("compile-cache key", "vllm.envs", ("environment_variables",))
+CACHE_KEY = Target("compile-cache key", "vllm.config.vllm", ("VllmConfig.compute_hash",))
+START = Target("start of a worker", _WORKER, ("Worker.load_model",))
+"""Where the plugin learns which model a process runs, and hooks the rest."""
 LINEAR = Target("linear kernel", _LINEAR, ("_POSSIBLE_NVFP4_KERNELS",), since="0.20.0")
 
 TARGETS = tuple(value for value in globals().values() if isinstance(value, Target))
 """All of the above, in their order."""
 
-Status = Literal["hooked", "changed", "missing", "not yet there"]
+Status = Literal["hooked", "as known", "changed", "missing", "not yet there"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +120,8 @@ class Finding:
     """Whether a vLLM has a target."""
 
     target: Target
-    # "hooked" if the hook fits, "changed" or "missing" if vLLM's own code is left alone, "not yet there" in a release
-    # older than the target
+    # "hooked" if the hook fits, "as known" if nothing is replaced and hooks may rely on it, "changed" or "missing" if vLLM's
+    # own code is left alone, "not yet there" in a release older than the target
     status: Status
     attribute: str = ""  # the name that was found
     detail: str = ""  # why it is not hooked
@@ -121,7 +151,39 @@ def installed() -> tuple[str, Source] | None:
 def check(version: str, source: Source) -> list[Finding]:
     """One finding per target."""
     trees = {module: _parsed(source, module) for module in {target.module for target in TARGETS}}
-    return [_check(target, version, trees[target.module]) for target in TARGETS]
+    found = [_check(target, version, trees[target.module]) for target in TARGETS]
+    unfit = {
+        one.target.group: one.target for one in found if one.target.group and one.status not in ("hooked", "as known")
+    }
+    for index, one in enumerate(found):
+        other = unfit.get(one.target.group)
+        if other is not None and one.status == "hooked":
+            detail = f"it goes with {other.name}, which is not as it is known"
+            found[index] = Finding(one.target, "changed", one.attribute, detail)
+    return found
+
+
+def replaced_by(finding: Finding, module: ModuleType) -> str | None:
+    """Who has replaced a function that has to be vLLM's own, or one of its group; ``None`` where nobody has.
+
+    The live function is vLLM's own if its code is from the file of its module and has its name.
+    """
+    group = [target for target in TARGETS if target.group and target.group == finding.target.group]
+    for target in group or [finding.target]:
+        for name in target.attributes if target.bodies else ():
+            live = getattr(module, name, None)
+            code = getattr(live, "__code__", None)
+            own = code is not None and (code.co_filename, code.co_qualname) == (module.__file__, name)
+            if live is not None and not own:
+                where = getattr(live, "__module__", None) or type(live).__module__
+                return f"{where}.{getattr(live, '__qualname__', type(live).__qualname__)} instead of {name}"
+    return None
+
+
+def version() -> str:
+    """Version of the installed vLLM, or ``"?"``."""
+    found = installed()
+    return "?" if found is None else found[0]
 
 
 def own_allocation(source: Source) -> str | None:
@@ -177,7 +239,7 @@ def _check(target: Target, version: str, tree: ast.Module | str | None) -> Findi
             return Finding(target, "changed", attribute, f"its parameters are ({', '.join(given)})")
     if target.bodies and digest(node) not in target.bodies:
         return Finding(target, "changed", attribute, f"its body is not one that is known ({digest(node)})")
-    return Finding(target, "hooked", attribute)
+    return Finding(target, "as known" if target is QUANTIZE else "hooked", attribute)
 
 
 def _parameters(given: ast.arguments) -> tuple[str, ...]:

@@ -1,0 +1,36 @@
+"""Whether a model may have layers whose activations are quantized to FP4 in blocks, by its configuration in vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_WITHOUT = {
+    *("awq", "auto_awq", "awq_marlin", "cpu_awq", "gptq", "auto_gptq", "gptq_marlin", "gguf", "bitsandbytes"),
+    *("experts_int8", "moe_wna16", "int8_per_channel_weight_only", "mxfp8", "modelopt_mxfp8"),
+    *("fp8", "fbgemm_fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "modelopt"),
+}
+"""vLLM's quantization methods without FP4 (0.19.1 to 0.33.0); a method that is not known may have it."""
+
+
+def may_have_fp4(vllm_config: Any) -> bool:
+    """Whether the model of a ``VllmConfig``, or its draft model, may have FP4 layers; unknown quantization may."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    models = (vllm_config.model_config, getattr(speculative, "draft_model_config", None))
+    return any(model is not None and _may_have_fp4(model) for model in models)
+
+
+def _may_have_fp4(model_config: Any) -> bool:
+    method = getattr(model_config, "quantization", None)
+    written = getattr(getattr(model_config, "hf_config", None), "quantization_config", None)
+    if method is None or method in _WITHOUT or (method == "compressed-tensors" and isinstance(written, dict)):
+        return _mentions_fp4(written)
+    return True
+
+
+def _mentions_fp4(written: object) -> bool:
+    if isinstance(written, dict):
+        is_fp4 = (written.get("num_bits"), written.get("type")) == (4, "float")
+        return is_fp4 or any(map(_mentions_fp4, written.values()))
+    if isinstance(written, list):
+        return any(map(_mentions_fp4, written))
+    return isinstance(written, str) and "fp4" in written.lower()
