@@ -58,6 +58,7 @@ LAUNCH, LAUNCHER, QUANTIZE, QUANTIZE_DEFAULT, LINEAR = (
     "nvfp4_quantize, default pool",
     "nvfp4_linear",
 )
+EAGER_FUSED = "hook behind a fused producer outside captures, 1 to 1024 rows"
 _CONTEXT = "vllm.forward_context"
 
 
@@ -184,6 +185,11 @@ def allocations(device: torch.device, pool: ScalePool) -> list[Candidate]:
         Candidate(EAGER, functools.partial(outside_captures, itertools.cycle(rows), vllm_ops.scales, device, None)),
         Candidate(EAGER_OWN, functools.partial(outside_captures, itertools.cycle(rows), theirs, device, True)),
     ]
+    if device.type == "cuda":  # the kernel that zeroes the padding is launched too
+        fused = functools.partial(vllm_ops.scales, fused=True)
+        candidates.append(
+            Candidate(EAGER_FUSED, functools.partial(outside_captures, itertools.cycle(rows), fused, device, None))
+        )
     own = [Candidate(name, functools.partial(call, ROWS, K, device, True)) for name, call in _vllm_functions()]
     return candidates + own
 

@@ -234,10 +234,12 @@ def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, dict[str, in
         "seconds_to_start": round(engine.seconds, 1),
     }
     if os.environ.get("SAFEALLOC") != "0":
-        from safealloc import default_pool
+        from safealloc.integrations.vllm.serve import engine_of
 
-        stats = default_pool("cuda:0").stats()
-        found["pool"] = {name: getattr(stats, name) for name in stats.__slots__}
+        own = engine_of(engine.llm.llm_engine.model_executor.driver_worker.worker)
+        if own is not None and own.pool is not None:
+            stats = own.pool.stats()
+            found["pool"] = {name: getattr(stats, name) for name in stats.__slots__}
     return found
 
 

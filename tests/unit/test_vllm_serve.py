@@ -286,6 +286,22 @@ def test_an_engine_that_ends_gives_its_memory_back(allocator: Allocator, end: st
     assert closed(pools[1]) is (end == "unregistered")
 
 
+def test_a_pool_that_somebody_closed_is_replaced_before_the_captures(allocator: Allocator) -> None:
+    def model(rows: int) -> Tensor:
+        return allocator.scales(rows, 64, CPU, None)
+
+    engine = profiled(allocator, model, 1, 2)
+    before = engine.pool
+    assert before is not None
+    before.close()
+    with allocator.working(engine):
+        tensor = model(2)
+    assert engine.pool is not None
+    assert engine.pool is not before
+    assert engine.pool.spec(tensor) is not None
+    assert shapes(engine) == [(1, 64), (2, 64)]
+
+
 def test_a_second_engine_changes_nothing_for_the_first(allocator: Allocator) -> None:
     def model(rows: int) -> Tensor:
         return allocator.scales(rows, 64, CPU, None)
@@ -339,8 +355,8 @@ def test_each_kind_of_error_is_logged_once_and_vllm_allocates(
     monkeypatch.setattr(logger, "propagate", True)
     engine = profiled(allocator, lambda rows: allocator.scales(rows, 64, CPU, None), 4)
     assert engine.pool is not None
-    engine.pool.close()
     with allocator.working(engine):
+        engine.pool.close()
         for _ in range(3):
             assert allocator.scales(4, 64, CPU, None).shape == (128, 1)
         engine.pool = Broken()  # type: ignore[assignment]
@@ -361,7 +377,7 @@ def test_each_kind_of_error_is_logged_once_and_vllm_allocates(
 def test_a_fused_producer_gets_zeroed_padding_where_vllm_allocates_with_empty(
     allocator: Allocator, monkeypatch: pytest.MonkeyPatch, rows: int, k: int, padded_k: int | None
 ) -> None:
-    """Rows and columns, and nothing else; the plain quantizer gets what vLLM allocates."""
+    """Tiles without padding are left as they are; the plain quantizer gets what vLLM allocates."""
     layout = SfLayout.layout_128x4
 
     def stale(m: int, n: int, device: torch.device, is_sf_swizzled_layout: bool) -> Tensor:
@@ -373,7 +389,11 @@ def test_a_fused_producer_gets_zeroed_padding_where_vllm_allocates_with_empty(
     scales = allocator.scales(rows, k, CPU, padded_k, True).view(torch.uint8).view(-1)
     padding = layout.padding_mask(rows, k, "cpu", padded_k=padded_k).view(-1)
     assert not scales[padding].any()
-    assert (scales[~padding] == 0x7F).all()
+    tile = layout.tile.rows * layout.tile.cols
+    tiles = scales.view(-1, tile)
+    with_padding = padding.view(-1, tile).any(1)
+    assert not tiles[with_padding].any()
+    assert (tiles[~with_padding] == 0x7F).all()
     assert (allocator.scales(rows, k, CPU, padded_k).view(torch.uint8) == 0x7F).all()
     monkeypatch.setattr(serve, "allocates_zeros", lambda: True)
     assert (allocator.scales(rows, k, CPU, padded_k, True).view(torch.uint8) == 0x7F).all()
