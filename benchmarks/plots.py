@@ -44,6 +44,8 @@ EMPTY_NODE = "empty kernel"
 _MEMORY_WAYS = {"pool": "pool", "allocated and filled at each call": "zeros"}
 _KS = (4096, 8192, 28672)
 _BUFFER = "A scale buffer"
+_VARIED = ", 1 to 1024 rows"
+_OUTSIDE = f" outside captures{_VARIED}"
 _HOST_PARTS = {  # panels, and what each call is
     _BUFFER: {
         "torch.empty": "empty",
@@ -54,6 +56,11 @@ _HOST_PARTS = {  # panels, and what each call is
         "torch.empty as vLLM calls it (stand-in)": "empty",
         "torch.zeros as vLLM calls it (stand-in)": "zeros",
         "hook in vLLM": "pool",
+    },
+    f"vLLM{_OUTSIDE}": {
+        f"what it calls there{_VARIED}": "empty",
+        f"hook in vLLM{_OUTSIDE}": "pool",
+        f"hook behind a fused producer{_OUTSIDE}": "pool",
     },
     "A quantization or a layer": {
         "bare Triton launch": "launch",
@@ -206,13 +213,13 @@ def host(result: dict[str, Any]) -> plt.Figure | None:
             spread = [[max(call["us"] - low, 0)], [max(high - call["us"], 0)]]
             axes.errorbar([call["us"]], [place], xerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
             axes.text(max(call["us"], high) + 0.012 * edge, place, f"{call['us']:.2f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [name.removesuffix(_OUTSIDE).removesuffix(_VARIED) for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.1 * edge)
         axes.set_title(title)
         grid(axes, "x")
     panels[-1, 0].set_xlabel("host time per call (µs)")
-    explained = "Lower is better. Error bars are quartiles. The two scales differ."
+    explained = "Lower is better. Error bars are quartiles. The scales differ."
     return finish(figure, "What a call costs the host", explained, handles, machine(result))
 
 

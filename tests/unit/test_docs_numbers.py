@@ -184,8 +184,8 @@ def guard() -> Iterator[tuple[str, str]]:
 
 def runs() -> Iterator[tuple[str, str]]:
     tests = read("gpu-tests-h100")["outcomes"]
-    assert tests["failure"] == 1
-    yield "docs/validation.md", f"{tests['passed']} passed, {tests['skipped']} were skipped and one failed"
+    assert not tests.get("failure")
+    yield "docs/validation.md", f"{tests['passed']} passed and {tests['skipped']} were skipped"
     yield "docs/validation.md", f"passed {read('gpu-tests-h200')['outcomes']['passed']};"
     yield "docs/validation.md", f"all {read('engine-tests-h100')['outcomes']['passed']} tests passed"
     stress = read("pool-stress-cpu")
