@@ -111,4 +111,4 @@ def defined(monkeypatch: pytest.MonkeyPatch, **schemas: str) -> Iterator[None]:
 
 def registrations() -> dict[str, str]:
     """What the dispatcher has for each op."""
-    return {name: torch._C._dispatch_dump(f"{NAMESPACE}::{name}") for name in SCHEMAS}
+    return {name: torch._C._dispatch_dump(f"{replace.NAMESPACE}::{name}") for name in SCHEMAS}

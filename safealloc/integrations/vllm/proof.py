@@ -96,7 +96,7 @@ def prove(rows_of: Mapping[Launch, Iterable[int]], device: torch.device, timer: 
         found: list[Finding] = []
         for rows in measured_rows(launch, all_rows):
             try:
-                found.append(_one(launch, rows, device, timer or _graph_times))
+                found.append(_one(launch, rows, device, timer or graph_times))
             except Exception as error:
                 found.append(
                     Finding(launch, rows, f"it did not run: {type(error).__name__}: {str(error).split(chr(10))[0]}")
@@ -120,6 +120,8 @@ def prove_for(engine: Engine, timer: Timer | None = None) -> None:
     )
     proof = prove({launch: engine.rows_of(launch) for launch in sorted(engine.launches, key=str)}, engine.device, timer)
     engine.saved = proof.saved
+    for found in proof.findings:
+        logger.debug("safealloc: %s: ours %.2f us, vLLM's %.2f us", found.where, found.ours_us, found.theirs_us)
     if proof.differing:
         named = "; ".join(f"{finding.where}: {finding.differs}" for finding in proof.differing)
         logger.warning("safealloc: vLLM's own quantizer stays where ours is not equal on this GPU: %s", named)
@@ -231,7 +233,7 @@ def _differences(ours: Call, theirs: Call) -> str:
 _NODES, _REPLAYS, _ROUNDS = 16, 2, 12
 
 
-def _graph_times(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[list[float], list[float]]:
+def graph_times(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[list[float], list[float]]:
     """Microseconds a node, in each round; the order changes from round to round."""
     graphs = _graph(ours), _graph(theirs)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in graphs]
