@@ -52,10 +52,15 @@ class Finding:
         dtype = str(self.launch.dtype).removeprefix("torch.")
         return f"{self.launch.op} of {self.rows} x {self.launch.k}, {dtype}{experts}"
 
+    @property
+    def factor(self) -> float | None:
+        """How many times faster ours is, where it was timed."""
+        return self.theirs_us / self.ours_us if self.ours_us else None
+
     def as_dict(self) -> dict[str, Any]:
-        found = asdict(self) | self.launch._asdict() | {"dtype": str(self.launch.dtype).removeprefix("torch.")}
-        del found["launch"]
-        return found
+        launch = self.launch._asdict() | {"dtype": str(self.launch.dtype).removeprefix("torch.")}
+        numbers = {name: value for name, value in asdict(self).items() if name not in ("launch", "rows")}
+        return {**launch, "rows": self.rows, "equal_bytes": not self.differs, **numbers, "factor": self.factor}
 
 
 class Proof:
