@@ -313,7 +313,7 @@ def _tables(result: Result) -> list[_Table]:
     compared: list[tuple[tuple[str, ...], bool]] = [
         (_cells(names[found.launch.op], found), not found.differs) for found in result.compared
     ]
-    compared += [((name, "-", "-", "-", "-", "-", CANNOT_RUN, why), True) for name, why in result.not_compared.items()]
+    compared += [((name, *"-----", CANNOT_RUN, why), True) for name, why in result.not_compared.items()]
     for title, side in (("Producers", result.producers), ("Consumers", result.consumers)):
         rows = side.rows()
         verdicts = {cells[3] for cells, _ in rows}
@@ -327,9 +327,9 @@ def _tables(result: Result) -> list[_Table]:
         tables.append(_Table(title, headings, rows, legend, (4, 0, 1)))
     if compared:
         title = "vLLM's quantizers that SAFEALLOC_QUANTIZER=safealloc would replace"
-        headings = ("name", "rows", "k", "us", "vLLM us", "factor", "bytes", "details")
-        legend = {"us": "a call of ours as a graph node, without a gap", "factor": "how many times faster ours is"}
-        tables.append(_Table(title, headings, compared, legend, (0, 1, 2, 6)))
+        columns = ("name", "rows", "k", "us", "vLLM us", "factor", "bytes", "details")
+        legend = {"us": "a call of ours as a graph node", "factor": "how many times faster ours is"}
+        tables.append(_Table(title, columns, compared, legend, (0, 1, 2, 6)))
     return tables
 
 
