@@ -146,6 +146,15 @@ def test_it_is_found_behind_every_op(monkeypatch, launch):
     assert [finding.launch for finding in found.differing] == [launch]
 
 
+@pytest.mark.parametrize("launch", LAUNCHES[2:], ids=lambda launch: launch.op)
+def test_a_kernel_that_takes_the_global_scale_of_another_expert_is_found(monkeypatch, launch):
+    def grouped(x: Tensor, g: Tensor, *rest: Any) -> None:
+        quantizer_ops.run_grouped(x, g.flip(0), *rest)
+
+    monkeypatch.setitem(GROUPED_QUANTIZERS, "triton", Backend("triton", lambda call: None, grouped))
+    assert len(prove({launch: [3]}, CPU, taking(1.0, 3.0)).differing) == 1
+
+
 def test_a_kernel_that_fails_does_not_serve(monkeypatch):
     def fail(*given: Any) -> None:
         raise RuntimeError("no binary\nand more")

@@ -307,6 +307,19 @@ def test_calls_and_what_ours_save_are_counted_for_the_step_that_saves_most(pool,
     assert sites.bypassed == {}
 
 
+def test_where_nothing_is_saved_the_step_with_the_most_calls_counts(pool, engine):
+    engine.saved = lambda launch, rows: None
+    with serve.allocator.working(engine), replace.served(engine):
+        for calls in (1, 3, 2):
+            context = Context()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(startup, "step_under_way", lambda context=context: context)
+                for _ in range(calls):
+                    call(DENSE, pool).run_original()
+    sites = engine.captured()
+    assert (sites.ours, sites.quantizers, sites.saved_us) == (0, 3, 0.0)
+
+
 class Context:
     """A step."""
 

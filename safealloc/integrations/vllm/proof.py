@@ -68,6 +68,9 @@ class Proof:
 
     def __init__(self, findings: Iterable[Finding]) -> None:
         self.findings = sorted(findings, key=lambda one: one.rows)
+        self._by_launch: dict[Launch, list[Finding]] = {}
+        for finding in self.findings:
+            self._by_launch.setdefault(finding.launch, []).append(finding)
 
     @property
     def differing(self) -> list[Finding]:
@@ -79,7 +82,7 @@ class Proof:
         Between two row counts that were measured, the less of both; beyond them, or where one byte of the launch differed at
         any row count, vLLM's stays.
         """
-        found = [finding for finding in self.findings if finding.launch == launch]
+        found = self._by_launch.get(launch, [])
         below = [finding for finding in found if finding.rows <= rows][-1:]
         above = [finding for finding in found if finding.rows >= rows][:1]
         if not below or not above or any(finding.differs for finding in found):
@@ -160,7 +163,7 @@ def _one(launch: Launch, rows: int, device: torch.device, timer: Timer) -> Findi
         for x, global_scale in _inputs(launch, rows, device):
             for call in calls:
                 call.x.copy_(x)
-                call.global_scale.fill_(global_scale)
+                call.global_scale.copy_(global_scale * torch.linspace(1, 2, len(call.global_scale)))
             ours.run()
             theirs.run_original()
             if differs := _differences(ours, theirs):
@@ -205,19 +208,20 @@ def _routing(rows: int, experts: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def _inputs(launch: Launch, rows: int, device: torch.device) -> Iterable[tuple[Tensor, float]]:
-    """Values and a global scale for each of three runs: usual ones, of all sizes, and any bits there are."""
+    """Values and a global scale for each of three runs: any bits there are, values of all sizes, and usual ones."""
     seeded: dict[str, Any] = {"generator": _seeded(device, rows * 8191 + launch.k), "device": device}
     shape = rows, launch.k * (2 if _op(launch).silu else 1)
-    normal = torch.randn(shape, **seeded)
-    yield normal.to(launch.dtype), E4M3_MAX * E2M1_MAX / 5
-    blocks = rows, shape[1] // BLOCK_SIZE
+    bits = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, **seeded).view(launch.dtype)
+    for number, value in enumerate((math.inf, -math.inf, 0.0, -0.0)):
+        bits.masked_fill_(torch.randint(128, shape, dtype=torch.uint8, **seeded) == number, value)
+    yield bits, 20.0
+    del bits
+    normal = torch.randn(shape, dtype=launch.dtype, **seeded)
+    blocks = rows, shape[1] // BLOCK_SIZE, 1
     sizes = torch.exp2(torch.randint(-24, 12, blocks, **seeded).float())
     sizes *= torch.randint(8, blocks, **seeded) > 0  # one block in eight is 0 and -0
-    yield (normal * sizes.repeat_interleave(BLOCK_SIZE, 1)).to(launch.dtype), 1.0
-    bits = torch.randint(-(1 << 15), 1 << 15, shape, **seeded).short().view(launch.dtype)
-    special = torch.tensor([math.inf, -math.inf, 0.0, -0.0], dtype=launch.dtype, device=device)
-    chosen = torch.randint(128, shape, **seeded)
-    yield torch.where(chosen < 4, special[chosen.clamp(max=3)], bits), 20.0
+    yield (normal.view(*blocks[:2], BLOCK_SIZE) * sizes.to(launch.dtype)).view(shape), 1.0
+    yield normal, E4M3_MAX * E2M1_MAX / 5
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator:

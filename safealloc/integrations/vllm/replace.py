@@ -192,7 +192,7 @@ def _override(op: Op, original: Any, answer: Answer, keys: torch._C.DispatchKeyS
 def observed(engine: Engine) -> Iterator[None]:
     """Inside, an engine's profile run, note which launches of the ops it makes."""
     with contextlib.ExitStack() as stack:
-        if is_asked_for():
+        if _is_asked_for():
             for op in OPS:
                 if schema := op.changed():
                     logger.warning(
@@ -242,7 +242,7 @@ def _serve(engine: Engine, call: Call) -> bool:
     return True
 
 
-def is_asked_for() -> bool:
+def _is_asked_for() -> bool:
     """Whether ``SAFEALLOC_QUANTIZER`` asks for our kernels; a value that it cannot have is logged."""
     try:
         return settings.quantizer()

@@ -209,7 +209,7 @@ class Engine:
             self.pool.trim(reserved=True)
             captures = self.pool.captures()
         largest: Counter[str] = functools.reduce(operator.or_, self._passes, Counter())
-        best = max(self._passes, key=lambda one: one[SAVED], default=Counter())
+        best = max(self._passes, key=lambda one: (one[SAVED], one[OURS] + one[THEIRS]), default=Counter())
         quantizers = best[OURS], best[OURS] + best[THEIRS], best[SAVED] / 1000
         self._passes, self._pass_of = [], {}
         plain, fused, grouped, *_ = (largest.pop(kind, 0) for kind in (PLAIN, FUSED, GROUPED, OURS, THEIRS, SAVED))
