@@ -139,6 +139,14 @@ def test_a_planted_wrong_kernel_does_not_serve_at_any_row_count(monkeypatch, pla
     assert f"bytes of the {kind}" in found.differing[0].differs
 
 
+def test_a_kernel_that_is_wrong_at_one_row_count_serves_at_none(monkeypatch):
+    wrong(monkeypatch, lambda x, data, scales: _one_scale(x, data, scales) if len(x) == 4 else None)
+    found = prove({DENSE_64: [1, 2, 4], DENSE_64._replace(k=80): [1]}, CPU, taking(1.0, 3.0))
+    assert [finding.rows for finding in found.differing] == [4]
+    assert [found.saved(DENSE_64, rows) for rows in (1, 2, 4)] == [None] * 3
+    assert found.saved(DENSE_64._replace(k=80), 1) == 2.0
+
+
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.op)
 def test_it_is_found_behind_every_op(monkeypatch, launch):
     wrong(monkeypatch, _one_scale)

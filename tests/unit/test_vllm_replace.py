@@ -129,6 +129,7 @@ def cases(pool: ScalePool) -> dict[str, Call]:
         "not aligned": call(DENSE, pool, x=unaligned),
         "no rows": call(DENSE, pool, **none),
         "a buffer for other rows": call(DENSE, pool, scales=rows),
+        "a buffer for other columns": call(DENSE, pool, scales=pool.acquire(ROWS, 96, LAYOUT).view(torch.int32)),
         "rows beyond the captured": call(DENSE, pool, rows=9),
         "another type": call(DENSE, pool, x=torch.randn(ROWS, K)),
         "experts beyond": call(EXPERTS, pool, rows=9),
@@ -137,7 +138,7 @@ def cases(pool: ScalePool) -> dict[str, Call]:
 
 NOT_OURS = (
     *("padded_n", "linear scales", "memory of no pool", "strides", "not aligned", "no rows", "a buffer for other rows"),
-    *("rows beyond the captured", "another type", "experts beyond"),
+    *("a buffer for other columns", "rows beyond the captured", "another type", "experts beyond"),
 )
 
 
@@ -220,8 +221,14 @@ def test_a_value_that_the_variable_cannot_have_is_logged(engine, monkeypatch, lo
 def test_the_launches_of_a_profile_run_are_noted(pool, engine):
     """Not what ours never takes."""
     engine.launches = set()
+    linear = torch.zeros(ROWS, 3, dtype=torch.uint8)
+    padded = pool.acquire(ROWS, 64, LAYOUT, padded_k=128).view(torch.int32)
+    others = (
+        call(DENSE, pool, k=48, swizzled=False, scales=linear),
+        call(DENSE, pool, k=64, data=torch.empty(ROWS, 64, dtype=torch.uint8), scales=padded),
+    )
     with replace.observed(engine):
-        for one in (*(call(op, pool) for op in OPS), cases(pool)["padded_n"], cases(pool)["linear scales"]):
+        for one in (*(call(op, pool) for op in OPS), *others):
             one.run_original()
     assert ran() == (0, 6)
     assert engine.launches == {
@@ -244,8 +251,9 @@ def test_an_error_of_ours_is_logged_and_the_original_quantizes(pool, engine, mon
 
 @pytest.mark.parametrize("most", [8, 0])
 @pytest.mark.parametrize("op", [EXPERTS, SILU_EXPERTS], ids=lambda op: op.name)
-def test_no_scale_of_an_earlier_step_stays_whoever_quantizes(pool, engine, op, most):
+def test_no_scale_of_an_earlier_step_stays_whoever_quantizes(pool, engine, monkeypatch, op, most):
     """The allocator leaves the cleaning to the op: ours cleans as it quantizes."""
+    monkeypatch.setattr(serve, "clean_grouped_scales", None)  # it would be called
     allocator = serve.allocator
     allocator.enabled = True
     engine.saved = lambda launch, rows: 1.0 if rows <= most else None
@@ -328,3 +336,5 @@ def test_linear_layout_is_never_ours() -> None:
     with ScalePool("cpu") as pool:
         scales = pool.acquire(ROWS, K, SfLayout.layout_linear)
         assert not call(DENSE, pool, scales=scales).ours
+        assert not call(DENSE, pool, swizzled=False).ours
+        assert call(DENSE, pool).ours

@@ -109,7 +109,7 @@ class Call(NamedTuple):
         tensors = (x, self.global_scale, self.data, *self.offsets)
         return (
             fits
-            and (spec.k, spec.padded_k) == (k, None)
+            and spec.k == k
             and (spec.experts or 0) == self.launch.experts
             and x.dtype in (torch.bfloat16, torch.float16)
             and self.data.shape == (rows, k // 2)
