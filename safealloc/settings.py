@@ -12,6 +12,7 @@ from dataclasses import dataclass
 ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
+QUANTIZER = "SAFEALLOC_QUANTIZER"
 VERIFY = "SAFEALLOC_VERIFY"
 VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
 POISON = "SAFEALLOC_POISON"
@@ -20,6 +21,7 @@ MEANINGS = {
     ENABLED: "0 keeps the vLLM plugin off",
     STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
     LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
+    QUANTIZER: "safealloc runs our kernels behind vLLM's quantization ops where they are equal and faster (default: vllm)",
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
@@ -49,6 +51,18 @@ def strict() -> bool:
 def linear() -> bool:
     """Whether ``SAFEALLOC_LINEAR=1`` puts our linear kernel before vLLM's."""
     return os.environ.get(LINEAR, "0") == "1"
+
+
+def quantizer() -> bool:
+    """Whether ``SAFEALLOC_QUANTIZER=safealloc`` puts our kernels behind vLLM's quantization ops.
+
+    Raises:
+        ValueError: it is set to anything but ``safealloc`` or ``vllm``.
+    """
+    text = os.environ.get(QUANTIZER, "") or "vllm"
+    if text not in ("vllm", "safealloc"):
+        raise ValueError(f"{QUANTIZER} must be vllm or safealloc, got {text!r}")
+    return text == "safealloc"
 
 
 def watching() -> bool:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from safealloc import ScalePool
+from safealloc import ScalePool, _optional
 from safealloc._checks import checked_device
 from safealloc.audit.combinations import Audited, AuditedConsumer, AuditedProducer, Combination, combine, pairs
 from safealloc.audit.findings import CANNOT_RUN, LEGEND, Finding, table_rows
@@ -25,11 +25,24 @@ from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProd
 from safealloc.audit.producers import synchronize
 from safealloc.commands import machine, report
 from safealloc.formats.layout import SfLayout, short
+from safealloc.integrations.vllm.proof import Finding as Compared
+from safealloc.integrations.vllm.proof import prove
+from safealloc.integrations.vllm.replace import DENSE, EXPERTS, OPS, SILU, SILU_EXPERTS, Op
+from safealloc.integrations.vllm.startup import Launch
+from safealloc.ops.backends import QUANTIZERS, call_for
 
 SUMMARY = "which producers here leave padding dirty, which GEMMs read it, and in which layout"
 
 QUICK_SHAPES = ((5, 480), (40, 512))
 """``(rows, k)`` with padding rows and columns, and across a tile of 8 rows."""
+
+QUANTIZED = (
+    (DENSE, (4096, 8192), 0, (1, 8, 32, 256)),
+    (SILU, (14336,), 0, (1, 8, 32, 256)),
+    (EXPERTS, (7168,), 256, (8, 64, 512)),
+    (SILU_EXPERTS, (2048,), 256, (8, 64, 512)),
+)
+"""Where our quantizers are compared with vLLM's: op, k, experts and row counts."""
 
 EXIT_CODES = {True: 0, False: 1, None: 3}
 """By whether all that vLLM would choose is safe; 2 is the exit code of bad arguments."""
@@ -81,6 +94,8 @@ class Result:
     producers: Side
     consumers: Side
     combinations: Sequence[Combination]
+    compared: Sequence[Compared]  # quantizers of vLLM that ours would replace
+    not_compared: Mapping[str, str]  # of these, what cannot run, and why
     not_judged: Sequence[str]  # what vLLM uses on this machine, but was left out or failed at each shape, in words
     loss: Loss | None  # what ended the audit early
 
@@ -121,6 +136,8 @@ class Result:
             "stopped": None if self.loss is None else asdict(self.loss),
             "producers": self.producers.as_dicts(),
             "consumers": self.consumers.as_dicts(),
+            "replaced": [found.as_dict() for found in self.compared],
+            "not_replaced": dict(self.not_compared),
             "combinations": [combination.as_dict() for combination in self.combinations],
         }
 
@@ -140,7 +157,7 @@ def run(
         description, versions = machine.describe(device), machine.versions()  # before the device may become unusable
         for done, (known, layout) in enumerate(rows):
             row = f"{known.name}, {short(layout)}"
-            progress(row, done / (len(rows) + 1))
+            progress(row, done / (len(rows) + 2))
             side = producers if isinstance(known, KnownProducer) else consumers
             refusal = reason = known.refusal(device, layout)
             if refusal is None and known.name in skip:
@@ -156,14 +173,48 @@ def run(
                 reason = None if one.ran else "it failed"
             if layout in known.vllm and refusal is None and reason is not None:
                 not_judged.append(f"{row} ({reason})")
-        progress("combinations", len(rows) / (len(rows) + 1))
+        progress("combinations", len(rows) / (len(rows) + 2))
         every = pairs(producers.audited, consumers.audited)
         combinations: list[Combination] = []
         if not with_pool:
             combinations = [combine(*pair) for pair in every]
         elif loss is None:
             combinations, loss = _in_a_pool(device, every)
-    return Result(with_pool, quick, description, versions, producers, consumers, combinations, not_judged, loss)
+        progress("quantizers", (len(rows) + 1) / (len(rows) + 2))
+        compared: list[Compared] = []
+        not_compared: dict[str, str] = {}
+        if loss is None:
+            compared, not_compared, loss = _compare(device, quick=quick, skip=skip)
+    sides = producers, consumers, combinations, compared, not_compared
+    return Result(with_pool, quick, description, versions, *sides, not_judged, loss)
+
+
+def _compare(
+    device: torch.device, *, quick: bool, skip: Collection[str]
+) -> tuple[list[Compared], dict[str, str], Loss | None]:
+    """Our quantizers beside those of vLLM that they would replace, until one makes the device unusable."""
+    refusal = QUANTIZERS["vllm"].why_not(call_for(device, SfLayout.layout_128x4))
+    if refusal is None:
+        _optional.require("vllm._custom_ops")  # defines the ops
+    found: list[Compared] = []
+    refused = {}
+    for op, all_k, experts, rows in QUANTIZED:
+        name = op_name(op)
+        reason = refusal or ("left out by --skip" if name in skip else None)
+        reason = reason or (f"this vLLM has no {op.name}" if op.overload() is None else op.changed())
+        if reason is not None:
+            refused[name] = reason
+            continue
+        launches = {Launch(op.name, k, torch.bfloat16, experts): rows[:1] if quick else rows for k in all_k}
+        found += prove(launches, device).findings
+        if not _usable(device):
+            return found, refused, Loss(name, f"{device} is unusable since {name} and our kernel ran side by side")
+    return found, refused, None
+
+
+def op_name(op: Op) -> str:
+    """Of an op of vLLM, as the tables have it."""
+    return f"vllm {op.name.partition('.')[0]}"
 
 
 def _in_a_pool(
@@ -258,6 +309,11 @@ def markdown(result: Result) -> str:
 
 def _tables(result: Result) -> list[_Table]:
     tables = []
+    names = {op.name: op_name(op) for op in OPS}
+    compared: list[tuple[tuple[str, ...], bool]] = [
+        (_cells(names[found.launch.op], found), not found.differs) for found in result.compared
+    ]
+    compared += [((name, *"-----", CANNOT_RUN, why), True) for name, why in result.not_compared.items()]
     for title, side in (("Producers", result.producers), ("Consumers", result.consumers)):
         rows = side.rows()
         verdicts = {cells[3] for cells, _ in rows}
@@ -269,7 +325,19 @@ def _tables(result: Result) -> list[_Table]:
         rows = [(found.cells(), found.safe) for found in result.combinations]
         legend = {"vLLM": "whether vLLM would choose the pair here for some model"}
         tables.append(_Table(title, headings, rows, legend, (4, 0, 1)))
+    if compared:
+        title = "vLLM's quantizers that SAFEALLOC_QUANTIZER=safealloc would replace"
+        columns = ("name", "rows", "k", "us", "vLLM us", "factor", "bytes", "details")
+        legend = {"us": "a call of ours as a graph node", "factor": "how many times faster ours is"}
+        tables.append(_Table(title, columns, compared, legend, (0, 1, 2, 6)))
     return tables
+
+
+def _cells(name: str, found: Compared) -> tuple[str, ...]:
+    times = ("-", "-", "-")
+    if found.factor is not None:
+        times = (f"{found.ours_us:.2f}", f"{found.theirs_us:.2f}", f"{found.factor:.2f}")
+    return (name, str(found.rows), str(found.launch.k), *times, "differ" if found.differs else "equal", found.differs)
 
 
 def _title(result: Result) -> str:
@@ -292,7 +360,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "judge combinations in pool buffers, and run each of them there"
     parser.add_argument("--with-pool", action="store_true", help=about)
     parser.add_argument("--quick", action="store_true", help="two shapes only")
-    names = sorted({known.name for known in (*PRODUCERS, *CONSUMERS)})
+    names = sorted({known.name for known in (*PRODUCERS, *CONSUMERS)} | set(map(op_name, OPS)))
     about = "leave out the producer and the consumer of this name, as the tables have it; may be given several times"
     parser.add_argument("--skip", action="append", choices=names, default=[], metavar="NAME", help=about)
     about = "write the tables there for a bug report; - prints them instead of the plain ones"

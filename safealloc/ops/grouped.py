@@ -131,7 +131,7 @@ def clean_grouped_scales(
     if not 1 <= rows <= spec.rows:
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
     row = CLEANERS.choose(backend, call_for(scales.device, spec.layout))
-    buffer, record = _whole_buffer(spec, scales.view(torch.uint8))
+    buffer, record = whole_buffer(spec, scales.view(torch.uint8))
     row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
 
 
@@ -171,13 +171,13 @@ def _quantize(
     scales = pool.acquire_grouped(rows, k, experts, layout)
     spec = spec_of(scales)
     assert spec is not None
-    buffer, record = _whole_buffer(spec, scales)
+    buffer, record = whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
     row.run(x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul, arithmetic)
     return x_fp4, scales
 
 
-def _whole_buffer(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
+def whole_buffer(spec: ScaleSpec, scales: Tensor) -> tuple[Tensor, Tensor]:
     """All of the buffer, uint8 ``[padded_rows, padded_cols]``, and its record."""
     padded_rows, padded_cols = spec.padded_shape
     record = spec.record_in(scales)

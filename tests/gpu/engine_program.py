@@ -36,6 +36,7 @@ DEFAULTS = {
     "control": None,  # "empty": scales from torch.empty, as in vLLM 0.22.1
     "linear": "cutlass",  # or "safealloc", which the plugin registers
     "simple": False,  # stand-ins that need no safealloc
+    "vendor": False,  # quantizers with the bits of vLLM's, slower than ours
     "adversary": False,
     "corrupt": False,
     "guard": False,  # dirty what graphs hold, with SAFEALLOC_VERIFY_REPAIR=1 and then as if without it
@@ -90,7 +91,7 @@ def prepare(request: dict) -> None:
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4LinearMethod
     from vllm.platforms import current_platform
 
-    vllm_gpu_ops.install(simple=request["simple"])
+    vllm_gpu_ops.install(simple=request["simple"], vendor=request["vendor"])
     original = ModelOptNvFp4LinearMethod.process_weights_after_loading
 
     def process_weights_after_loading(self, layer):
@@ -210,6 +211,11 @@ def generated_code() -> dict[str, int]:
     return found
 
 
+def dispatcher() -> list[str]:
+    """What the dispatcher has for vLLM's quantization ops."""
+    return [torch._C._dispatch_dump(f"_C::{name}") for name in ("scaled_fp4_quant.out", "silu_and_mul_nvfp4_quant")]
+
+
 def digest(answers: list) -> str:
     return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
 
@@ -237,6 +243,7 @@ def run(request: dict) -> dict:
             return counted
 
         allocator.scales = count(allocator.scales)
+    before = dispatcher()
     engine = Engine(request)
     answers = engine.generate()
     flat = [token for batch in answers for tokens in batch for token in tokens]
@@ -247,6 +254,7 @@ def run(request: dict) -> dict:
         "distinct": len(set(flat)),
         "hook calls": hook_calls[0],
         "logged": logged,
+        "dispatcher as before": dispatcher() == before,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
     }

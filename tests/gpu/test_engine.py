@@ -27,6 +27,9 @@ OFF = {"SAFEALLOC": "0"}
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 NGRAM = {"mode": 0, "cudagraph_mode": "FULL", "engine": SHARED_GPU["engine"] | {"speculative_config": SPECULATION}}
 
+VENDOR = {"vendor": True, "intermediate": 2816} | MIXED  # an intermediate size that vLLM does not pad
+OURS = {"SAFEALLOC_QUANTIZER": "safealloc"}
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager, vLLM's own": (EAGER | MIXED, OFF),
     "eager, pool": (EAGER | MIXED | {"adversary": True}, {}),
@@ -39,6 +42,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "ngram, pool": (NGRAM | MIXED | {"restart": True}, {}),
     "both, sleep": (MIXED | {"sleep": [1, 2], "engine": {"enable_sleep_mode": True} | SHARED_GPU["engine"]}, {}),
     "FULL, guarded": (FULL | MIXED | {"guard": True}, {"SAFEALLOC_VERIFY": "1", "SAFEALLOC_VERIFY_REPAIR": "1"}),
+    "FULL, vLLM's quantizers": (FULL | VENDOR, {}),
+    "FULL, our quantizers": (FULL | VENDOR | {"adversary": True}, OURS),
+    "PIECEWISE, vLLM's quantizers": (PIECEWISE | VENDOR, {}),
+    "PIECEWISE, our quantizers": (PIECEWISE | VENDOR | {"adversary": True}, OURS),
+    "FULL, other bits": (FULL | MIXED | {"intermediate": 2816}, OURS),
     "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
     "our kernel, eager": (EAGER | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
 }
@@ -273,3 +281,24 @@ def test_tensor_parallel_workers_have_a_pool_each(results):
     assert run["exit"] == 0, run["printed"]
     for rank in (0, 1):
         assert re.search(rf"safealloc: rank {rank}: serves 16 of 16 .* [1-9]\d* buffers", run["output"])
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_our_quantizers_serve_captured_steps_with_the_same_tokens_and_nothing_of_them_stays(results, mode):
+    run = results[f"{mode}, our quantizers"]
+    assert run["tokens"] == results[f"{mode}, vLLM's quantizers"]["tokens"]
+    (line,) = [line for line in run["logged"] if "sites per step" in line]
+    assert re.search(r"quantizers: ours in 16 of 16 sites, \d\.\d\d ms a step less \(measured\)", line), line
+    assert run["dispatcher as before"]
+    assert [line for line in run["logged"] if line.startswith(("WARNING", "ERROR"))] == []
+
+
+def test_quantizers_with_other_bits_stay_and_are_named(results):
+    """The usual stand-ins have exact arithmetic."""
+    run = results["FULL, other bits"]
+    (warning,) = [line for line in run["logged"] if line.startswith("WARNING")]
+    assert "vLLM's own quantizer stays where ours is not equal on this GPU: " in warning
+    assert "scaled_fp4_quant.out of 1 x 1024, bfloat16: " in warning
+    (line,) = [line for line in run["logged"] if "sites per step" in line]
+    assert "quantizers: ours in 0 of 16 sites" in line
+    assert run["dispatcher as before"]

@@ -13,12 +13,19 @@ from torch import Tensor
 _libraries: list[torch.library.Library] = []
 
 
-def install(*, simple: bool = False) -> None:
-    """Replace the CUDA kernels of vLLM's ops; ``simple`` ones do not import safealloc, and their results are meaningless."""
+def install(*, simple: bool = False, vendor: bool = False) -> None:
+    """Replace the CUDA kernels of vLLM's ops.
+
+    Args:
+        simple: they do not import safealloc, and their results are meaningless.
+        vendor: quantizers have the bits of vLLM's, and are slower than ours.
+    """
     import vllm._custom_ops  # noqa: F401  defines the ops
 
     library = torch.library.Library("_C", "IMPL")
     quantize, multiply = (_simple_quantize, _simple_multiply) if simple else (_quantize, _multiply)
+    if vendor:
+        quantize = _vendor_quantize
 
     def scaled_fp4_quant(
         input: Tensor, input_scale: Tensor, is_sf_swizzled_layout: bool, *, output: Tensor, output_scale: Tensor
@@ -29,6 +36,9 @@ def install(*, simple: bool = False) -> None:
     def silu_and_mul_nvfp4_quant(
         result: Tensor, result_block_scale: Tensor, input: Tensor, input_global_scale: Tensor
     ) -> None:
+        if vendor:
+            _vendor_quantize(input, input_global_scale, result, result_block_scale, silu=True)
+            return
         gate, up = input.float().chunk(2, -1)
         quantize((gate * torch.sigmoid(gate) * up).to(input.dtype), input_global_scale, result, result_block_scale)
 
@@ -57,6 +67,19 @@ def _quantize(x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Ten
     if data is not output:
         output[:, : k // 2].copy_(data)
         output[:, k // 2 :].zero_()
+
+
+def _vendor_quantize(x: Tensor, global_scale: Tensor, output: Tensor, output_scale: Tensor, silu: bool = False) -> None:
+    from safealloc.formats.layout import SfLayout
+    from safealloc.kernels import triton_quantize
+
+    for _ in range(4):
+        output.zero_()  # takes time
+    scales = output_scale.view(torch.uint8)
+    k = x.shape[1] // (2 if silu else 1)
+    assert output.shape[1] * 2 == k
+    layout = SfLayout.layout_128x4
+    triton_quantize.quantize(x.contiguous(), global_scale.reshape(1), output, scales, layout, None, silu, "vllm")
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, block_scale_a: Tensor, block_scale_b: Tensor, alpha: Tensor) -> None:

@@ -6,10 +6,13 @@ import dataclasses
 import functools
 import io
 import json
+import sys
+import types
 
 import pytest
 import torch
 from rich.console import Console
+from support import quantizer_ops
 from support.audits import AS_HARDWARE, VALID_ONLY, known_consumer, known_producer, make_known
 from support.command_line import run_safealloc
 
@@ -19,6 +22,9 @@ from safealloc.audit.findings import CANNOT_RUN, LEAVES, LEGEND
 from safealloc.audit.known import CONSUMERS, PRODUCERS
 from safealloc.cli import main
 from safealloc.commands import audit as command
+from safealloc.integrations.vllm import proof
+from safealloc.integrations.vllm.replace import DENSE, EXPERTS, SILU, SILU_EXPERTS
+from safealloc.ops.backends import QUANTIZERS, Backend
 
 CPU = torch.device("cpu")
 QUICK = ["audit", "--device", "cpu", "--quick"]
@@ -166,6 +172,67 @@ def test_triton_in_its_interpreter_comes_out_as_the_reference(tmp_path):
     assert all(row["safe"] and len(row["tried"]) == 2 for row in pairs_of_ours)
 
 
+@pytest.fixture
+def vllm_ops(monkeypatch):
+    """Stand-ins for vLLM's quantization ops and our kernels on a CPU, and for the time they take."""
+    monkeypatch.setitem(sys.modules, "vllm._custom_ops", types.ModuleType("vllm._custom_ops"))
+    monkeypatch.setitem(QUANTIZERS, "vllm", Backend("vllm", lambda call: None, print))
+    monkeypatch.setattr(proof, "graph_times", lambda *calls: ([2.0, 2.0, 2.0], [5.0, 5.0, 5.0]))
+    small = [(op, k[:1], min(experts, 4), rows[:2]) for op, k, experts, rows in command.QUANTIZED]
+    monkeypatch.setattr(command, "QUANTIZED", small)
+    yield from quantizer_ops.defined(monkeypatch)
+
+
+def test_a_row_for_each_quantizer_that_ours_would_replace(unsafe_pair, vllm_ops, tmp_path, capsys):
+    assert main([*QUICK[:-1], "--with-pool", "--json", str(tmp_path / "a.json")]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert {(one["op"], one["rows"], one["equal_bytes"], one["factor"]) for one in result["replaced"]} == {
+        *((op.name, rows, True, 2.5) for op in (DENSE, SILU) for rows in (1, 8)),
+        *((op.name, rows, True, 2.5) for op in (EXPERTS, SILU_EXPERTS) for rows in (8, 64)),
+    }
+    assert result["not_replaced"] == {}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    dense = next(line for line in lines if line[:4] == ["vllm", "scaled_fp4_quant", "8", "4096"])
+    assert dense[4:] == ["2.00", "5.00", "2.50", "equal"]
+
+
+def test_a_quantizer_that_differs_is_named_with_how_many_bytes(unsafe_pair, vllm_ops, monkeypatch, capsys):
+    def wrong(x, g, data, *rest):
+        quantizer_ops.run_dense(x, g, data, *rest)
+        data[0, 0] ^= 1
+
+    monkeypatch.setitem(QUANTIZERS, "triton", Backend("triton", lambda call: None, wrong))
+    assert main([*QUICK, "--with-pool"]) == 0  # vLLM's own combinations are as safe as before
+    line = next(line for line in capsys.readouterr().out.splitlines() if "vllm silu_and_mul_nvfp4_quant" in line)
+    assert line.split()[2:] == [
+        "1",
+        "14336",
+        "-",
+        "-",
+        "-",
+        "differ",
+        *["1", "of", "7168", "bytes", "of", "the", "data"],
+    ]
+
+
+def test_a_quantizer_that_is_skipped_or_not_there_is_a_row_with_its_reason(unsafe_pair, vllm_ops, monkeypatch, capsys):
+    monkeypatch.setattr(
+        command, "QUANTIZED", [(SILU._replace(name="no_such_op"), (64,), 0, (1,)), command.QUANTIZED[0]]
+    )
+    assert main([*QUICK, "--with-pool", "--skip", "vllm scaled_fp4_quant"]) == 0
+    printed = capsys.readouterr().out
+    assert "this vLLM has no no_such_op" in printed
+    assert "left out by --skip" in printed
+
+
+def test_a_quantizer_that_breaks_the_device_ends_the_audit(unsafe_pair, vllm_ops, monkeypatch, capsys):
+    monkeypatch.setattr(command, "synchronize", lambda device: 1 / 0)
+    assert main([*QUICK, "--with-pool"]) == 1
+    printed = capsys.readouterr().out
+    assert "cpu is unusable since vllm scaled_fp4_quant and our kernel ran side by side" in printed
+    assert "--skip 'vllm scaled_fp4_quant' audits the rest" in printed
+
+
 def test_what_cannot_run_is_a_row_with_its_reason(known, capsys):
     known(*VENDORS)
     assert main(["audit", "--device", "cpu"]) == 3
@@ -178,4 +245,5 @@ def test_what_cannot_run_is_a_row_with_its_reason(known, capsys):
 def test_progress_names_every_step_and_its_share(unsafe_pair):
     steps = []
     command.run(CPU, lambda what, done: steps.append((what, done)), with_pool=True, quick=True)
-    assert steps == [(f"{VALID_ONLY}, 128x4", 0), (f"{AS_HARDWARE}, 128x4", 1 / 3), ("combinations", 2 / 3)]
+    named = [f"{VALID_ONLY}, 128x4", f"{AS_HARDWARE}, 128x4", "combinations", "quantizers"]
+    assert steps == [(name, number / 4) for number, name in enumerate(named)]

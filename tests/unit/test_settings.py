@@ -76,6 +76,16 @@ def test_the_switches_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.linear()
 
 
+def test_the_quantizer_is_vllms_unless_ours_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not settings.quantizer()
+    for text, ours in {"": False, "vllm": False, "safealloc": True}.items():
+        monkeypatch.setenv("SAFEALLOC_QUANTIZER", text)
+        assert settings.quantizer() is ours
+    monkeypatch.setenv("SAFEALLOC_QUANTIZER", "1")
+    with pytest.raises(ValueError, match="SAFEALLOC_QUANTIZER must be vllm or safealloc, got '1'"):
+        settings.quantizer()
+
+
 def test_given_lists_every_variable_with_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFEALLOC_STRICT", "1")
     given = {name: value for name, value, _ in settings.given()}

@@ -14,7 +14,7 @@ from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.integrations.vllm import kernel, report, targets
+from safealloc.integrations.vllm import kernel, proof, replace, report, targets
 from safealloc.integrations.vllm.ops import grouped_scales, scales
 from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.serve import allocator, engine_of
@@ -240,9 +240,10 @@ def _profile(original: Callable[..., Any], worker: Any) -> Any:
         return original(worker)
 
     def profile_run(method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        with allocator.working(engine):
+        with allocator.working(engine), replace.observed(engine):
             result = method(*given, **named)
         log_errors(engine.reserve)
+        log_errors(proof.prove_for, engine)
         return result
 
     with around(worker.model_runner, "profile_run", profile_run):
@@ -255,7 +256,7 @@ def _warm_up(original: Callable[..., Any], worker: Any) -> Any:
         return original(worker)
 
     def capture_model(method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        with allocator.working(engine):
+        with allocator.working(engine), replace.served(engine):
             return method(*given, **named)
 
     with around(worker.model_runner, "capture_model", capture_model):

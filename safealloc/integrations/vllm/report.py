@@ -26,9 +26,13 @@ def ready(
     pool = "no pool"
     if held is not None:
         pool = f"{held.buffers} buffers, {held.bytes / 2**20:.1f} MiB, {held.capture_fallbacks} fallbacks"
+    quantizers = ""
+    if captured.quantizers:
+        less = f"{captured.saved_us / 1000:.2f} ms a step less (measured)"
+        quantizers = f"; quantizers: ours in {captured.ours} of {captured.quantizers} sites, {less}"
     return (
         f"serves {captured.served} of {total} NVFP4 scale sites per step, in {captured.captures} captures; {pool}; "
-        f"bypassed: {bypassed}. {gain(version, capability, captured)}. {left(version, hooked)}"
+        f"bypassed: {bypassed}{quantizers}. {gain(version, capability, captured)}. {left(version, hooked)}"
     )
 
 

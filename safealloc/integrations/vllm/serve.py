@@ -80,7 +80,7 @@ class Allocator:
         pool = engine.pool
         if pool is None:  # the profile run
             tensor = self._vllm_scales(m, n, device, padded_n, fused)
-            self._note(engine.observe, Site(n, _LAYOUT_128X4, padded_n), tensor)
+            self.note(engine.observe, Site(n, _LAYOUT_128X4, padded_n), tensor)
             return tensor
         bypassed = bypassed or engine.bypassed(m)
         if bypassed is None:
@@ -90,13 +90,13 @@ class Allocator:
                 bypassed = self._handle_error(error)
         if bypassed is not None:
             tensor = self._vllm_scales(m, n, device, padded_n, fused)
-        self._note(engine.count, bypassed or (startup.FUSED if fused else startup.PLAIN))
+        self.note(engine.count, bypassed or (startup.FUSED if fused else startup.PLAIN))
         return tensor
 
     def zero_scales(self, m: int, n: int, device: torch.device, padded_n: int | None) -> Tensor:
         """Like :meth:`scales`, but zeroed per call and not from the pool, for a producer that leaves rows unwritten."""
         if self.engine is not None:
-            self._note(self.engine.count, startup.ATTENTION_FUSION)
+            self.note(self.engine.count, startup.ATTENTION_FUSION)
         return _zeros(m, padded_n or n, device)
 
     def _vllm_scales(self, m: int, n: int, device: torch.device, padded_n: int | None, fused: bool) -> Tensor:
@@ -124,18 +124,19 @@ class Allocator:
         engine = self.engine
         tensor = None
         if engine is not None and engine.pool is None:
-            self._note(engine.observe_grouped, GroupedSite(k, experts, topk))
+            self.note(engine.observe_grouped, GroupedSite(k, experts, topk))
         elif engine is not None and engine.pool is not None:
             bypassed = engine.bypassed(-(-rows // (topk * engine.steps.ranks)))
             if bypassed is None:
                 try:
                     tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4)
                     # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
-                    clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
+                    if not engine.op_cleans:
+                        clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
                     tensor = tensor.view(torch.int32)
                 except Exception as error:
                     tensor, bypassed = None, self._handle_error(error)
-            self._note(engine.count, bypassed or startup.GROUPED)
+            self.note(engine.count, bypassed or startup.GROUPED)
         if tensor is None:
             tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device)
         return tensor
@@ -145,7 +146,7 @@ class Allocator:
         self.log_error(error, "vLLM allocates instead")
         return startup.POOL_ERROR if isinstance(error, SafeAllocError) else startup.OTHER_ERROR
 
-    def _note(self, note: Callable[..., None], *given: Any) -> None:
+    def note(self, note: Callable[..., None], *given: Any) -> None:
         """Call what only keeps accounts; its errors do not reach vLLM."""
         try:
             note(*given)

@@ -1,0 +1,251 @@
+"""Our kernels behind vLLM's quantization ops, through PyTorch's dispatcher, while graphs are captured.
+
+The ops stay in every graph, so that vLLM's fusion passes match as before. Replays need no override, and eager calls never
+meet one: it is installed when the captures begin and gone after the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safealloc import settings
+from safealloc.formats.layout import SfLayout
+from safealloc.integrations.vllm import startup
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.startup import Engine, Launch
+from safealloc.integrations.vllm.worker import logger
+from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for
+from safealloc.ops.grouped import clean_grouped_scales, whole_buffer
+from safealloc.pool.contents import spec_of
+
+NAMESPACE = "_C"
+"""Of the ops."""
+
+_LAYOUT = SfLayout.layout_128x4
+_INPUTS = ("Tensor input", "Tensor input_global_scale")
+_OFFSETS = ("Tensor input_offset_by_experts", "Tensor output_scale_offset_by_experts")
+
+
+class Op(NamedTuple):
+    """An op of vLLM that quantizes to NVFP4."""
+
+    name: str  # with its overload
+    arguments: tuple[str, ...]  # of the known schema, which returns nothing; ``!``: written, ``*``: by keyword only
+    silu: bool = False  # whether the input is gate and up, ``[rows, 2 * k]``
+    grouped: bool = False  # whether rows are grouped by expert
+
+    def overload(self) -> Any:
+        """What is called; ``None`` where this vLLM has no such op."""
+        packet, _, overload = self.name.partition(".")
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), packet, None), overload or "default", None)
+
+    def changed(self) -> str | None:
+        """The schema of an op that is there and not as it is known."""
+        found = self.overload()
+        if found is None:
+            return None
+        arguments = tuple(
+            f"{'*' if one.kwarg_only else ''}{one.type}{'!' if one.is_write else ''} {one.name}"
+            for one in found._schema.arguments
+        )
+        return str(found._schema) if arguments != self.arguments or found._schema.returns else None
+
+
+DENSE = Op(
+    "scaled_fp4_quant.out",
+    ("Tensor input", "Tensor input_scale", "bool is_sf_swizzled_layout", "*Tensor! output", "*Tensor! output_scale"),
+)
+SILU = Op("silu_and_mul_nvfp4_quant", ("Tensor! result", "Tensor! result_block_scale", *_INPUTS), silu=True)
+_EXPERTS = ("Tensor! output", "Tensor! output_scale", *_INPUTS, *_OFFSETS)
+EXPERTS = Op("scaled_fp4_experts_quant", _EXPERTS, grouped=True)
+SILU_EXPERTS = Op("silu_and_mul_scaled_fp4_experts_quant", _EXPERTS, silu=True, grouped=True)
+OPS = (DENSE, SILU, EXPERTS, SILU_EXPERTS)
+"""The ops that are replaced."""
+
+
+class Call(NamedTuple):
+    """One call of an op."""
+
+    op: Op
+    x: Tensor  # bfloat16 or float16 [rows, k], silu: [rows, 2 * k]
+    global_scale: Tensor  # float32, one element, grouped: [experts]
+    data: Tensor  # uint8 [rows, k // 2]
+    scales: Tensor  # the whole buffer, in the dtype that vLLM gives it
+    offsets: tuple[Tensor, ...] = ()  # grouped: int32 [experts + 1] twice, of rows and of scale rows
+    swizzled: bool = True
+
+    @classmethod
+    def of(cls, op: Op, given: tuple[Any, ...], named: dict[str, Any]) -> Call:
+        """From what an op was called with."""
+        names = [argument.rpartition(" ")[2] for argument in op.arguments]
+        call = dict(zip(names, given, strict=False)) | named
+        values = [call[name] for name in names]
+        if op is DENSE:
+            x, global_scale, swizzled, data, scales = values
+            return cls(op, x, global_scale, data, scales, (), swizzled)
+        data, scales, x, global_scale, *offsets = values
+        return cls(op, x, global_scale, data, scales, tuple(offsets))
+
+    @property
+    def launch(self) -> Launch:
+        k = self.x.shape[-1] // (2 if self.op.silu else 1)
+        return Launch(self.op.name, k, self.x.dtype, self.offsets[0].shape[0] - 1 if self.offsets else 0)
+
+    @property
+    def ours(self) -> bool:
+        """Whether our kernel can run it: into a whole buffer of a pool that was made for just this matrix."""
+        x, spec = self.x, spec_of(self.scales)
+        if spec is None or spec.layout is not _LAYOUT or not self.swizzled or x.ndim != 2:
+            return False
+        rows, k = x.shape[0], self.launch.k
+        fits = rows <= spec.rows if self.op.grouped else rows == spec.rows
+        tensors = (x, self.global_scale, self.data, *self.offsets)
+        return (
+            fits
+            and spec.k == k
+            and (spec.experts or 0) == self.launch.experts
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and self.data.shape == (rows, k // 2)
+            and self.global_scale.dtype is torch.float32
+            and self.global_scale.numel() == max(1, self.launch.experts)
+            and all(offsets.dtype is torch.int32 for offsets in self.offsets)
+            # Aligned, since Triton compiles anew for what is not.
+            and all(one.is_contiguous() and one.device == x.device and one.data_ptr() % 16 == 0 for one in tensors)
+        )
+
+    def run(self) -> None:
+        """Run our kernel, with the arithmetic of vLLM's."""
+        scales, global_scale = self.scales.view(torch.uint8), self.global_scale.reshape(-1)
+        call = call_for(self.x.device, _LAYOUT, silu_and_mul=self.op.silu, arithmetic="vllm")
+        further = (None, self.op.silu, "vllm")
+        if not self.op.grouped:
+            row = QUANTIZERS.choose("triton", call)
+            row.run(self.x, global_scale, self.data, scales, _LAYOUT, *further)
+            return
+        spec = spec_of(scales)
+        assert spec is not None
+        buffer, record = whole_buffer(spec, scales)
+        row = GROUPED_QUANTIZERS.choose("triton", call)
+        row.run(self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
+
+    def run_original(self) -> None:
+        """Run the op, after the cleaning that it needs beside it."""
+        self.clean()
+        op = self.op.overload()
+        if self.op is DENSE:
+            op(self.x, self.global_scale, self.swizzled, output=self.data, output_scale=self.scales)
+        else:
+            op(self.data, self.scales, self.x, self.global_scale, *self.offsets)
+
+    def clean(self) -> None:
+        """Clear the scales that only the previous step wrote, in a buffer of experts of a pool."""
+        spec = spec_of(self.scales)
+        if self.op.grouped and spec is not None and spec.experts is not None:
+            expert_offsets, blockscale_offsets = self.offsets
+            clean_grouped_scales(self.scales, expert_offsets, blockscale_offsets, self.x.shape[0])
+
+
+Answer = Callable[[Call], bool]
+"""What an override asks; it returns whether it has done the call. Where it has not, the original kernel runs."""
+
+
+@contextlib.contextmanager
+def overridden(device: torch.device, answer: Answer) -> Iterator[tuple[Op, ...]]:
+    """Inside, calls of the ops on a device are given to ``answer``; yields the ops of which that is so.
+
+    An op with a schema that is not known, or without a kernel for the device, is left alone.
+    """
+    key = device.type.upper()
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    replaced = []
+    try:
+        for op in OPS:
+            if op.overload() is None or op.changed():
+                continue
+            try:
+                original = torch.library.get_kernel(f"{NAMESPACE}::{op.name}", key)  # torch 2.9 has no such function
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PyTorch warns of the override
+                    override = functools.partial(_override, op, original, answer)
+                    library.impl(op.name, override, key, with_keyset=True, allow_override=True)
+                replaced.append(op)
+            except Exception as error:
+                allocator.log_error(error, f"{op.name} is not replaced")
+        yield tuple(replaced)
+    finally:
+        library._destroy()
+
+
+def _override(op: Op, original: Any, answer: Answer, keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> None:
+    if not answer(Call.of(op, given, named)):
+        original.call_boxed(keys, *given, **named)
+
+
+@contextlib.contextmanager
+def observed(engine: Engine) -> Iterator[None]:
+    """Inside, an engine's profile run, note which launches of the ops it makes."""
+    with contextlib.ExitStack() as stack:
+        if _is_asked_for():
+            for op in OPS:
+                if schema := op.changed():
+                    logger.warning(
+                        "safealloc: vLLM's own kernel stays behind an op that is not as it is known: %s", schema
+                    )
+
+            def note(call: Call) -> bool:
+                if call.x.ndim == 2 and call.swizzled and 2 * call.data.shape[-1] == call.launch.k:
+                    engine.launches.add(call.launch)
+                return False
+
+            stack.enter_context(overridden(engine.device, note))
+        yield
+
+
+@contextlib.contextmanager
+def served(engine: Engine) -> Iterator[None]:
+    """Inside, an engine's captures and their warm-ups, our kernel runs where the engine has it measured as faster."""
+    if not engine.launches:
+        yield
+        return
+    with overridden(engine.device, functools.partial(_serve, engine)) as replaced:
+        engine.op_cleans = {EXPERTS, SILU_EXPERTS} <= set(replaced)
+        try:
+            yield
+        finally:
+            engine.op_cleans = False
+
+
+def _serve(engine: Engine, call: Call) -> bool:
+    if allocator.engine is not engine:
+        return False
+    saved = engine.saved(call.launch, call.x.shape[0]) if call.ours else None
+    if saved is not None:
+        try:
+            call.run()
+        except Exception as error:
+            allocator.log_error(error, "vLLM's kernel quantizes instead")
+            saved = None
+    if saved is None:
+        if engine.op_cleans:
+            call.clean()
+        allocator.note(engine.count, startup.THEIRS)
+        return False
+    allocator.note(engine.count, startup.OURS)
+    allocator.note(engine.count, startup.SAVED, round(1000 * saved))
+    return True
+
+
+def _is_asked_for() -> bool:
+    """Whether ``SAFEALLOC_QUANTIZER`` asks for our kernels; a value that it cannot have is logged."""
+    try:
+        return settings.quantizer()
+    except ValueError as error:
+        allocator.log_error(error, "vLLM's quantizers stay")
+        return False
