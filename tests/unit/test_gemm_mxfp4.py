@@ -106,7 +106,7 @@ def test_trust_reads_padding_as_it_is(flashinfer: FakeFlashInfer, foreign: Calla
 
 def test_error_refuses_them(flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any]) -> None:
     foreign("error")
-    refused(flashinfer, SafeAllocError, "no pool has MXFP4 scales", operands(NAN))
+    refused(flashinfer, SafeAllocError, "take it from safealloc.mxfp4_quantize", operands(NAN))
 
 
 def refused(flashinfer: FakeFlashInfer, error: type[Exception], message: str, given: dict[str, Any]) -> None:
