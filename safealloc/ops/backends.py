@@ -247,7 +247,7 @@ def _flashinfer(
 GEMMS = Table(
     _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103), mxfp4=True),  # FlashInfer's own choice
     _triton("triton_gemm", "mm"),
-    _reference(reference.mm),
+    _reference(reference.mm, (*_NVFP4, ScaleFormat.mxfp4)),
     _flashinfer("cudnn", _BLACKWELL, mxfp4=True),
     _flashinfer(
         "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)

@@ -66,11 +66,11 @@ def mm_fp4(
         alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
         out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
         out: result ``[m, n]``, contiguous; ``None`` makes one.
-        block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4, which FlashInfer runs.
+        block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
-        backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
-            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it runs by its
-            name only. With "auto", 8x4 scales go to "triton".
+        backend: "reference" and "triton" (``b`` not shuffled; "triton" for NVFP4 alone), or one of FlashInfer's names; "auto" takes
+            FlashInfer's choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it
+            runs by its name only. With "auto", 8x4 scales go to "triton".
         use_nvfp4: False is MXFP4.
         enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
@@ -111,9 +111,9 @@ def mm_fp4(
         a_descale = _treat_foreign(a_descale, ScaleSpec(m, k, layout, format=format))
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    blocks = {} if use_nvfp4 else {"block_size": block_size}  # only FlashInfer's rows take others
+    other = {} if use_nvfp4 else {"format": format}  # which not every row takes
     row.run(
-        a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check, **blocks
+        a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check, **other
     )
     return out
 
