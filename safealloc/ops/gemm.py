@@ -68,9 +68,9 @@ def mm_fp4(
         out: result ``[m, n]``, contiguous; ``None`` makes one.
         block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
-        backend: "reference" and "triton" (``b`` not shuffled; "triton" for NVFP4 alone), or one of FlashInfer's names; "auto" takes
-            FlashInfer's choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it
-            runs by its name only. With "auto", 8x4 scales go to "triton".
+        backend: "reference" and "triton" (``b`` not shuffled; "triton" for NVFP4 alone), or one of FlashInfer's names; "auto"
+            takes FlashInfer's choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b``
+            shuffled: it runs by its name only. With "auto", 8x4 scales of NVFP4 go to "triton".
         use_nvfp4: False is MXFP4.
         enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
@@ -207,7 +207,7 @@ def _layout_of(
         asked = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
     spec = _known_spec("a_descale", a_descale, format)
     if spec is not None:
-        check_agrees(spec, m, k, asked)
+        check_agrees(spec, m, k, asked, format)
         return spec.layout, False
     layout = SfLayout.layout_128x4 if asked is None else asked
     needed = layout.nbytes(m, k, format=format)
@@ -230,12 +230,7 @@ def _known_spec(name: str, scales: Tensor, format: ScaleFormat) -> ScaleSpec | N
     note = note_of(scales)
     if note is None or not scales.numel():
         return None
-    held = note.spec.format
-    if format is not held:
-        raise LayoutMismatchError(
-            f"{name} is a pool's buffer of {held.name.upper()} scales ({note.spec}), one for each {held.block_size} columns, "
-            f"and the GEMM reads it as {format.name.upper()} scales, one for each {format.block_size}"
-        )
+    _check_format(name, note.spec, format)
     spec = note.spec_in(scales)
     if spec is None:
         raise LayoutMismatchError(
@@ -245,12 +240,24 @@ def _known_spec(name: str, scales: Tensor, format: ScaleFormat) -> ScaleSpec | N
     return spec
 
 
-def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> None:
+def _check_format(name: str, spec: ScaleSpec, format: ScaleFormat) -> None:
+    held = spec.format
+    if held is not format:
+        raise LayoutMismatchError(
+            f"{name} is a pool's buffer of {held.name.upper()} scales ({spec}), one for each {held.block_size} columns, and "
+            f"the GEMM reads it as {format.name.upper()} scales, one for each {format.block_size}"
+        )
+
+
+def check_agrees(
+    spec: ScaleSpec, m: int, k: int, asked: SfLayout | None, format: ScaleFormat = ScaleFormat.nvfp4
+) -> None:
     """Refuse a GEMM that would not read a buffer as it was written.
 
     Its activation is ``[m, k]``, where k may have been padded as far as the buffer's columns go; ``asked`` is the layout that
-    the GEMM is told to read, if it is told one. Raises LayoutMismatchError.
+    the GEMM is told to read, if it is told one; ``format`` is what it reads. Raises LayoutMismatchError.
     """
+    _check_format("a_descale", spec, format)
     if asked is not None and asked is not spec.layout:
         raise LayoutMismatchError(
             f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={asked is SfLayout.layout_8x4} asks the "
