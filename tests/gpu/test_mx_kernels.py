@@ -92,7 +92,8 @@ class TestMx:
     def test_a_few_values_in_random_company(self, format: ScaleFormat) -> None:
         """NaN, Inf, zeros, subnormal and largest values, of both signs, each in many blocks."""
         tiny = torch.finfo(torch.bfloat16).tiny
-        values = [float("nan"), float("inf"), 0.0, 2.0**-133, tiny, 2 * tiny, 2.0**-118, 1.0, 448.0, 6.0, 5.0, 3.3e38]
+        small = [2.0**-133, 1.5 * 2.0**-127, tiny, 2 * tiny, 2.0**-123, 2.0**-117]
+        values = [float("nan"), float("inf"), 0.0, *small, 1.0, 448.0, 6.0, 5.0, 3.3e38]
         pool = torch.tensor([sign * value for value in values for sign in (1, -1)], device=DEVICE).bfloat16()
         rng = seeded(format)
         picks = torch.randint(len(pool), (128, 1024), generator=rng, device=DEVICE)

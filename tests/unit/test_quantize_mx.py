@@ -94,6 +94,7 @@ def test_a_scale_is_the_next_power_of_two_and_exact_powers_stay(format: ScaleFor
         pytest.param(block(2.0**-130, -(2.0**-130)), 0, id="subnormal"),
         pytest.param(block(2.0**-126, 2.0**-130, -(2.0**-130)), 0, id="a scale below the normal ones"),
         pytest.param(block(NAN, 2.0**-118, 2.0**-130, -(2.0**-130)), None, id="NaN beside the smallest scale"),
+        pytest.param(block(2.0**-117, 1.5 * 2.0**-127, -(2.0**-127)), None, id="subnormal beside normal"),
         pytest.param(block(NAN, 1.0, -1.0, -NAN), None, id="NaN"),
     ],
 )
