@@ -9,12 +9,14 @@ from safealloc.errors import (
     PoolExhaustedError,
     SafeAllocError,
 )
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.gemm import mm_fp4, set_foreign_scales
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize, silu_and_mul_nvfp4_quantize
+from safealloc.ops.quantize_mx import mxfp4_quantize, mxfp8_quantize
 from safealloc.pool.capture import capture
 from safealloc.pool.default import default_pool, use_pool
 from safealloc.pool.pool import ScalePool
@@ -30,6 +32,7 @@ __all__ = [
     "PoolExhaustedError",
     "PoolStats",
     "SafeAllocError",
+    "ScaleFormat",
     "ScalePool",
     "ScaleSpec",
     "SfLayout",
@@ -38,6 +41,8 @@ __all__ = [
     "clean_grouped_scales",
     "default_pool",
     "mm_fp4",
+    "mxfp4_quantize",
+    "mxfp8_quantize",
     "nvfp4_linear",
     "nvfp4_quantize",
     "nvfp4_quantize_grouped",

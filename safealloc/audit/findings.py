@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, short
 
 ZEROES = "zeroes padding"
@@ -62,13 +63,15 @@ class Finding:
     k: int
     verdict: str  # one of LEGEND, the worst that applies
     details: str  # why, in words
+    format: ScaleFormat = field(default=ScaleFormat.nvfp4, kw_only=True)  # of the scales
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layout": short(self.layout)}
+        return {**asdict(self), "layout": short(self.layout), "format": self.format.name}
 
     def __str__(self) -> str:
         details = f" ({self.details})" if self.details else ""
-        return f"{self.name}, {short(self.layout)}, {self.rows} x {self.k}: {self.verdict}{details}"
+        format = "" if self.format is ScaleFormat.nvfp4 else f" {self.format.name}"
+        return f"{self.name}, {short(self.layout)}{format}, {self.rows} x {self.k}: {self.verdict}{details}"
 
 
 @dataclass(frozen=True, slots=True)

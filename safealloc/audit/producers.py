@@ -14,16 +14,16 @@ from torch import Tensor
 from safealloc._checks import checked_device
 from safealloc.audit import findings
 from safealloc.audit.findings import KINDS, PaddingState, ProducerFinding, assert_verdicts, first_line, indices, spans
-from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE, ScaleFormat, checked_format
 from safealloc.formats.layout import SfLayout, checked_layout, short
-from safealloc.kernels import reference
+from safealloc.kernels import reference, reference_mx
 from safealloc.pool.memory import PrivateMemory
 
 Producer = Callable[..., Any]
-"""``fn(x, global_scale, x_fp4, scales, layout)``; see :func:`audit_producer`."""
+"""``fn(x, global_scale, x_fp4, scales, layout)``, of MX ``fn(x, data, scales, layout)``; see :func:`audit_producer`."""
 
 PRODUCER_SHAPES = ((1, 512), (5, 480), (8, 512), (33, 720), (128, 512), (130, 208))
-"""``(rows, k)``: within one tile and across tiles, with 0, 1, 2 and 3 padding columns."""
+"""``(rows, k)``: within one tile and across tiles, with 0, 1, 2 and 3 padding columns; of MX, twice the k."""
 
 _SENTINELS = (0xA5, 0x5B)
 _FILL = (0xFF, NAN_SCALE)  # what torch.empty holds under deterministic algorithms, as uint8 and as e4m3
@@ -34,7 +34,7 @@ _GUARD = 4096  # bytes of sentinel on either side of a buffer, a multiple of the
 class _Run(NamedTuple):
     """What one call wrote."""
 
-    data: Tensor  # [rows, k // 2]
+    data: Tensor  # of ScaleFormat.data_shape
     scales: Tensor  # flat, padding included
     returned: bool  # both are the producer's own buffers
     beyond: list[str]  # what was written outside the given buffers, in words
@@ -49,6 +49,7 @@ def audit_producer(
     shapes: Sequence[tuple[int, int]] | None = None,
     device: torch.device | str | None = None,
     of: Callable[[Tensor], Tensor] | None = None,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> list[ProducerFinding]:
     """What a quantizer does to the padding of the scale buffer it is given.
 
@@ -56,16 +57,18 @@ def audit_producer(
         fn: called as ``fn(x, global_scale, x_fp4, scales, layout)``: x bfloat16 ``[rows, k]``, global_scale float32 of one
             element (what scales are multiplied by), x_fp4 uint8 ``[rows, k // 2]`` and scales uint8
             ``[padded_rows, padded_cols]``, both to be written. A function that allocates its results ignores those two and
-            returns its own ``(x_fp4, scales)``.
+            returns its own ``(x_fp4, scales)``. Of MXFP8 and MXFP4, it is called as ``fn(x, data, scales, layout)``, data
+            uint8 ``[rows, k]`` or ``[rows, k // 2]``.
         name: what the findings call it; ``None`` is the function's own.
         layout: the order it writes scales in.
         shapes: ``(rows, k)`` each; ``None`` is ``PRODUCER_SHAPES``.
         device: of the tensors; ``None`` is the current CUDA device, or the CPU where there is none.
         of: what a fused producer quantizes, in plain torch, as a function of x; ``None`` is x.
+        format: what it quantizes to.
 
     Returns:
-        One finding for each shape. Scales one e4m3 step off the reference and data one e2m1 step off are counted and
-        allowed, since vendors use approximate reciprocals.
+        One finding for each shape. Scales one e4m3 step off the reference and data one step off are counted and allowed,
+        since vendors use approximate reciprocals. MX scales are powers of two, and must be the reference's.
 
     A producer runs over two different sentinel bytes in turn, since it may write one of them itself. Memory that it allocates
     is filled by ``torch.use_deterministic_algorithms``, under which ``torch.empty`` holds 0xFF or 0x7F, and in the second
@@ -73,14 +76,17 @@ def audit_producer(
     Where its memory does not come from that pool, padding that it fills with 0xFF or 0x7F counts as left.
     """
     layout, where = checked_layout(layout), checked_device(device)
+    format = checked_format(format)
     name = str(getattr(fn, "__name__", fn)) if name is None else name
+    if shapes is None:
+        shapes = [(rows, k // BLOCK_SIZE * format.block_size) for rows, k in PRODUCER_SHAPES]
     found = []
-    for rows, k in PRODUCER_SHAPES if shapes is None else shapes:
-        layout.padded_shape(rows, k)  # raises for an invalid shape, which is the caller's mistake
+    for rows, k in shapes:
+        layout.padded_shape(rows, k, format=format)  # raises for an invalid shape, which is the caller's mistake
         try:
-            found.append(_one(fn, name, layout, rows, k, where, of))
+            found.append(_one(fn, name, layout, rows, k, where, of, format))
         except Exception as error:
-            found.append(ProducerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error)))
+            found.append(ProducerFinding(name, layout, rows, k, findings.CANNOT_RUN, first_line(error), format=format))
     return found
 
 
@@ -92,18 +98,19 @@ def assert_producer(
     shapes: Sequence[tuple[int, int]] | None = None,
     device: torch.device | str | None = None,
     of: Callable[[Tensor], Tensor] | None = None,
+    format: ScaleFormat = ScaleFormat.nvfp4,
     with_pool: bool = False,
 ) -> None:
     """Assert that a quantizer zeroes all padding.
 
     Args:
-        fn, name, layout, shapes, device, of: as :func:`audit_producer` takes them.
+        fn, name, layout, shapes, device, of, format: as :func:`audit_producer` takes them.
         with_pool: it writes into pool buffers, so that it may leave padding as it is.
 
     Raises:
         AssertionError: with each finding that is not fine, in words; a shape that cannot run is not.
     """
-    found = audit_producer(fn, name=name, layout=layout, shapes=shapes, device=device, of=of)
+    found = audit_producer(fn, name=name, layout=layout, shapes=shapes, device=device, of=of, format=format)
     assert_verdicts(found, findings.POOL_PRODUCER if with_pool else findings.SAFE_PRODUCER)
 
 
@@ -117,22 +124,36 @@ def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _one(
-    fn: Producer, name: str, layout: SfLayout, rows: int, k: int, device: torch.device, of: Callable[..., Tensor] | None
+    fn: Producer,
+    name: str,
+    layout: SfLayout,
+    rows: int,
+    k: int,
+    device: torch.device,
+    of: Callable[..., Tensor] | None,
+    format: ScaleFormat,
 ) -> ProducerFinding:
     x, global_scale = activation(rows, k, device)
-    runs = [_run(fn, x, global_scale, layout, sentinel, first=sentinel == _SENTINELS[0]) for sentinel in _SENTINELS]
+    is_nvfp4 = format is ScaleFormat.nvfp4
+    before = (global_scale,) if is_nvfp4 else ()
+    runs = [_run(fn, x, before, layout, format, sentinel, first=sentinel == _SENTINELS[0]) for sentinel in _SENTINELS]
     returned = runs[0].returned
-    nbytes = layout.nbytes(rows, k)
+    nbytes, data_shape = layout.nbytes(rows, k, format=format), format.data_shape(rows, k)
     for run in runs:
-        if run.scales.numel() != nbytes or run.data.shape != (rows, k // 2):
+        if run.scales.numel() != nbytes or run.data.shape != data_shape:
             got = f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}"
-            why = f"{got}, where {short(layout)} has {nbytes} and {(rows, k // 2)}"
-            return ProducerFinding(name, layout, rows, k, findings.WRONG_SCALES, why, returned=returned)
-    data, linear = reference.encode(x if of is None else of(x), global_scale.reshape(()))
-    scale_steps = _scale_steps(runs, layout, linear)
-    data_steps = torch.stack([(_ordered(run.data) - _ordered(data)).abs() for run in runs]).amax(0)
-    rows_state, columns_state, words = _padding(runs, layout, rows, k)
-    scales_off, data_off = int((scale_steps == 1).sum()), int((data_steps == 1).sum())
+            why = f"{got}, where {short(layout)} has {nbytes} and {data_shape}"
+            return ProducerFinding(name, layout, rows, k, findings.WRONG_SCALES, why, returned=returned, format=format)
+    quantized = x if of is None else of(x)
+    if is_nvfp4:
+        data, linear = reference.encode(quantized, global_scale.reshape(()))
+    else:
+        data, linear = reference_mx.encode(quantized, format)
+    allowed = 1 if is_nvfp4 else 0
+    scale_steps = _scale_steps(runs, layout, format, linear)
+    data_steps = torch.stack([(_ordered(run.data, format) - _ordered(data, format)).abs() for run in runs]).amax(0)
+    rows_state, columns_state, words = _padding(runs, layout, rows, k, format)
+    scales_off, data_off = int((scale_steps == allowed).sum()) * allowed, int((data_steps == 1).sum())
     if scales_off or data_off:
         off = f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values"
         words.append(f"{off} are one step off the reference")
@@ -145,35 +166,46 @@ def _one(
     if bool((data_steps > 1).any()):
         verdict = findings.WRONG_DATA
         words.insert(0, f"{int((data_steps > 1).sum())} of {rows * k} values are more than a step off the reference")
-    if bool((scale_steps > 1).any()):
+    if bool((scale_steps > allowed).any()):
         verdict = findings.WRONG_SCALES
-        words.insert(0, _wrong_scales(scale_steps, runs, layout, linear))
+        words.insert(0, _wrong_scales(scale_steps > allowed, runs, layout, format, linear))
     if outside:
         verdict = findings.BEYOND
         words[:0] = next(run.beyond for run in runs if run.outside)
     numbers = (rows_state, columns_state, outside, scales_off, data_off, returned)
-    return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers)
+    return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers, format=format)
 
 
-def _run(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int, *, first: bool) -> _Run:
+def _run(
+    fn: Producer,
+    x: Tensor,
+    before: Sequence[Tensor],  # what it is given between x and its results
+    layout: SfLayout,
+    format: ScaleFormat,
+    sentinel: int,
+    *,
+    first: bool,
+) -> _Run:
     """One call over memory that holds the sentinel; ``torch.empty`` is filled in the first call and on a CPU."""
     if first or not x.is_cuda:
         with contextlib.suppress(Exception), _known_memory():  # there are dtypes that PyTorch cannot fill
-            return _call(fn, x, global_scale, layout, sentinel)
-    sizes = 2 * x.numel(), x.numel() // 2, layout.nbytes(*x.shape)
+            return _call(fn, x, before, layout, format, sentinel)
+    sizes = 2 * x.numel(), math.prod(format.data_shape(*x.shape)), layout.nbytes(*x.shape, format=format)
     with _memory_of(sentinel, sizes, x.device) if x.is_cuda else contextlib.nullcontext():
-        return _call(fn, x, global_scale, layout, sentinel)
+        return _call(fn, x, before, layout, format, sentinel)
 
 
-def _call(fn: Producer, x: Tensor, global_scale: Tensor, layout: SfLayout, sentinel: int) -> _Run:
+def _call(
+    fn: Producer, x: Tensor, before: Sequence[Tensor], layout: SfLayout, format: ScaleFormat, sentinel: int
+) -> _Run:
     rows, k = x.shape
-    shapes = {"scales": layout.padded_shape(rows, k), "data": (rows, k // 2)}
+    shapes = {"scales": layout.padded_shape(rows, k, format=format), "data": format.data_shape(rows, k)}
     memory = {
         what: torch.full((math.prod(shape) + 2 * _GUARD,), sentinel, dtype=torch.uint8, device=x.device)
         for what, shape in shapes.items()
     }
     scales, data = (memory[what][_GUARD:-_GUARD].view(shape) for what, shape in shapes.items())
-    result = fn(x.clone(), global_scale.clone(), data, scales, layout)
+    result = fn(x.clone(), *(tensor.clone() for tensor in before), data, scales, layout)
     synchronize(x.device)
     beyond, outside = [], 0
     for what, whole in memory.items():
@@ -231,34 +263,37 @@ def _memory_of(byte: int, sizes: Sequence[int], device: torch.device) -> Iterato
         memory.release()
 
 
-def _scale_steps(runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> Tensor:
-    """How many e4m3 values the scales are off in the worse run, int32: positive values are ordered as their bytes."""
-    rows, k = linear.shape[0], linear.shape[1] * BLOCK_SIZE
-    nbytes = layout.nbytes(rows, k)
-    got = torch.stack([layout.unswizzle(run.scales[:nbytes], rows, k) for run in runs])
+def _scale_steps(runs: Sequence[_Run], layout: SfLayout, format: ScaleFormat, linear: Tensor) -> Tensor:
+    """How many values the scales are off in the worse run, int32: positive values are ordered as their bytes."""
+    rows, k = linear.shape[0], linear.shape[1] * format.block_size
+    nbytes = layout.nbytes(rows, k, format=format)
+    got = torch.stack([layout.unswizzle(run.scales[:nbytes], rows, k, format=format) for run in runs])
     return (got.int() - linear.int()).abs().amax(0)
 
 
-def _ordered(packed: Tensor) -> Tensor:
-    """e2m1 values as integers in their order, int32 ``[rows, k]``; 0 and -0 are equal."""
+def _ordered(packed: Tensor, format: ScaleFormat) -> Tensor:
+    """Data values as integers in their order, int32 ``[rows, k]``; 0 and -0 are equal."""
+    if format is ScaleFormat.mxfp8:
+        return torch.where(packed >= 128, 128 - packed.int(), packed.int())
     codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2).int()
     return torch.where(codes >= 8, 8 - codes, codes)
 
 
-def _wrong_scales(steps: Tensor, runs: Sequence[_Run], layout: SfLayout, linear: Tensor) -> str:
-    wrong = steps > 1
+def _wrong_scales(wrong: Tensor, runs: Sequence[_Run], layout: SfLayout, format: ScaleFormat, linear: Tensor) -> str:
     row, column = (int(index) for index in wrong.nonzero()[0])
     text = f"{int(wrong.sum())} of {linear.numel()} scales are not the reference's, first at row {row}, column {column}"
     for other in SfLayout:
-        fits = other.nbytes(linear.shape[0], linear.shape[1] * BLOCK_SIZE) <= runs[0].scales.numel()
-        if other is not layout and fits and bool((_scale_steps(runs, other, linear) <= 1).all()):
+        fits = math.prod(other.round_up(*linear.shape)) <= runs[0].scales.numel()
+        if other is not layout and fits and bool((_scale_steps(runs, other, format, linear) <= 1).all()):
             return f"the scales are in {short(other)}: {text}"
     return text
 
 
-def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple[PaddingState, PaddingState, list[str]]:
+def _padding(
+    runs: Sequence[_Run], layout: SfLayout, rows: int, k: int, format: ScaleFormat
+) -> tuple[PaddingState, PaddingState, list[str]]:
     """What became of padding rows and padding columns, and that in words."""
-    first, second = (layout.logical(run.scales, rows, k) for run in runs)
+    first, second = (layout.logical(run.scales, rows, k, format=format) for run in runs)
     zeroed = (first == 0) & (second == 0)
     if not runs[0].returned:
         left = ((first == _SENTINELS[0]) | (first == 0)) & ((second == _SENTINELS[1]) | (second == 0)) & ~zeroed
@@ -268,7 +303,7 @@ def _padding(runs: Sequence[_Run], layout: SfLayout, rows: int, k: int) -> tuple
             left &= second != first
     masks = {"zeroed": zeroed, "left": left, "dirtied": ~(zeroed | left)}
     states, words = [], []
-    for kind, top, side in zip(KINDS, (rows, 0), (0, k // BLOCK_SIZE), strict=True):
+    for kind, top, side in zip(KINDS, (rows, 0), (0, k // format.block_size), strict=True):
         region = slice(top, None if top else rows), slice(side, None)
         within = {what: mask[region] for what, mask in masks.items()}
         states.append(PaddingState(**{what: int(mask.sum()) for what, mask in within.items()}))

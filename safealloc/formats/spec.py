@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, checked_integer, checked_layout, checked_shape
 
 _LINEAR_ROWS = 16
@@ -20,9 +21,10 @@ class ScaleSpec:
 
     Attributes:
         rows: rows of the matrix.
-        k: its columns in elements; ``k // 16`` scale columns are valid.
+        k: its columns in elements; ``k // format.block_size`` scale columns are valid.
         layout: order of the bytes.
         padded_k: columns that the consumer was padded to, where that is more than ``k``; else ``None``.
+        format: of the scales.
         experts: number of experts, for a buffer of up to ``rows`` rows grouped by expert (MoE); each group starts at a tile.
             Its record tells which scale rows are valid now.
 
@@ -34,38 +36,48 @@ class ScaleSpec:
     k: int
     layout: SfLayout
     padded_k: int | None = None
+    format: ScaleFormat = ScaleFormat.nvfp4
     experts: int | None = None
 
     @classmethod
-    def checked(cls, rows: int, k: int, layout: SfLayout | int, padded_k: int | None = None) -> ScaleSpec:
+    def checked(
+        cls,
+        rows: int,
+        k: int,
+        layout: SfLayout | int,
+        padded_k: int | None = None,
+        format: ScaleFormat = ScaleFormat.nvfp4,
+    ) -> ScaleSpec:
         """A spec whose numbers were checked; ``padded_k == k`` becomes ``None``.
 
         Args:
-            rows, k, layout, padded_k: the matrix and its layout.
+            rows, k, layout, padded_k, format: the matrix, and the layout and format of its scales.
 
         Raises:
             TypeError, ValueError: see :meth:`SfLayout.padded_shape`.
         """
-        rows, k, padded_k = checked_shape(rows, k, padded_k)
-        return cls(rows, k, checked_layout(layout), None if padded_k == k else padded_k)
+        rows, k, padded_k = checked_shape(rows, k, padded_k, format)
+        return cls(rows, k, checked_layout(layout), None if padded_k == k else padded_k, format)
 
     @classmethod
-    def grouped(cls, rows: int, k: int, layout: SfLayout | int, experts: int) -> ScaleSpec:
+    def grouped(
+        cls, rows: int, k: int, layout: SfLayout | int, experts: int, format: ScaleFormat = ScaleFormat.nvfp4
+    ) -> ScaleSpec:
         """A spec for rows grouped by expert, whose numbers were checked.
 
         Args:
             rows: rows of all groups, at least 1.
-            k, layout: as in :meth:`checked`.
+            k, layout, format: as in :meth:`checked`.
             experts: at least 1.
 
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
-        rows, k, _ = checked_shape(rows, k, None)
+        rows, k, _ = checked_shape(rows, k, None, format)
         experts = checked_integer(experts, "experts")
         if experts < 1:
             raise ValueError(f"experts must be at least 1, got {experts}")
-        return cls(rows, k, checked_layout(layout), experts=experts)
+        return cls(rows, k, checked_layout(layout), None, format, experts)
 
     @property
     def stored_rows(self) -> int:
@@ -73,13 +85,18 @@ class ScaleSpec:
         return self.rows if self.experts is None else self.layout.grouped_rows(self.rows, self.experts)
 
     @property
+    def cols(self) -> int:
+        """Valid scales of each row."""
+        return self.k // self.format.block_size
+
+    @property
     def padded_shape(self) -> tuple[int, int]:
-        return self.layout.padded_shape(self.stored_rows, self.k, padded_k=self.padded_k)
+        return self.layout.padded_shape(self.stored_rows, self.k, padded_k=self.padded_k, format=self.format)
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales, padding included."""
-        return self.layout.nbytes(self.stored_rows, self.k, padded_k=self.padded_k)
+        return self.layout.nbytes(self.stored_rows, self.k, padded_k=self.padded_k, format=self.format)
 
     @property
     def record(self) -> int:
@@ -158,7 +175,7 @@ class ScaleSpec:
 
         Of a buffer with a record these are the padding columns only: the record tells which rows are padding.
         """
-        return self.layout.padding_views(buffer, self.stored_rows, self.k, padded_k=self.padded_k)
+        return self.layout.padding_views(buffer, self.stored_rows, self.k, padded_k=self.padded_k, format=self.format)
 
     def zero_padding(self, buffer: Tensor) -> None:
         """Zero the padding of ``buffer`` in place, with the rows that its record does not name; valid scales are not touched.
@@ -172,7 +189,7 @@ class ScaleSpec:
             padding.zero_()
         record = self.record_in(buffer)
         if record is not None:
-            offsets = self.layout.offsets(self.stored_rows, self.k, buffer.device)
+            offsets = self.layout.offsets(self.stored_rows, self.k, buffer.device, format=self.format)
             buffer.view(-1)[offsets[~self.valid_rows_in(record)]] = 0
 
     @property
@@ -180,12 +197,15 @@ class ScaleSpec:
         """The call that makes such a buffer, for messages."""
         named = {"padded_k": self.padded_k, "experts": self.experts}
         further = "".join(f", {name}={value}" for name, value in named.items() if value is not None)
+        if self.format is not ScaleFormat.nvfp4:
+            further += f", format={self.format}"
         return f"reserve({self.rows}, {self.k}, SfLayout.{self.layout.name}{further})"
 
     def __str__(self) -> str:
         padded = "" if self.padded_k is None else f", padded_k={self.padded_k}"
         experts = "" if self.experts is None else f", experts={self.experts}"
-        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{experts}"
+        format = "" if self.format is ScaleFormat.nvfp4 else f", {self.format.name}"
+        return f"rows={self.rows}, k={self.k}, {self.layout.name}{padded}{experts}{format}"
 
 
 def specs_for(
@@ -194,6 +214,7 @@ def specs_for(
     layout: SfLayout | int,
     padded_k: int | None = None,
     experts: int | None = None,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> list[ScaleSpec]:
     """Every shape of a request for several: all pairs of rows and k, once each; with ``experts`` the most rows of each k.
 
@@ -204,8 +225,8 @@ def specs_for(
     all_k = list(k) if isinstance(k, Iterable) else [k]
     if experts is None:
         pairs = itertools.product(all_rows, all_k)
-        return list(dict.fromkeys(ScaleSpec.checked(row, k, layout, padded_k) for row, k in pairs))
+        return list(dict.fromkeys(ScaleSpec.checked(row, k, layout, padded_k, format) for row, k in pairs))
     if padded_k is not None:
         raise ValueError(f"buffers for experts have no padded_k, got padded_k={padded_k}")
-    grouped = [[ScaleSpec.grouped(row, k, layout, experts) for row in all_rows] for k in dict.fromkeys(all_k)]
+    grouped = [[ScaleSpec.grouped(row, k, layout, experts, format) for row in all_rows] for k in dict.fromkeys(all_k)]
     return [max(specs, key=lambda spec: spec.rows) for specs in grouped if specs]

@@ -1,4 +1,4 @@
-"""NVFP4 in plain torch, on any device: what every kernel here must reproduce.
+"""NVFP4 in plain torch, on any device, and GEMMs of FP4: what every kernel here must reproduce.
 
 Quantization follows the NVFP4 recipe, in float32 and in this order (the same results, bit for bit, as ``ref_nvfp4_quant`` of
 vLLM's ``nvfp4_emulation_utils``). With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE
+from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE, ScaleFormat
 from safealloc.formats.layout import SfLayout
 
 MINUS_LOG2_E = -1.4426950408889634
@@ -128,9 +128,15 @@ def decode_e2m1(packed: Tensor) -> Tensor:
 
 
 def dequantize(
-    x_fp4: Tensor, scales: Tensor, layout: SfLayout, global_scale: Tensor | float = 1.0, *, k: int | None = None
+    x_fp4: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    global_scale: Tensor | float = 1.0,
+    *,
+    k: int | None = None,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> Tensor:
-    """float32 ``[rows, k]`` that the quantized data stand for: ``e2m1 * e4m3 / global_scale``.
+    """float32 ``[rows, k]`` that the quantized data stand for: ``e2m1 * scale / global_scale``.
 
     Args:
         x_fp4: uint8 ``[rows, k // 2]``.
@@ -138,11 +144,12 @@ def dequantize(
         layout: order of the bytes in ``scales``.
         global_scale: the global scale that :func:`quantize` was given.
         k: where ``x_fp4`` is narrower than the tiles, read scales up to this column and take the data there as zero.
+        format: NVFP4 or MXFP4.
     """
     rows, columns = x_fp4.shape[0], 2 * x_fp4.shape[1]
     k = columns if k is None else k
-    data = F.pad(decode_e2m1(x_fp4), (0, k - columns)).view(rows, -1, BLOCK_SIZE)
-    scale = layout.unswizzle(scales, rows, k).view(torch.float8_e4m3fn).float()
+    data = F.pad(decode_e2m1(x_fp4), (0, k - columns)).view(rows, -1, format.block_size)
+    scale = layout.unswizzle(scales, rows, k, format=format).view(format.dtype).float()
     return (data * scale[..., None]).view(rows, k) / global_scale
 
 
@@ -157,6 +164,7 @@ def mm(
     *,
     enable_pdl: bool = True,
     skip_check: bool = False,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> None:
     """``out = alpha * (a @ b.T)`` in float32, rounded once to ``out.dtype``.
 
@@ -172,20 +180,23 @@ def mm(
         out: ``[m, n]``, written.
         layout: order of the bytes in ``a_scales``.
         enable_pdl, skip_check: FlashInfer's, without meaning here.
+        format: NVFP4 or MXFP4.
     """
     a, b, a_scales, b_scales = (operand.view(torch.uint8) for operand in (a, b, a_scales, b_scales))
     k = 2 * a.shape[1]
-    product = _whole_tiles(a, a_scales, layout, k) @ _whole_tiles(b, b_scales, SfLayout.layout_128x4, k).T
+    weight = _whole_tiles(b, b_scales, SfLayout.layout_128x4, k, format)
+    product = _whole_tiles(a, a_scales, layout, k, format) @ weight.T
     out.copy_(product if alpha is None else product * alpha.reshape(-1, 1))
 
 
-def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int) -> Tensor:
+def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int, format: ScaleFormat) -> Tensor:
     rows = x_fp4.shape[0]
+    scales = scales.view(-1)[: layout.nbytes(rows, k, format=format)]
     # In 128x4 and 8x4, k rounds up to whole tiles of 4 scale columns; b has tiles even where a is linear.
-    padded_k = SfLayout.layout_128x4.padded_shape(rows, k)[1] * BLOCK_SIZE
+    padded_k = SfLayout.layout_128x4.padded_shape(rows, k, format=format)[1] * format.block_size
     if layout is SfLayout.layout_linear:
-        return F.pad(dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout), (0, padded_k - k))
-    return dequantize(x_fp4, scales.view(-1)[: layout.nbytes(rows, k)], layout, k=padded_k)
+        return F.pad(dequantize(x_fp4, scales, layout, format=format), (0, padded_k - k))
+    return dequantize(x_fp4, scales, layout, k=padded_k, format=format)
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(coefficient) for coefficient i
 
 
 @triton.jit
-def _round(x, MIN_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, LARGEST: tl.constexpr):
+def round_small(x, MIN_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, LARGEST: tl.constexpr):
     """Code and float32 value, without sign, of the small float next to ``|x|``, saturating at ``LARGEST``; so does NaN."""
     magnitude = tl.abs(x)
     magnitude = tl.where(magnitude < LARGEST, magnitude, LARGEST)  # not minimum(): some interpreters pass NaN there
@@ -52,7 +52,7 @@ _PACK_E2M1 = tl.constexpr(
 
 
 @triton.jit
-def _pack_e2m1(even, odd, HARDWARE: tl.constexpr, EXACT: tl.constexpr):
+def pack_e2m1(even, odd, HARDWARE: tl.constexpr, EXACT: tl.constexpr):
     """Two float32 as one byte, ``even`` in the low nibble: nearest, ties to even, saturating at 6; NaN becomes +6."""
     if HARDWARE:
         if EXACT:  # -0.0 + 0.0 is +0.0, which the conversion would not make of it.
@@ -62,8 +62,8 @@ def _pack_e2m1(even, odd, HARDWARE: tl.constexpr, EXACT: tl.constexpr):
             _PACK_E2M1, "=r,f,f,f,f,f,f,f,f", [even, odd], tl.uint8, is_pure=True, pack=4
         )
     else:
-        low, _ = _round(even, 0, 1, 6.0)
-        high, _ = _round(odd, 0, 1, 6.0)
+        low, _ = round_small(even, 0, 1, 6.0)
+        high, _ = round_small(odd, 0, 1, 6.0)
         if EXACT:
             low |= tl.where(even < 0, 0x8, 0)
             high |= tl.where(odd < 0, 0x8, 0)
@@ -80,13 +80,13 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _encode_scale(x, HARDWARE: tl.constexpr):
+def encode_e4m3(x, HARDWARE: tl.constexpr):
     """e4m3 code, uint8, and its float32 value: nearest, ties to even, saturating at 448; NaN becomes 0x7F and NaN."""
     if HARDWARE:
         rounded = x.to(tl.float8e4nv)
         code, value = rounded.to(tl.uint8, bitcast=True), rounded.to(tl.float32)
     else:
-        code_int32, magnitude = _round(x, -6, 3, 448.0)
+        code_int32, magnitude = round_small(x, -6, 3, 448.0)
         sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80  # of zeros too
         code = tl.where(x != x, 0x7F, code_int32 | sign).to(tl.uint8)
         value = tl.where(x != x, x, tl.where(x < 0, -magnitude, magnitude))
@@ -97,8 +97,8 @@ def _pack_ptx(unpack: str, arithmetic: str) -> str:
     """Eight columns, two in each of ``$1`` to ``$4``, times ``$5`` to ``$8``, as eight e2m1 in ``$0``.
 
     ``value * 2**-6`` is an e4m3 number whose bits are those of e2m1, shifted by two: so the float32 is rounded to e2m1, as
-    in :func:`_round`, in that scale, and the hardware's conversion packs it. ``unpack`` makes ``even`` and ``odd``, float32,
-    of ``WORD``.
+    in :func:`round_small`, in that scale, and the hardware's conversion packs it. ``unpack`` makes ``even`` and ``odd``,
+    float32, of ``WORD``.
     """
     one = """
         mul.rn.f32 {x}, {x}, {factor};
@@ -249,7 +249,7 @@ def _vendor_scale(amax, g, HARDWARE: tl.constexpr, ARITHMETIC: tl.constexpr):
         amax = _times(amax, tl.full((), 1.0, tl.float32), HARDWARE, ARITHMETIC)  # compared as flushed below
     sixth = _approximate_reciprocal(tl.full((), 6.0, tl.float32), HARDWARE)
     scaled = _times(g, _times(amax, sixth, HARDWARE, ARITHMETIC), HARDWARE, ARITHMETIC)
-    code, scale = _encode_scale(scaled, HARDWARE)
+    code, scale = encode_e4m3(scaled, HARDWARE)
     product = _times(scale, _approximate_reciprocal(g, HARDWARE), HARDWARE, ARITHMETIC)
     factor = _approximate_reciprocal(product, HARDWARE)
     return code, tl.where((amax if ARITHMETIC == "flashinfer" else scale) == 0, 0.0, factor)
@@ -291,7 +291,7 @@ def encode_blocks(
         else:
             amax = tl.max(tl.abs(values), 1)  # which drops NaN
     if EXACT:
-        scale_code, scale = _encode_scale(g * (amax * (1 / 6)), HARDWARE_E4M3)
+        scale_code, scale = encode_e4m3(g * (amax * (1 / 6)), HARDWARE_E4M3)
         factor = _reciprocal(scale * _reciprocal(g))
     else:
         scale_code, factor = _vendor_scale(amax, g, HARDWARE_E4M3, ARITHMETIC)
@@ -303,7 +303,7 @@ def encode_blocks(
     else:
         scaled = values * factor[:, None] if EXACT else _times(values, factor[:, None], HARDWARE_E4M3, ARITHMETIC)
         even, odd = tl.split(tl.reshape(scaled, (first.shape[0], 8, 2)))
-        packed = _pack_e2m1(even, odd, HARDWARE_E2M1, EXACT)
+        packed = pack_e2m1(even, odd, HARDWARE_E2M1, EXACT)
     return packed, scale_code
 
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.triton_layout import device_of, scale_offset
 
@@ -160,7 +159,7 @@ def _whole(spec: ScaleSpec, base: Tensor) -> Piece:
         record=(base if record is None else record).data_ptr(),
         length=spec.record,
         rows=spec.stored_rows,
-        cols=spec.k // BLOCK_SIZE,
+        cols=spec.cols,
         padded_rows=padded_rows,
         col_tiles=padded_cols // spec.layout.tile.cols,
         layout=int(spec.layout),

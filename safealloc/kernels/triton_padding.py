@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels.triton_layout import device_of, scale_offset
@@ -52,25 +52,34 @@ def _zero_padding(
         tl.store(scales + offset, tl.zeros_like(col).to(tl.uint8), mask=inside & (col >= cols))
 
 
-def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int, padded_k: int | None = None) -> None:
+def zero_padding(
+    scales: Tensor,
+    layout: SfLayout,
+    rows: int,
+    k: int,
+    padded_k: int | None = None,
+    *,
+    format: ScaleFormat = ScaleFormat.nvfp4,
+) -> None:
     """Zero the padding of a buffer in place; valid scales, and bytes beyond the layout, are not touched.
 
     Without padding nothing is launched. Nothing is allocated and nothing synchronizes.
 
     Args:
-        scales: contiguous buffer of at least ``layout.nbytes(rows, k, padded_k=padded_k)`` bytes, of any dtype.
+        scales: contiguous buffer of at least the bytes of the matrix (:meth:`SfLayout.nbytes`), of any dtype.
         layout: order of its bytes.
-        rows, k, padded_k: the matrix, as in :meth:`SfLayout.padded_shape`.
+        rows, k, padded_k, format: the matrix, as in :meth:`SfLayout.padded_shape`.
     """
-    padded_rows, padded_cols = layout.padded_shape(rows, k, padded_k=padded_k)
+    padded_rows, padded_cols = layout.padded_shape(rows, k, padded_k=padded_k, format=format)
     tile_cols = layout.tile.cols
-    cols, col_tiles, padding_rows = k // BLOCK_SIZE, padded_cols // tile_cols, padded_rows - rows
+    cols, col_tiles, padding_rows = k // format.block_size, padded_cols // tile_cols, padded_rows - rows
     row_programs = -(-padding_rows * col_tiles // _WORDS)
     col_programs = -(-rows * (col_tiles - cols // tile_cols) // _WORDS)
     if not row_programs + col_programs:
         return
     if (row_programs + col_programs) * _WORDS >= 1 << 31:  # what the kernel counts in 32 bits
-        ScaleSpec(rows, k, layout, padded_k).zero_padding(scales.view(-1).view(uint8)[: padded_rows * padded_cols])
+        spec = ScaleSpec(rows, k, layout, padded_k, format)
+        spec.zero_padding(scales.view(-1).view(uint8)[: padded_rows * padded_cols])
         return
     if scales.dtype is not uint8:
         scales = scales.view(-1).view(uint8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from safealloc._optional import require
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 
@@ -56,7 +56,7 @@ def flashinfer_mm(
     backend: str,
     enable_pdl: bool = True,
     skip_check: bool = False,
-    block_size: int = BLOCK_SIZE,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> None:
     """:func:`safealloc.kernels.reference.mm` by ``flashinfer.mm_fp4``, which takes the weight and its scales transposed.
 
@@ -64,9 +64,10 @@ def flashinfer_mm(
         a, b, a_scales, b_scales, alpha, out: in the dtypes that FlashInfer is to see; for trtllm, ``b`` and ``b_scales`` as
             :func:`shuffle_for_trtllm` returns them.
         layout: 128x4 or 8x4.
-        backend, enable_pdl, skip_check, block_size: FlashInfer's.
+        backend, enable_pdl, skip_check: FlashInfer's.
+        format: NVFP4 or MXFP4.
     """
-    mxfp4 = {} if block_size == BLOCK_SIZE else {"block_size": block_size, "use_nvfp4": False}
+    mxfp4 = {} if format is ScaleFormat.nvfp4 else {"block_size": format.block_size, "use_nvfp4": False}
     require("flashinfer").mm_fp4(
         a,
         b.T,

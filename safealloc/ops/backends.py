@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from safealloc import _optional
-from safealloc.formats.format import BLOCK_SIZE, MX_BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.kernels import reference, reference_grouped, vendors
+from safealloc.kernels import reference, reference_grouped, reference_mx, vendors
 
 
 class Call(NamedTuple):
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     row_alpha: bool | None = False  # a GEMM with one alpha per row; None: there is one row, so that one alpha is both
     silu_and_mul: bool = False  # a quantization of silu(gate) * up
     arithmetic: str = "exact"  # of a quantization: a vendor's takes our Triton kernel
-    block_size: int = BLOCK_SIZE  # columns for each scale
+    format: ScaleFormat = ScaleFormat.nvfp4  # of the scales
 
 
 call_for = functools.cache(Call)
@@ -48,12 +48,12 @@ class Backend:
     run: Callable[..., None]  # all rows of a table take the same call, that of row "reference"
     automatic: bool = True  # whether "auto" may take it
     package: str | None = None  # whose kernel it is, where it is not ours
-    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)  # columns for each scale that it can read
+    formats: tuple[ScaleFormat, ...] = (ScaleFormat.nvfp4,)  # of scales that it reads or writes
 
     def why_not(self, call: Call) -> str | None:
         """Why it cannot run a call, or ``None``."""
-        if call.block_size not in self.block_sizes:
-            return f"it does not read scales of blocks of {call.block_size} columns"
+        if call.format not in self.formats:
+            return f"it does not read scales of blocks of {call.format.block_size} columns ({call.format.name})"
         return self.refusal(call)
 
 
@@ -169,14 +169,19 @@ def _arithmetic_refusal(call: Call) -> str | None:
     return None if call.arithmetic == "exact" else f"arithmetic {call.arithmetic!r} is that of backend 'triton' alone"
 
 
-def _reference(run: Callable[..., None]) -> Backend:
-    return Backend("reference", _arithmetic_refusal, run)
+_NVFP4, _MX = (ScaleFormat.nvfp4,), (ScaleFormat.mxfp8, ScaleFormat.mxfp4)
 
 
-def _triton(module: str, function: str) -> Backend:
+def _reference(run: Callable[..., None], formats: tuple[ScaleFormat, ...] = _NVFP4) -> Backend:
+    return Backend("reference", _arithmetic_refusal, run, formats=formats)
+
+
+def _triton(module: str, function: str, formats: tuple[ScaleFormat, ...] = _NVFP4) -> Backend:
     # Looked up at the first call: Triton may be missing, and its import takes a second.
     launcher = functools.cache(lambda: getattr(_optional.require(f"safealloc.kernels.{module}"), function))
-    return Backend("triton", triton_refusal, lambda *arguments, **keywords: launcher()(*arguments, **keywords))
+    return Backend(
+        "triton", triton_refusal, lambda *arguments, **keywords: launcher()(*arguments, **keywords), formats=formats
+    )
 
 
 def _quantizer(package: str, run: Callable[..., None]) -> Backend:
@@ -201,6 +206,9 @@ QUANTIZERS = Table(
     _quantizer("vllm", vendors.vllm_quantize),
 )
 """Quantizers. The vendors' run only by name: FlashInfer's costs a copy, and both write padding themselves."""
+
+MX_QUANTIZERS = Table(_triton("triton_mx", "quantize", _MX), _reference(reference_mx.quantize, _MX))
+"""Quantizers to MXFP8 and MXFP4."""
 
 GROUPED_QUANTIZERS = Table(_triton("triton_grouped", "quantize"), _reference(reference_grouped.quantize))
 """Quantizers of rows grouped by expert (MoE). The vendors' do not clean: they need a row of ``CLEANERS`` beside them."""
@@ -232,14 +240,14 @@ def _flashinfer(
         return package_refusal(call, "flashinfer", capabilities)
 
     run = functools.partial(vendors.flashinfer_mm, backend="auto" if name == "flashinfer" else name)
-    sizes = (BLOCK_SIZE, MX_BLOCK_SIZE) if mxfp4 else (BLOCK_SIZE,)
-    return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer", block_sizes=sizes)
+    formats = (*_NVFP4, ScaleFormat.mxfp4) if mxfp4 else _NVFP4
+    return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer", formats=formats)
 
 
 GEMMS = Table(
     _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103), mxfp4=True),  # FlashInfer's own choice
     _triton("triton_gemm", "mm"),
-    _reference(reference.mm),
+    _reference(reference.mm, (*_NVFP4, ScaleFormat.mxfp4)),
     _flashinfer("cudnn", _BLACKWELL, mxfp4=True),
     _flashinfer(
         "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
@@ -256,15 +264,15 @@ FlashInfer itself refuses what depends on the shape, on CUDA's version or on ano
 """
 
 
-def zero_padding(scales: Tensor, layout: SfLayout, rows: int, k: int) -> None:
+def zero_padding(scales: Tensor, spec: ScaleSpec) -> None:
     """Zero the padding of scales that no pool made, in place: by one Triton kernel, or up to four fills without Triton.
 
     Args:
-        scales: contiguous, one-byte dtype, exactly the scales of ``[rows, k]`` in ``layout``.
-        layout: order of the bytes in ``scales``.
-        rows, k: the matrix.
+        scales: contiguous, one-byte dtype, exactly the scales of ``spec``.
+        spec: what they are.
     """
-    if triton_refusal(Call(scales.device, layout)) is None:
-        _optional.require("safealloc.kernels.triton_padding").zero_padding(scales, layout, rows, k)
+    if triton_refusal(Call(scales.device, spec.layout)) is None:
+        kernel = _optional.require("safealloc.kernels.triton_padding").zero_padding
+        kernel(scales, spec.layout, spec.rows, spec.k, spec.padded_k, format=spec.format)
     else:
-        ScaleSpec(rows, k, layout).zero_padding(scales)
+        spec.zero_padding(scales)

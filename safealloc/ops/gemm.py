@@ -9,12 +9,14 @@ from torch import Tensor
 
 from safealloc._checks import BYTES, FP4, check_contiguous, check_tensor
 from safealloc.errors import LayoutMismatchError, SafeAllocError
-from safealloc.formats.format import BLOCK_SIZE, MX_BLOCK_SIZE, nvfp4_k
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import register
 from safealloc.pool.contents import note_of, remember, spec_of
+
+_SCALE_DTYPES = {format: tuple(dict.fromkeys((*BYTES, format.dtype))) for format in ScaleFormat}
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"
@@ -64,12 +66,11 @@ def mm_fp4(
         alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
         out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
         out: result ``[m, n]``, contiguous; ``None`` makes one.
-        block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4, which FlashInfer runs and no
-            pool has scales for.
+        block_size: columns for each scale: 16 is NVFP4; 32, with ``use_nvfp4=False``, is MXFP4.
         use_8x4_sf_layout: layout of ``a_descale``; ``None`` takes the buffer's, or 128x4 for one from elsewhere.
-        backend: "reference" and "triton" (``b`` not shuffled), or one of FlashInfer's names; "auto" takes FlashInfer's
-            choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b`` shuffled: it runs by its
-            name only. With "auto", 8x4 scales go to "triton".
+        backend: "reference" and "triton" (``b`` not shuffled; "triton" for NVFP4 alone), or one of FlashInfer's names; "auto"
+            takes FlashInfer's choice where it can run, else ours. Neither choice is ever "trtllm", which takes ``b``
+            shuffled: it runs by its name only. With "auto", 8x4 scales of NVFP4 go to "triton".
         use_nvfp4: False is MXFP4.
         enable_pdl, skip_check: as in FlashInfer; what safealloc checks it always checks.
 
@@ -81,10 +82,10 @@ def mm_fp4(
         SafeAllocError: scales from elsewhere, in mode ``"error"``.
         TypeError, ValueError: an argument is wrong, or the backend cannot run it. Nothing was launched in either case.
     """
-    if block_size != (BLOCK_SIZE if use_nvfp4 else MX_BLOCK_SIZE):
+    format = ScaleFormat.nvfp4 if use_nvfp4 else ScaleFormat.mxfp4
+    if block_size != format.block_size:
         raise ValueError(
-            f"block_size must be {BLOCK_SIZE}, or {MX_BLOCK_SIZE} with use_nvfp4=False, got {block_size} with "
-            f"use_nvfp4={use_nvfp4}"
+            f"block_size must be 16, or 32 with use_nvfp4=False, got {block_size} with use_nvfp4={use_nvfp4}"
         )
     if torch.compiler.is_compiling():
         options = use_8x4_sf_layout, backend, enable_pdl, skip_check
@@ -95,24 +96,24 @@ def mm_fp4(
     check_tensor("a", a, FP4, "[m, k // 2]")
     check_contiguous("a", a)
     check_tensor("b", b, FP4, "[k // 2, n]", a.device)
-    check_tensor("b_descale", b_descale, BYTES, "[padded_cols, padded_n]", a.device)
+    check_tensor("b_descale", b_descale, _SCALE_DTYPES[format], "[padded_cols, padded_n]", a.device)
     weight, weight_scales = _untransposed("b", b, "weight"), _untransposed("b_descale", b_descale, "weight_scales")
-    n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T", block_size)
+    n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T", format)
     m = a.shape[0]
     if m < 1 or 2 * a.shape[1] != k:
         raise ValueError(
             f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
         )
     check_result(m, n, alpha, out_dtype, out, a.device)
-    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, block_size)
-    row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m, block_size))
+    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, format)
+    row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m, format))
     if foreign:
-        a_descale = _treat_foreign(a_descale, layout, m, k, block_size)
+        a_descale = _treat_foreign(a_descale, ScaleSpec(m, k, layout, format=format))
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    blocks = {} if block_size == BLOCK_SIZE else {"block_size": block_size}  # only FlashInfer's rows take others
+    other = {} if use_nvfp4 else {"format": format}  # which not every row takes
     row.run(
-        a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check, **blocks
+        a, weight, a_descale, weight_scales, alpha, out, layout, enable_pdl=enable_pdl, skip_check=skip_check, **other
     )
     return out
 
@@ -133,9 +134,9 @@ def check_weight(
     device: torch.device,
     weight_name: str = "weight_fp4",
     scales_name: str = "weight_scale",
-    block_size: int = BLOCK_SIZE,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> tuple[int, int]:
-    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4, one for each ``block_size`` columns.
+    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4.
 
     Raises:
         TypeError, ValueError: they are not that.
@@ -143,18 +144,19 @@ def check_weight(
     check_tensor(weight_name, weight, FP4, "[n, k // 2]", device)
     check_contiguous(weight_name, weight)
     n, k = weight.shape[0], 2 * weight.shape[1]
-    if n < 1 or k < block_size or k % block_size:
+    if n < 1 or k < format.block_size or k % format.block_size:
         raise ValueError(
-            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {block_size}, got n={n}, k={k}"
+            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {format.block_size}, got n={n}, "
+            f"k={k}"
         )
-    check_tensor(scales_name, scales, BYTES, "[padded_n, padded_cols]", device)
+    check_tensor(scales_name, scales, _SCALE_DTYPES[format], "[padded_n, padded_cols]", device)
     check_contiguous(scales_name, scales)
-    spec = ScaleSpec(n, nvfp4_k(k, block_size), SfLayout.layout_128x4)
+    spec = ScaleSpec(n, k, SfLayout.layout_128x4, format=format)
     if scales.numel() != spec.scale_bytes:
         raise ValueError(
             f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
         )
-    known = _known_spec(scales_name, scales, block_size)
+    known = _known_spec(scales_name, scales, format)
     if known is not None and (known.experts is not None or (known.rows, known.layout) != (n, spec.layout)):
         raise LayoutMismatchError(f"{scales_name} holds scales of {known}, a weight of {spec} was given with them")
     return n, k
@@ -187,31 +189,30 @@ def call_of(
     out_dtype: torch.dtype,
     device: torch.device,
     m: int | None = None,
-    block_size: int = BLOCK_SIZE,
+    format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> Call:
     """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
     row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
-    return call_for(device, layout, out_dtype, False, row_alpha, block_size=block_size)
+    return call_for(device, layout, out_dtype, False, row_alpha, format=format)
 
 
 def _layout_of(
-    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device, block_size: int
+    a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device, format: ScaleFormat
 ) -> tuple[SfLayout, bool]:
     """The layout of the scales, and whether no pool made them: then it is only what the caller says."""
-    check_tensor("a_descale", a_descale, BYTES, None, device)
+    check_tensor("a_descale", a_descale, _SCALE_DTYPES[format], None, device)
     check_contiguous("a_descale", a_descale)
     asked = None
     if use_8x4_sf_layout is not None:
         asked = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    spec = _known_spec("a_descale", a_descale, block_size)
+    spec = _known_spec("a_descale", a_descale, format)
     if spec is not None:
-        check_agrees(spec, m, k, asked)
+        check_agrees(spec, m, k, asked, format)
         return spec.layout, False
     layout = SfLayout.layout_128x4 if asked is None else asked
-    scale_k = nvfp4_k(k, block_size)
-    needed = layout.nbytes(m, scale_k)
+    needed = layout.nbytes(m, k, format=format)
     if a_descale.numel() != needed:
-        others = [other.name for other in SfLayout if other.nbytes(m, scale_k) == a_descale.numel()]
+        others = [other.name for other in SfLayout if other.nbytes(m, k, format=format) == a_descale.numel()]
         kind = LayoutMismatchError if others else ValueError
         raise kind(
             f"a_descale for m={m}, k={k} in {layout.name} has {needed} bytes, got {a_descale.numel()}"
@@ -220,7 +221,7 @@ def _layout_of(
     return layout, True
 
 
-def _known_spec(name: str, scales: Tensor, block_size: int) -> ScaleSpec | None:
+def _known_spec(name: str, scales: Tensor, format: ScaleFormat) -> ScaleSpec | None:
     """What scales hold, if that is known: a buffer of a pool, or whole row tiles of one.
 
     Raises:
@@ -229,11 +230,7 @@ def _known_spec(name: str, scales: Tensor, block_size: int) -> ScaleSpec | None:
     note = note_of(scales)
     if note is None or not scales.numel():
         return None
-    if block_size != BLOCK_SIZE:
-        raise LayoutMismatchError(
-            f"{name} is a pool's buffer of NVFP4 scales ({note.spec}), one for each {BLOCK_SIZE} columns, and "
-            f"block_size={block_size} reads it as MXFP4 scales"
-        )
+    _check_format(name, note.spec, format)
     spec = note.spec_in(scales)
     if spec is None:
         raise LayoutMismatchError(
@@ -243,12 +240,24 @@ def _known_spec(name: str, scales: Tensor, block_size: int) -> ScaleSpec | None:
     return spec
 
 
-def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> None:
+def _check_format(name: str, spec: ScaleSpec, format: ScaleFormat) -> None:
+    held = spec.format
+    if held is not format:
+        raise LayoutMismatchError(
+            f"{name} is a pool's buffer of {held.name.upper()} scales ({spec}), one for each {held.block_size} columns, and "
+            f"the GEMM reads it as {format.name.upper()} scales, one for each {format.block_size}"
+        )
+
+
+def check_agrees(
+    spec: ScaleSpec, m: int, k: int, asked: SfLayout | None, format: ScaleFormat = ScaleFormat.nvfp4
+) -> None:
     """Refuse a GEMM that would not read a buffer as it was written.
 
     Its activation is ``[m, k]``, where k may have been padded as far as the buffer's columns go; ``asked`` is the layout that
-    the GEMM is told to read, if it is told one. Raises LayoutMismatchError.
+    the GEMM is told to read, if it is told one; ``format`` is what it reads. Raises LayoutMismatchError.
     """
+    _check_format("a_descale", spec, format)
     if asked is not None and asked is not spec.layout:
         raise LayoutMismatchError(
             f"a_descale was written in {spec.layout.name}, and use_8x4_sf_layout={asked is SfLayout.layout_8x4} asks the "
@@ -263,26 +272,27 @@ def check_agrees(spec: ScaleSpec, m: int, k: int, asked: SfLayout | None) -> Non
             f"a_descale was written for {spec.rows} rows, a has {m}: quantize the rows that are multiplied"
         )
     padded_cols = spec.padded_shape[1]
-    if spec.layout.round_up(m, k // BLOCK_SIZE)[1] != padded_cols:
+    if spec.layout.round_up(m, k // spec.format.block_size)[1] != padded_cols:
         raise LayoutMismatchError(
             f"a_descale has {padded_cols} scale columns ({spec}), a has k={k}: pad a to a k that rounds up to them, or "
             "acquire the buffer with padded_k"
         )
 
 
-def _treat_foreign(a_descale: Tensor, layout: SfLayout, m: int, k: int, block_size: int) -> Tensor:
+def _treat_foreign(a_descale: Tensor, spec: ScaleSpec) -> Tensor:
     """Scales that no pool made, with zero padding: themselves, or a copy where their storage holds more than them."""
     if _foreign_scales == "error":
-        remedy = "take it from safealloc.nvfp4_quantize, or have the producer write into pool.acquire(rows, k, layout)"
-        if block_size != BLOCK_SIZE:
-            remedy = "no pool has MXFP4 scales, which need mode 'zero' or 'trust'"
-        raise SafeAllocError(f"a_descale is from no pool, and set_foreign_scales is 'error': {remedy}")
-    spec = ScaleSpec(m, nvfp4_k(k, block_size), layout)
+        name = spec.format.name
+        further = "" if spec.format is ScaleFormat.nvfp4 else f", format={spec.format}"
+        raise SafeAllocError(
+            f"a_descale is from no pool, and set_foreign_scales is 'error': take it from safealloc.{name}_quantize, or have "
+            f"the producer write into pool.acquire(rows, k, layout{further})"
+        )
     if _foreign_scales == "trust" or not spec.padding_views(a_descale.view(torch.uint8)):
         return a_descale
     if not _is_whole_storage(a_descale):
         a_descale = a_descale.clone()  # what is padding here may be another matrix's scales
-    zero_padding(a_descale, layout, m, spec.k)
+    zero_padding(a_descale, spec)
     return a_descale
 
 
@@ -304,7 +314,7 @@ def _op(
     enable_pdl: bool,
     skip_check: bool,
     foreign_descale: Tensor,
-    block_size: int = BLOCK_SIZE,
+    block_size: int = 16,
 ) -> Tensor:
     spec = spec_of(a_descale)
     if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
@@ -319,7 +329,7 @@ def _op(
         block_size=block_size,
         use_8x4_sf_layout=use_8x4_sf_layout,
         backend=backend,
-        use_nvfp4=block_size == BLOCK_SIZE,
+        use_nvfp4=block_size == ScaleFormat.nvfp4.block_size,
         enable_pdl=enable_pdl,
         skip_check=skip_check,
     )

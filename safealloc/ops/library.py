@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 
 library = torch.library.Library("safealloc", "FRAGMENT")
@@ -27,7 +27,14 @@ def register(schema: str, function: Callable[..., object], fake: Callable[..., o
     torch.library.register_fake(f"safealloc::{name}", fake, lib=library)
 
 
-def empty_scales(rows: int, k: int, layout: SfLayout, device: torch.device, padded_k: int | None = None) -> Tensor:
+def empty_scales(
+    rows: int,
+    k: int,
+    layout: SfLayout,
+    device: torch.device,
+    padded_k: int | None = None,
+    format: ScaleFormat = ScaleFormat.nvfp4,
+) -> Tensor:
     """A tensor of the shape that a pool buffer has; the numbers may be symbolic."""
-    shape = layout.round_up(rows, (k if padded_k is None else padded_k) // BLOCK_SIZE)
+    shape = layout.round_up(rows, (k if padded_k is None else padded_k) // format.block_size)
     return torch.empty(shape, dtype=torch.uint8, device=device)

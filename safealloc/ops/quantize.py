@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from safealloc._checks import check_contiguous, check_scalar, check_tensor
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, checked_layout
 from safealloc.ops.backends import QUANTIZERS, Backend, call_for, checked_arithmetic
 from safealloc.ops.inductor import forbid_reuse
@@ -137,15 +137,16 @@ def check_input(x: Tensor, global_scale: Tensor, silu_and_mul: bool = False) -> 
     return rows, k
 
 
-def check_matrix(x: Tensor, silu_and_mul: bool) -> tuple[int, int]:
+def check_matrix(x: Tensor, silu_and_mul: bool = False, format: ScaleFormat = ScaleFormat.nvfp4) -> tuple[int, int]:
     """Rows and k of ``x``; raises TypeError, ValueError."""
     shape, twice = ("[rows, 2 * k]", 2) if silu_and_mul else ("[rows, k]", 1)
     check_tensor("x", x, (torch.bfloat16, torch.float16), shape)
     check_contiguous("x", x)
     rows, width = x.shape
-    if rows < 1 or width < twice * BLOCK_SIZE or width % (twice * BLOCK_SIZE):
+    least = twice * format.block_size
+    if rows < 1 or width < least or width % least:
         raise ValueError(
-            f"x must be {shape} with at least 1 row and k a multiple of {BLOCK_SIZE}, got shape {rows, width}"
+            f"x must be {shape} with at least 1 row and k a multiple of {format.block_size}, got shape {rows, width}"
         )
     return rows, width // twice
 

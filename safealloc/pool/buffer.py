@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc import _torch
-from safealloc.formats.format import NAN_SCALE
 from safealloc.formats.spec import ScaleSpec
 from safealloc.pool import driver
 
@@ -243,8 +242,8 @@ class OneCallBuffer:
 def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False, red_zones: bool = False) -> Tensor:
     """New scales, uint8 ``[padded_rows, padded_cols]``, aligned, padding zero.
 
-    The valid bytes are whatever was there, or with ``poison`` NaN. Grouped scales are all zero, and so is their record: no
-    row is valid yet. With ``red_zones`` they lie between two zones of ``RED_ZONE`` bytes.
+    The valid bytes are whatever was there, or with ``poison`` NaN of the format. Grouped scales are all zero, and so is their
+    record: no row is valid yet. With ``red_zones`` they lie between two zones of ``RED_ZONE`` bytes.
     """
     # A pool outlives the mode it grows in: a tensor of inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
@@ -260,7 +259,7 @@ def zero_padded(spec: ScaleSpec, device: torch.device, *, poison: bool = False, 
             memory.zero_()
         else:
             if poison:
-                memory.fill_(NAN_SCALE)
+                memory.fill_(spec.format.nan_bytes[0])
             spec.zero_padding(scales)
     return scales
 

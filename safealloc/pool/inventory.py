@@ -58,7 +58,8 @@ class Inventory:
         self.pool = pool
         self.poison = poison
         self.red_zones = red_zones
-        # (rows, k, layout, padded_k, owner), as the hit path asks; of grouped scales ("grouped", k, layout, experts, owner)
+        # (rows, k, layout, padded_k, format, owner), as the hit path asks; of grouped scales
+        # ("grouped", k, layout, experts, format, owner)
         self._hints: dict[tuple[Any, ...], list[Buffer]] = {}
         self.ready = self._hints if ready else {}
         self.by_address: dict[int, Buffer] = {}
@@ -362,5 +363,5 @@ class Inventory:
 
 def _key(spec: ScaleSpec, owner: Hashable) -> tuple[Any, ...]:
     if spec.experts is not None:
-        return "grouped", spec.k, spec.layout, spec.experts, owner
-    return spec.rows, spec.k, spec.layout, spec.padded_k, owner
+        return "grouped", spec.k, spec.layout, spec.experts, spec.format, owner
+    return spec.rows, spec.k, spec.layout, spec.padded_k, spec.format, owner

@@ -3,8 +3,8 @@
 A buffer belongs to whoever orders its writers and readers: in eager work the stream it was acquired on, in CUDA graphs the
 graph memory-pool handle, since graphs that share one never replay concurrently. Within that, a buffer is free again as
 soon as nobody holds a tensor of it. Each shape has buffers of its own, shapes without padding too: an address then stands
-for one shape and one layout as long as the pool holds it, which is what lets a GEMM refuse a contradicting flag, also
-where captured graphs still write the buffer.
+for one shape, one layout and one format as long as the pool holds it, which is what lets a GEMM refuse a contradicting
+flag, also where captured graphs still write the buffer.
 
 This file decides who gets which buffer. :mod:`safealloc.pool.state` is what it decides on, which can be looked at:
 :mod:`safealloc.pool.inventory` holds the buffers, :mod:`safealloc.pool.graphs` knows
@@ -24,6 +24,7 @@ from torch import Tensor
 from safealloc import _torch
 from safealloc._checks import check_is_tensor, checked_count
 from safealloc.errors import CaptureGrowthError
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec, specs_for
 from safealloc.pool.buffer import STOCK, Buffer
@@ -40,7 +41,7 @@ _standard = _torch.standard_deleter
 
 
 class ScalePool(PoolState):
-    """NVFP4 scale buffers on one device whose padding is zero at every call and every replay.
+    """Scale buffers on one device, of NVFP4, MXFP8 and MXFP4, whose padding is zero at every call and every replay.
 
     Args:
         device: where the buffers live; ``None`` is the current CUDA device, or the CPU where there is none.
@@ -52,7 +53,7 @@ class ScalePool(PoolState):
         verify_every: check each buffer at every N-th handout, and at every N-th replay of each graph, asynchronously; 0 is
             never.
         verify_repair: zero and log dirty padding that such a check finds, instead of raising.
-        poison: fill the valid bytes of new buffers with NaN, so that a scale which a producer forgets shows.
+        poison: fill the valid bytes of new buffers with NaN of the format, so that a scale which a producer forgets shows.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -61,15 +62,24 @@ class ScalePool(PoolState):
 
     # --- acquire: the hit path ----------------------------------------------------------------------------------------
 
-    def acquire(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> Tensor:
+    def acquire(
+        self,
+        rows: int,
+        k: int,
+        layout: SfLayout,
+        *,
+        padded_k: int | None = None,
+        format: ScaleFormat = ScaleFormat.nvfp4,
+    ) -> Tensor:
         """A scale buffer for a ``[rows, k]`` matrix.
 
         Args:
             rows: rows of the matrix, at least 1.
-            k: columns of the matrix in elements, a multiple of 16.
+            k: columns of the matrix in elements, a multiple of the format's block size.
             layout: order of the scale bytes.
             padded_k: columns that the consumer was padded to, where that is more than ``k``; what lies beyond ``k`` is
                 padding too.
+            format: of the scales.
 
         Returns:
             uint8 ``[padded_rows, padded_cols]`` (:meth:`SfLayout.padded_shape`), contiguous, 512-byte aligned; padding
@@ -91,7 +101,7 @@ class ScalePool(PoolState):
             and not _dispatch_modes()  # fake tensors, perhaps
         ):
             try:  # what is there costs less so than by get()
-                buffers = self._inventory.ready[rows, k, layout, padded_k, stream]
+                buffers = self._inventory.ready[rows, k, layout, padded_k, format, stream]
             except KeyError:
                 buffers = _NO_BUFFERS
             for buffer in buffers:
@@ -107,11 +117,19 @@ class ScalePool(PoolState):
                     buffer.last_use = next(self._ticks)
                     return tensor
                 del tensor  # or nobody else could claim it
-        return self._serve(ScaleSpec.checked(rows, k, layout, padded_k), stream)
+        return self._serve(ScaleSpec.checked(rows, k, layout, padded_k, format), stream)
 
     # --- acquire: all the rest ----------------------------------------------------------------------------------------
 
-    def acquire_grouped(self, rows: int, k: int, experts: int, layout: SfLayout = SfLayout.layout_128x4) -> Tensor:
+    def acquire_grouped(
+        self,
+        rows: int,
+        k: int,
+        experts: int,
+        layout: SfLayout = SfLayout.layout_128x4,
+        *,
+        format: ScaleFormat = ScaleFormat.nvfp4,
+    ) -> Tensor:
         """A scale buffer for ``[rows, k]`` whose rows are routed to experts, each of which starts at a tile of its own.
 
         Which bytes are scales changes with the routing, so that a buffer comes with a record of those of the last step.
@@ -121,16 +139,17 @@ class ScalePool(PoolState):
 
         Args:
             rows: rows routed in all, tokens times experts a token, at least 1.
-            k: columns of the matrix in elements, a multiple of 16.
+            k: columns of the matrix in elements, a multiple of the format's block size.
             experts: groups of rows, at least 1.
             layout: order of the scale bytes.
+            format: of the scales.
 
         Returns:
             uint8 ``[padded_rows, padded_cols]`` with rows for the worst routing (:meth:`SfLayout.grouped_rows`), contiguous,
             512-byte aligned; every byte zero that is not a scale of the last step. Liveness and errors are those of
             :meth:`acquire`.
         """
-        spec = ScaleSpec.grouped(rows, k, layout, experts)
+        spec = ScaleSpec.grouped(rows, k, layout, experts, format)
         return self._serve(spec, self._raw_stream(self._index))[: spec.padded_shape[0]]
 
     def _serve(self, spec: ScaleSpec, stream: int) -> Tensor:
@@ -189,6 +208,7 @@ class ScalePool(PoolState):
         *,
         padded_k: int | None = None,
         experts: int | None = None,
+        format: ScaleFormat = ScaleFormat.nvfp4,
     ) -> None:
         """See to it that ``copies`` unused buffers of each shape are there, and wait until their padding is zero.
 
@@ -201,6 +221,7 @@ class ScalePool(PoolState):
             padded_k: as in :meth:`acquire`.
             experts: for :meth:`acquire_grouped`, whose buffer for the most rows serves fewer too, so that one is made for
                 each k.
+            format: of the scales.
 
         Raises:
             CaptureGrowthError: in a capture.
@@ -208,7 +229,7 @@ class ScalePool(PoolState):
             PoolClosedError, TypeError, ValueError: as in :meth:`acquire`.
         """
         copies = checked_count(copies, "copies", least=1)
-        specs = specs_for(rows, k, layout, padded_k, experts)
+        specs = specs_for(rows, k, layout, padded_k, experts, format)
         with self._entrance():
             self._check_usable()
             if self._capture() is not None:

@@ -12,6 +12,7 @@ from torch._guards import active_fake_mode
 from safealloc import _torch
 from safealloc._checks import check_is_tensor, checked_bytes, checked_count, checked_device
 from safealloc.errors import PoolClosedError, SafeAllocError
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.pool import driver
@@ -127,13 +128,21 @@ class PoolState(OfOneProcess):
             if self._capture() is None:
                 self._watch.report_alarms()
 
-    def held(self, rows: int, k: int, layout: SfLayout, *, padded_k: int | None = None) -> int:
+    def held(
+        self,
+        rows: int,
+        k: int,
+        layout: SfLayout,
+        *,
+        padded_k: int | None = None,
+        format: ScaleFormat = ScaleFormat.nvfp4,
+    ) -> int:
         """How many buffers of a shape somebody holds now.
 
         Args:
-            rows, k, layout, padded_k: as in :meth:`acquire`.
+            rows, k, layout, padded_k, format: as in :meth:`acquire`.
         """
-        spec = ScaleSpec.checked(rows, k, layout, padded_k)
+        spec = ScaleSpec.checked(rows, k, layout, padded_k, format)
         with self._entrance():
             return sum(buffer.held() for buffer in self._inventory.buffers() if buffer.spec == spec)
 

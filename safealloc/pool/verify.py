@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from safealloc.errors import Corruption
-from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.spec import ScaleSpec
 from safealloc.pool.buffer import RED_ZONE, RED_ZONE_BYTE, red_zones_of
 
@@ -39,8 +38,8 @@ def repair_padding(buffers: Sequence[tuple[ScaleSpec, Tensor]], corruptions: Seq
 
 def _padding(spec: ScaleSpec, buffer: Tensor) -> Tensor:
     """The buffer in matrix order, uint8 ``[padded_rows, padded_cols]``, with zero for each valid scale; a copy."""
-    logical = spec.layout.logical(buffer, spec.stored_rows, spec.k, padded_k=spec.padded_k)
-    valid = logical[: spec.stored_rows, : spec.k // BLOCK_SIZE]
+    logical = spec.layout.logical(buffer, spec.stored_rows, spec.k, padded_k=spec.padded_k, format=spec.format)
+    valid = logical[: spec.stored_rows, : spec.cols]
     record = spec.record_in(buffer)
     if record is None:
         valid.zero_()

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from safealloc import ScalePool, SfLayout
+from safealloc import ScaleFormat, ScalePool, SfLayout
 from safealloc.kernels import triton_padding
-from safealloc.ops.backends import GEMMS, QUANTIZERS
+from safealloc.ops.backends import GEMMS, MX_QUANTIZERS, QUANTIZERS
 
 ROWS, K, N = 5, 1008, 64  # 63 scale columns and one of padding
 
@@ -37,6 +37,12 @@ def main(what: str) -> None:
             mm(x_fp4, weight, scales, weight_scale, one, out, layout)
             if what == "kernels":
                 triton_padding.zero_padding(scales, layout, rows, k)
+                for format in (ScaleFormat.mxfp8, ScaleFormat.mxfp4):
+                    x = torch.ones(rows, 2 * k, device="cuda", dtype=torch.bfloat16)
+                    data = torch.empty(format.data_shape(rows, 2 * k), dtype=torch.uint8, device="cuda")
+                    scales = pool.acquire(rows, 2 * k, layout, format=format)
+                    MX_QUANTIZERS["triton"].run(x, data, scales, layout, format, valid)
+                    triton_padding.zero_padding(scales, layout, rows, 2 * k, format=format)
     torch.cuda.synchronize()
 
 

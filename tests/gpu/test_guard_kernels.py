@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from safealloc.formats.format import NAN_SCALE
+from safealloc.formats.format import NAN_SCALE, ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import triton_guard
@@ -28,11 +28,12 @@ ROUNDS = 4 if INTERPRETED else 60
 
 
 def random_spec(kind: str, layout: SfLayout) -> ScaleSpec:
-    rows, k = random.randint(1, 140 if INTERPRETED else 700), 16 * random.randint(1, 70)
+    format = random.choice(list(ScaleFormat))
+    rows, k = random.randint(1, 140 if INTERPRETED else 700), format.block_size * random.randint(1, 70)
     if kind == "grouped":
-        return ScaleSpec.grouped(min(rows, 30) if INTERPRETED else rows, k, layout, 4)
-    padded_k = k + 64 if kind == "padded" else None
-    return ScaleSpec.checked(rows, k, layout, padded_k)
+        return ScaleSpec.grouped(min(rows, 30) if INTERPRETED else rows, k, layout, 4, format)
+    padded_k = k + 4 * format.block_size if kind == "padded" else None
+    return ScaleSpec.checked(rows, k, layout, padded_k, format)
 
 
 def filled_buffer(spec: ScaleSpec) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from safealloc import ScalePool, ScaleSpec
 
-STALE = 0x7F  # NaN as e4m3
+STALE = 0x7F  # NaN as e4m3, 1.0 as e8m0
 
 
 class Adversary:
@@ -49,9 +49,9 @@ class Adversary:
     def write_eager_buffers(self) -> None:
         """Write the valid scales of buffers of the same shapes, as eager producers do."""
         for spec in self.specs:
-            buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
+            buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k, format=spec.format)
             offsets = _offsets(spec)
-            buffer.view(-1)[offsets] = STALE
+            buffer.view(-1)[offsets] = spec.format.nan_bytes[0]
 
     def run_compiled_code(self) -> None:
         """Run code with temporaries of the buffers' size and dtype."""
@@ -66,5 +66,7 @@ _cache: dict[ScaleSpec, torch.Tensor] = {}
 
 def _offsets(spec: ScaleSpec) -> torch.Tensor:
     if spec not in _cache:
-        _cache[spec] = spec.layout.offsets(spec.rows, spec.k, "cuda", padded_k=spec.padded_k).view(-1)
+        _cache[spec] = spec.layout.offsets(spec.rows, spec.k, "cuda", padded_k=spec.padded_k, format=spec.format).view(
+            -1
+        )
     return _cache[spec]

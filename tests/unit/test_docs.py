@@ -42,6 +42,7 @@ def prose(page: Path) -> str:
 def test_the_readme_is_one_screen_and_links_every_page():
     guides = {
         "concepts",
+        "formats",
         "vllm",
         "moe",
         "audit",

@@ -13,10 +13,12 @@ from torch import Tensor
 from safealloc import (
     LayoutMismatchError,
     SafeAllocError,
+    ScaleFormat,
     ScalePool,
     SfLayout,
     _optional,
     mm_fp4,
+    mxfp4_quantize,
     nvfp4_quantize,
 )
 from safealloc.ops import backends
@@ -74,7 +76,7 @@ def test_flashinfer_gets_what_was_checked(flashinfer: FakeFlashInfer, backend: s
 
 
 @pytest.mark.parametrize("m", [1, 7, 32, 128, 130])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=str)
 def test_padding_of_scales_that_are_all_of_their_storage_is_zeroed_in_place(
     flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], m: int, dtype: torch.dtype
 ) -> None:
@@ -106,7 +108,7 @@ def test_trust_reads_padding_as_it_is(flashinfer: FakeFlashInfer, foreign: Calla
 
 def test_error_refuses_them(flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any]) -> None:
     foreign("error")
-    refused(flashinfer, SafeAllocError, "no pool has MXFP4 scales", operands(NAN))
+    refused(flashinfer, SafeAllocError, "take it from safealloc.mxfp4_quantize", operands(NAN))
 
 
 def refused(flashinfer: FakeFlashInfer, error: type[Exception], message: str, given: dict[str, Any]) -> None:
@@ -145,7 +147,7 @@ BAD = [
     ("a_descale transposed", {"a_descale": scales_of(M).T}, ValueError, "a_descale must be contiguous"),
     ("alpha float64", {"alpha": torch.ones(1).double()}, TypeError, "alpha must be a float32 tensor"),
     ("alpha of two", {"alpha": torch.ones(2)}, ValueError, "one element or one per row"),
-    ("out_dtype float32", {"out_dtype": torch.float32, "out": None}, ValueError, "no backend .* not torch.float32"),
+    ("float32", {"out_dtype": torch.float32, "out": None, "backend": "flashinfer"}, ValueError, "not torch.float32"),
     ("out too small", {"out": torch.empty(M - 1, N).bfloat16()}, ValueError, r"out must be \(9, 24\)"),
     ("out float16", {"out": torch.empty(M, N).half()}, TypeError, "out must be torch.bfloat16"),
     ("block_size 32 as NVFP4", {"use_nvfp4": True}, ValueError, "32 with use_nvfp4=False, got 32 with use_nvfp4=True"),
@@ -154,7 +156,7 @@ BAD = [
     ("an unknown backend", {"backend": "marlin"}, ValueError, "backend must be one of"),
     *(
         (f"{name} reads blocks of 16 only", {"backend": name}, ValueError, "does not read scales of blocks of 32 columns")
-        for name in ("trtllm", "cutlass", "cake", "triton", "reference")
+        for name in ("trtllm", "cutlass", "cake", "triton")
     ),
 ]  # fmt: skip
 
@@ -166,8 +168,10 @@ def test_every_wrong_argument_is_refused_before_flashinfer_gets_the_call(
     refused(flashinfer, error, message, operands(NAN) | changes)
 
 
-@pytest.mark.parametrize("backend", ["auto", "flashinfer", *FLASHINFER_NAMES])
-def test_8x4_is_read_by_no_backend(flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], backend: str) -> None:
+@pytest.mark.parametrize("backend", ["flashinfer", *FLASHINFER_NAMES])
+def test_8x4_is_read_by_no_backend_of_flashinfer(
+    flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], backend: str
+) -> None:
     scales = torch.full((16, 8), NAN, dtype=torch.uint8)
     changes = {"a_descale": scales, "use_8x4_sf_layout": True, "backend": backend}
     refused(flashinfer, ValueError, "layout_8x4|blocks of 32", operands() | changes)
@@ -189,13 +193,14 @@ def test_a_pools_nvfp4_scales_are_refused_by_name(
         assert pool.verify() == 1
 
 
-def test_without_flashinfer_no_backend_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flashinfer_the_reference_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = _optional.load
     reason = "flashinfer is not installed"
     monkeypatch.setattr(_optional, "load", lambda name: reason if name == "flashinfer" else real(name))
-    for backend in ("auto", "flashinfer", "cudnn"):
+    for backend in ("flashinfer", "cudnn"):
         with pytest.raises(ValueError, match=reason):
             mm_fp4(**operands(), backend=backend, **MX)
+    torch.testing.assert_close(mm_fp4(**operands(), out_dtype=torch.float32, **MX), exact(), rtol=2**-20, atol=2**-20)
 
 
 def test_compiled_code_checks_it_too(flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any]) -> None:
@@ -208,3 +213,54 @@ def test_compiled_code_checks_it_too(flashinfer: FakeFlashInfer, foreign: Callab
     torch.testing.assert_close(compiled(given["a_descale"]).float(), exact(), rtol=2**-7, atol=2**-20)
     with pytest.raises(ValueError, match="got 1536"):
         compiled(of_nvfp4(M))
+
+
+@pytest.mark.parametrize("layout", list(SfLayout), ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("m", "k"), [(1, 32), (9, 160), (40, 416), (130, 128)])
+def test_the_reference_multiplies_what_mxfp4_quantize_gives(layout: SfLayout, m: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    x, w = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (m, N))
+    with ScalePool("cpu") as pool:
+        a, a_descale = mxfp4_quantize(x, layout=layout, pool=pool)
+        b, b_descale = mxfp4_quantize(w, pool=pool)
+        alpha = torch.full((m,), 0.5)
+        y = mm_fp4(a, b.T, a_descale, b_descale.T, alpha, torch.float32, backend="reference", **MX)
+        in_128x4 = LAYOUT.swizzle(layout.unswizzle(a_descale, m, k, format=ScaleFormat.mxfp4))
+        expected = 0.5 * mxfp4_values(a, in_128x4) @ mxfp4_values(b, b_descale).T
+        torch.testing.assert_close(y, expected, rtol=2**-18, atol=2**-18)
+        unquantized = 0.5 * x.float() @ w.float().T
+        assert (y - unquantized).norm() < 0.4 * unquantized.norm()
+
+
+def test_nan_in_a_padding_column_reaches_its_row_in_the_reference() -> None:
+    given = operands()
+    at = LAYOUT.offsets(M, K + 32, format=ScaleFormat.mxfp4)[3, K // 32]
+    with ScalePool("cpu") as pool:
+        a_descale = pool.acquire(M, K, LAYOUT, format=ScaleFormat.mxfp4)
+        a_descale.copy_(given["a_descale"])
+        a_descale.view(-1)[at] = NAN
+        y = mm_fp4(**given | {"a_descale": a_descale}, backend="reference", **MX)
+        assert y.isnan().all(1).nonzero().view(-1).tolist() == [3]
+        assert not bool(y[:3].isnan().any() | y[4:].isnan().any())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 8}, "written for 8 rows, a has 9"),
+        ({"layout": SfLayout.layout_8x4}, "written in layout_8x4, and use_8x4_sf_layout=False"),
+        ({"format": ScaleFormat.mxfp8}, "a pool's buffer of MXFP8 scales .* reads it as MXFP4 scales"),
+        ({"k": 320}, "a_descale has 12 scale columns"),
+    ],
+    ids=["rows", "layout", "format", "columns"],
+)
+def test_a_pools_mx_scales_that_contradict_are_refused(
+    flashinfer: FakeFlashInfer, foreign: Callable[[Any], Any], changes: dict[str, Any], message: str
+) -> None:
+    with ScalePool("cpu") as pool:
+        shape = {"rows": M, "k": K, "layout": LAYOUT, "format": ScaleFormat.mxfp4}
+        right = pool.acquire(**shape)
+        mm_fp4(**operands() | {"a_descale": right}, use_8x4_sf_layout=False, **MX)
+        flashinfer.calls.clear()
+        wrong = pool.acquire(**shape | changes)
+        refused(flashinfer, LayoutMismatchError, message, operands() | {"a_descale": wrong, "use_8x4_sf_layout": False})

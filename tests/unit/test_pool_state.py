@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.internals import buffers_of
 
-from safealloc import PaddingCorruptionError, PoolExhaustedError, ScalePool, ScaleSpec, SfLayout
+from safealloc import PaddingCorruptionError, PoolExhaustedError, ScaleFormat, ScalePool, ScaleSpec, SfLayout
 
 SPECS = [
     ScaleSpec(1, 64, SfLayout.layout_128x4),
@@ -21,6 +21,9 @@ SPECS = [
     ScaleSpec(8, 64, SfLayout.layout_8x4),  # no padding
     ScaleSpec(3, 80, SfLayout.layout_linear),
     ScaleSpec(130, 80, SfLayout.layout_128x4),
+    ScaleSpec(1, 128, SfLayout.layout_128x4, format=ScaleFormat.mxfp8),  # as many bytes as the first
+    ScaleSpec(5, 96, SfLayout.layout_8x4, format=ScaleFormat.mxfp4),
+    ScaleSpec(5, 96, SfLayout.layout_8x4, 256, ScaleFormat.mxfp8),
 ]
 CACHE, LIMIT = 2600, 9000
 
@@ -100,9 +103,9 @@ class PoolMachine(RuleBasedStateMachine):
             )
             if not self.evict(self.total() + spec.nbytes - LIMIT):
                 with pytest.raises(PoolExhaustedError):
-                    self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
+                    self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k, format=spec.format)
                 return
-        buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k)
+        buffer = self.pool.acquire(spec.rows, spec.k, spec.layout, padded_k=spec.padded_k, format=spec.format)
         address = buffer.data_ptr()
         start, end = address, address + spec.nbytes
         for other in self.live():
@@ -156,7 +159,7 @@ class PoolMachine(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(self.live()))
         if isinstance(model.held, torch.Tensor) and not model.offset:
             spec = model.spec
-            offsets = spec.layout.offsets(spec.rows, spec.k, padded_k=spec.padded_k).view(-1)
+            offsets = spec.layout.offsets(spec.rows, spec.k, padded_k=spec.padded_k, format=spec.format).view(-1)
             model.held.view(torch.uint8).view(-1)[offsets] = value
 
     @precondition(lambda self: self.live())
@@ -164,7 +167,12 @@ class PoolMachine(RuleBasedStateMachine):
     def corrupt(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from(self.live()))
         spec = model.spec
-        padding = spec.layout.padding_mask(spec.rows, spec.k, padded_k=spec.padded_k).nonzero().view(-1).tolist()
+        padding = (
+            spec.layout.padding_mask(spec.rows, spec.k, padded_k=spec.padded_k, format=spec.format)
+            .nonzero()
+            .view(-1)
+            .tolist()
+        )
         if padding and isinstance(model.held, torch.Tensor) and not model.offset:
             byte = data.draw(st.sampled_from(padding))
             model.held.view(torch.uint8).view(-1)[byte] = 0x7F
@@ -197,9 +205,9 @@ class PoolMachine(RuleBasedStateMachine):
         before = {buffer.address for buffer in buffers_of(self.pool)}
         if not self.evict(self.total() + missing * spec.nbytes - LIMIT):
             with pytest.raises(PoolExhaustedError):
-                self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
+                self.pool.reserve(spec.rows, spec.k, spec.layout, copies, format=spec.format)
             return
-        self.pool.reserve(spec.rows, spec.k, spec.layout, copies)
+        self.pool.reserve(spec.rows, spec.k, spec.layout, copies, format=spec.format)
         made = {buffer.address for buffer in buffers_of(self.pool)} - (before & set(self.buffers))
         assert len(made) == missing
         for address in made:

@@ -19,7 +19,14 @@ from triton.runtime.errors import PTXASError  # noqa: E402
 
 from benchmarks import in_kernel  # noqa: E402
 from safealloc.formats.layout import SfLayout  # noqa: E402
-from safealloc.kernels import triton_gemm, triton_grouped, triton_guard, triton_padding, triton_quantize  # noqa: E402
+from safealloc.kernels import (  # noqa: E402
+    triton_gemm,
+    triton_grouped,
+    triton_guard,
+    triton_mx,
+    triton_padding,
+    triton_quantize,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
@@ -194,6 +201,32 @@ def test_silu_and_mul_loads_both_halves_before_it_computes(architecture: int, ar
 def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: triton_quantize.Tiling) -> None:
     for valid_rows in (False, True):
         check_quantize(architecture, "bf16", layout, valid_rows, tiling)
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("mxfp4", [False, True], ids=["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("valid_rows", [False, True], ids=["all_rows", "valid_rows"])
+def test_mx_quantize(architecture: int, mxfp4: bool, valid_rows: bool) -> None:
+    types = {"data": "*u8", "scales": "*u8", "cols": "i32", "col_tiles": "i32"}
+    types |= {"valid_rows": "*i32"} if valid_rows else {}
+    constants: dict[str, Any] = {
+        "MXFP4": mxfp4,
+        "HARDWARE_E2M1": architecture >= 100,
+        "HARDWARE_E4M3": True,
+        "DEPENDENT": architecture >= 90,
+    } | ({} if valid_rows else {"valid_rows": None})
+    options = {"launch_pdl": True} if architecture >= 90 else {}
+    for layout, dtype, blocks in itertools.product(SfLayout, ("bf16", "fp16"), (16, 32)):
+        sizes = {"LAYOUT": int(layout), "BLOCKS": blocks}
+        ptx = compiled(
+            triton_mx._quantize, architecture, types | {"x": f"*{dtype}"}, constants | sizes, num_warps=4, **options
+        )
+        check_waits(ptx, architecture)
+        assert ptx.count(f"ld.global.v{blocks // 8}.b32") == 1, "x is not read in one piece"
+        assert (E2M1 in ptx) == (mxfp4 and architecture >= 100)
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (not mxfp4)
+        assert not re.search(r"\.ftz|div\.|rcp\.|\bfma\.", ptx), "each of these would change bits"
+        assert ("0f3E2AAAAB" if mxfp4 else "0f3B124925") in ptx, "the reciprocal is not the rounded one"
 
 
 def mm(

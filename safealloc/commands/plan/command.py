@@ -90,7 +90,7 @@ class Experts:
 
 
 def _buffer(spec: ScaleSpec) -> dict[str, Any]:
-    matrix = {"rows": spec.rows, "k": spec.k, "layout": spec.layout.name}
+    matrix = {"rows": spec.rows, "k": spec.k, "layout": spec.layout.name, "format": spec.format.name}
     return matrix | {"padded_shape": list(spec.padded_shape), "bytes": spec.nbytes}
 
 
