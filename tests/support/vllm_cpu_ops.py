@@ -314,20 +314,6 @@ def kernel_and_layer(name: str, n: int, k: int) -> tuple[Any, nn.Module]:
     return kernel, layer
 
 
-def engine_config(
-    sizes: tuple[int, ...] = (1, 2, 4, 8), max_num_seqs: int = 8, mode: int = 1, **parallel: Any
-) -> SimpleNamespace:
-    """The fields of a ``VllmConfig`` that the plugin reads."""
-    return SimpleNamespace(
-        compilation_config=SimpleNamespace(
-            cudagraph_mode=SimpleNamespace(value=mode), cudagraph_capture_sizes=list(sizes)
-        ),
-        parallel_config=SimpleNamespace(**{"use_ubatching": False, "enable_dbo": False, **parallel}),
-        model_config=SimpleNamespace(enforce_eager=False),
-        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
-    )
-
-
 @contextlib.contextmanager
 def capturing(pool: ScalePool, most_rows: int = 1 << 20) -> Iterator[Engine]:
     """Inside, calls of up to so many rows are those of an engine's captures; it has ``pool``."""

@@ -324,13 +324,28 @@ class Soak:
 
 
 def run(
-    soak: Soak, *, seconds: float | None = None, steps: int | None = None, log: Callable[[str], None] | None = None
+    soak: Soak,
+    *,
+    seconds: float | None = None,
+    at_most: float | None = None,
+    steps: int | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Steps until the time is over or the number is reached; what was tried and lost, for JSON."""
+    """Steps until the time is over or the number is reached; what was tried and lost, for JSON.
+
+    With ``at_most``, also seconds, it goes on until every action was tried.
+    """
     began = time.monotonic()
+
+    def is_over() -> bool:
+        passed = time.monotonic() - began
+        if seconds is not None and passed >= seconds:
+            return at_most is None or passed >= at_most or all(tally.tried for tally in soak.tallies.values())
+        return steps is not None and soak.steps >= steps
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while (seconds is None or time.monotonic() - began < seconds) and (steps is None or soak.steps < steps):
+        while not is_over():
             soak.step(log)
         try:
             soak.finish()
