@@ -141,7 +141,7 @@ def without_padded_k(self, buffer):
     return self.layout.padding_views(buffer, self.stored_rows, k, padded_k=self.padded_k)
 
 
-def evict_held_too(inventory):
+def evict_held_too(inventory, reserved):
     for cached in [one for one in inventory.by_address.values() if not one.kept]:
         inventory.forget(cached)
 
@@ -171,7 +171,8 @@ def keeping(clear):
     return clear_and_keep
 
 
-def columns_only(scales, layout, rows, k):
+def columns_only(scales, spec):
+    layout, rows, k = spec.layout, spec.rows, spec.k
     scales.view(-1)[layout.padding_mask(rows, k) & layout.padding_mask(layout.round_up(rows, 1)[0], k)] = 0
 
 
