@@ -55,7 +55,7 @@ def experts_refusal(device: torch.device, silu_and_mul: bool) -> str | None:
 def quantize_experts(
     x: Tensor, global_scales: Tensor, scales: Tensor, offsets: tuple[Tensor, Tensor], silu_and_mul: bool
 ) -> Tensor:
-    """vLLM's quantizer of rows grouped by expert.
+    """Quantize rows grouped by expert with vLLM's kernel.
 
     Args:
         x: ``[rows, k]``, or ``[rows, 2 * k]`` of gate and up.
