@@ -11,7 +11,6 @@ from safealloc.commands.plan.architectures import ExpertSite, Site
 from safealloc.commands.plan.deployment import Deployment
 from safealloc.formats.layout import SfLayout
 
-
 NORM, SILU, ATTENTION = "RMSNorm", "SiLU and mul", "attention"
 """What writes the input of a linear layer."""
 
