@@ -178,7 +178,7 @@ class Step:
             (site, site.layers[number], None if site in self._experts else weights[site][number % len(weights[site])])
             for site, number in model.step
         ]
-        self._norms = _norms(self._sites)
+        self._norms = norms(self._sites)
         self._quantized: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -230,7 +230,7 @@ class Step:
         triton_gemm.mm(x_fp4, weight.fp4, scales, weight.scales, self._one, self._y[site.n], layout)
 
 
-def _norms(sites: Sequence[tuple[Site | ExpertSite, int, object]]) -> dict[int, bool]:
+def norms(sites: Sequence[tuple[Site | ExpertSite, int, object]]) -> dict[int, bool]:
     """Places before which RMSNorm runs, and whether it adds the residual.
 
     The parts of a layer, attention and MLP, have one each, of the residual stream; a low-rank query has one more, without.

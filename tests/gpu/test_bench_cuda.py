@@ -30,10 +30,10 @@ def result():
 
 
 def test_the_result_has_every_baseline_at_every_batch_size(result):
-    from benchmarks.baselines import baselines
+    from benchmarks.baselines import LINEAR, baselines
 
     with ScalePool("cuda") as pool:
-        names = list(baselines(pool))
+        names = [name for name in baselines(pool) if name != LINEAR]
     assert list(result["baselines"]) == names
     assert 1e11 < result["copy_bytes_per_second"] < 1e14
     (model,) = result["models"]
@@ -61,8 +61,8 @@ def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_per_quanti
     for row in model["batches"]:
         nodes = {name: found["nodes"] for name, found in row["baselines"].items()}
         assert nodes["pool"] == nodes["empty"] >= 2 * model["quantizations"]  # a GEMM may be two kernels
-        assert nodes["zeros"] == nodes["pool"] + model["quantizations"]
-        assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]
+        assert nodes["zeros (stand-in)"] == nodes["pool"] + model["quantizations"]
+        assert nodes["zeroing the returned buffer (stand-in)"] == nodes["pool"] + model["quantizations"]
 
 
 def test_a_longer_graph_takes_longer():

@@ -283,11 +283,12 @@ def test_shares_are_added_up_after_the_predecessor(architecture: int) -> None:
 @pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("kernel", [in_kernel._row_by_row, in_kernel._wide_stores], ids=lambda kernel: kernel.__name__)
-def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+def test_padding_in_the_kernel(architecture: int, kernel: Any, silu: bool) -> None:
     types = {"x": "*bf16", "global_scale": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
     types |= dict.fromkeys(("rows", "cols", "col_tiles"), "i32")
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "BLOCKS": 64}
-    constants |= {"WORDS": False}
+    constants |= {"WORDS": False, "SILU": silu}
     constants |= {"PADDING": in_kernel._PADDING} if "PADDING" in kernel.arg_names else {}
     check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
 
