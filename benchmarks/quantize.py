@@ -175,7 +175,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             pool_to(EMPTY_NODE, lambda row: row["rows"] == 1 and row["k"] == 4096, "floor"),
         ),
         at_most(
-            "pool against padding in the kernel, rows <= 8, k >= 8192, 128x4: times",
+            "pool against padding in the kernel (stand-in), rows <= 8, k >= 8192, 128x4: times",
             0.70,
             pool_to(IN_KERNEL, lambda row: row["rows"] <= 8 and row["k"] >= 8192 and row["layout"] == "128x4"),
         ),
