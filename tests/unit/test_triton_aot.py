@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.errors import PTXASError  # noqa: E402
 
-from benchmarks import in_kernel  # noqa: E402
+from benchmarks import in_kernel, producers  # noqa: E402
 from safealloc.formats.layout import SfLayout  # noqa: E402
 from safealloc.kernels import triton_gemm, triton_grouped, triton_guard, triton_padding, triton_quantize  # noqa: E402
 
@@ -291,6 +291,16 @@ def test_padding_in_the_kernel(architecture: int, kernel: Any, silu: bool) -> No
     constants |= {"WORDS": False, "SILU": silu}
     constants |= {"PADDING": in_kernel._PADDING} if "PADDING" in kernel.arg_names else {}
     check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("with_residual", [False, True], ids=["norm", "residual"])
+def test_rms_norm_of_the_benchmarks(architecture: int, with_residual: bool) -> None:
+    tensors = ("x", "residual", "weight", "out", "total") if with_residual else ("x", "weight", "out")
+    types = {**dict.fromkeys(tensors, "*bf16"), "cols": "i32:16", "eps": "fp32"}
+    missing = {} if with_residual else {"residual": None, "total": None}
+    ptx = compiled(producers._rms_norm, architecture, types, {"BLOCK": 8192, **missing}, num_warps=8)
+    assert "ld.global.v4" in ptx or "v4.b32" in ptx, "rows are not read 16 bytes at a time"
 
 
 @hopper_and_slow_others
