@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import timing, vendor_kernels
 from benchmarks.summary import at_least, at_most, summary
 from safealloc.formats.layout import SfLayout, short
 from safealloc.kernels import triton_quantize
-from safealloc.ops.backends import QUANTIZERS, Call
 from safealloc.pool.pool import ScalePool
 
 EXACT = "exact"
 VENDORS = {SfLayout.layout_128x4: "vllm", SfLayout.layout_8x4: "flashinfer"}
-POOL, LINEAR, SILU, OWN, OWN_SILU = "pool", "linear", "SiLU and mul", "own kernel", "own kernel, SiLU and mul"
+OWN = {SfLayout.layout_128x4: vendor_kernels.VLLM, SfLayout.layout_8x4: vendor_kernels.FLASHINFER}
+POOL, LINEAR, SILU = "pool", "linear", "SiLU and mul"
 
 MOST_SILU = 65536
 """Values up to which SiLU and mul has a target."""
@@ -32,7 +32,11 @@ Nodes = Mapping[str, Mapping[str, Callable[[], object]]]
 """Calls by arithmetic and what they measure."""
 
 
-def nodes(pool: ScalePool, rows: int, k: int, layout: SfLayout) -> Nodes:
+Own = Mapping[str, vendor_kernels.Quantize]
+"""Vendors' kernels that run, by name."""
+
+
+def nodes(pool: ScalePool, rows: int, k: int, layout: SfLayout, own: Own, own_silu: Own) -> Nodes:
     """What is measured at a shape; makes the pool's buffers."""
     device, vendor = pool.device, VENDORS[layout]
     x, gate_up = (torch.randn(rows, width, dtype=torch.bfloat16, device=device) for width in (k, 2 * k))
@@ -49,11 +53,6 @@ def nodes(pool: ScalePool, rows: int, k: int, layout: SfLayout) -> Nodes:
         triton_quantize.quantize(given, g, data, scales, layout, None, silu_and_mul, arithmetic)
         return data, scales
 
-    def own(silu_and_mul: bool) -> tuple[Tensor, Tensor]:
-        data, scales = torch.empty((rows, k // 2), dtype=torch.uint8, device=device), pool.acquire(rows, k, layout)
-        QUANTIZERS[vendor].run(gate_up if silu_and_mul else x, g, data, scales, layout, None, silu_and_mul)
-        return data, scales
-
     found: dict[str, dict[str, Callable[[], object]]] = {
         arithmetic: {
             POOL: functools.partial(quantize, layout, False, arithmetic),
@@ -62,14 +61,25 @@ def nodes(pool: ScalePool, rows: int, k: int, layout: SfLayout) -> Nodes:
         }
         for arithmetic in (EXACT, vendor)
     }
-    for name, silu_and_mul in ((OWN, False), (OWN_SILU, True)):
-        if QUANTIZERS[vendor].refusal(Call(device, layout, silu_and_mul=silu_and_mul)) is None:
-            found[vendor][name] = functools.partial(own, silu_and_mul)
+    # Of the vendor whose arithmetic it is: the others are beside the baselines.
+    for name, theirs in own.items():
+        if name == OWN[layout]:
+            found[vendor][name] = functools.partial(theirs, x, g, layout)
+    for name, theirs in own_silu.items():
+        found[vendor][name] = functools.partial(theirs, gate_up, g, layout)
     return found
 
 
 def measure(
-    pool: ScalePool, rows: int, k: int, layout: SfLayout, calls: int, rounds: int, replays: int
+    pool: ScalePool,
+    rows: int,
+    k: int,
+    layout: SfLayout,
+    calls: int,
+    rounds: int,
+    replays: int,
+    own: Own,
+    own_silu: Own,
 ) -> dict[str, Any]:
     """One shape: microseconds of each node, and ratios within a round.
 
@@ -78,10 +88,11 @@ def measure(
         rows, k, layout: 128x4 or 8x4.
         calls: per graph.
         rounds, replays: as in :func:`benchmarks.timing.interleaved`.
+        own, own_silu: vendors' kernels that run here, without and with SiLU and mul.
     """
     every = {
         (arithmetic, name): call
-        for arithmetic, row in nodes(pool, rows, k, layout).items()
+        for arithmetic, row in nodes(pool, rows, k, layout, own, own_silu).items()
         for name, call in row.items()
     }
 

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*PARTS, "all"),
         default="all",
         metavar="PART",
-        help="quantize: kernels; decode: the linear layers of a model's decode step; host: time on the CPU; "
+        help="quantize: kernels; decode: a model's decode step; host: time on the CPU; "
         "moe: grouped quantization; guard: verify_every; all (%(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")

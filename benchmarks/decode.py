@@ -1,8 +1,14 @@
-"""``python -m benchmarks decode``: a model's linear layers at decode, in CUDA graphs that differ in how padding is kept zero.
+"""``python -m benchmarks decode``: a model's decode step, in CUDA graphs that differ in how padding is kept zero.
 
-A step quantizes and multiplies at each site of each layer, in layer order, with nothing in between. Each layer has its own
-weights as far as memory allows, so that a step finds none of them in the L2 cache; all baselines share them. There is one
-graph per baseline and batch size, and those of one batch size are replayed in turn.
+A step has every quantization, in layer order, with what writes its input and what reads its result: RMSNorm with the residual
+before attention and before the MLP, SiLU and mul in the quantizer's launch before a down projection, the gathering of rows
+before routed experts, and the GEMMs. Attention itself, rotary embeddings, routers, the sum over experts, all-reduces and the
+language-model head are left out.
+
+Each layer has its own weights as far as memory allows, so that a step finds none of them in the L2 cache; all baselines share
+them. Routed experts have one layer's weights for all layers, of which each layer reads another part. Their grouped GEMM is a
+stand-in: one GEMM that reads the weights of as many experts as the batch is routed to, with as many rows as an expert has on
+average. There is one graph per baseline and batch size, and those of one batch size are replayed in turn.
 """
 
 from __future__ import annotations
@@ -15,25 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.baselines import POOL, ZEROS, Baseline, baselines
-from benchmarks.models import MODELS, Model
+from benchmarks import moe, producers, timing
+from benchmarks.baselines import LINEAR, POOL, ZEROS, Baseline, baselines
+from benchmarks.models import MODELS, NORM, SILU, Model, producer
 from benchmarks.summary import summary
-from safealloc.commands.plan.architectures import Site, as_dict
+from safealloc.commands.plan.architectures import ExpertSite, Site, as_dict
 from safealloc.commands.report import Progress
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels import triton_gemm
 from safealloc.pool.pool import ScalePool
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 4, 16, 64)
 QUICK_MODELS, QUICK_BATCHES = MODELS[1:2], (1, 16)
 GEMM_ONLY = "gemm only"
-"""In place of a baseline: no quantization, on data and scales that stay."""
+"""In place of a baseline: no producer and no quantization, on data and scales that stay."""
+
+COUNTS = "RMSNorm, SiLU and mul, gathered rows, quantizations and GEMMs; a stand-in for the grouped GEMM of experts"
 
 _WEIGHTS_SHARE = 0.6  # of the free memory
 _MICROSECONDS_PER_ROUND = 3e3  # that the slowest graph replays, if so few replays take that long
 _MAX_REPLAYS = 20  # per round
-_MIN_ROUNDS, _MAX_ROUNDS = 9, 60
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 60
 
 
 def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
     """
     if quick:
         return measure(device, QUICK_MODELS, QUICK_BATCHES, 0.2, progress)
-    return measure(device, MODELS, BATCHES, 2.0, progress)
+    return measure(device, MODELS, BATCHES, 0.8, progress)
 
 
 def measure(
@@ -72,10 +80,10 @@ def measure(
                 {
                     "model": model.name,
                     "tensor_parallel": model.tensor_parallel,
-                    "sites": [as_dict(site) for site in model.sites],
-                    "quantizations": len(model.step),
+                    "sites": [_about(site) for site in model.sites],
+                    "quantizations": model.quantizations,
                     "weight_bytes": model.weight_nbytes,
-                    "distinct_weights": sum(map(len, weights.values())),
+                    "distinct_weights": sum(len(weights[site]) for site in model.linears),
                     "batches": of_batches,
                 }
             )
@@ -83,8 +91,19 @@ def measure(
             torch.cuda.empty_cache()
         progress("done", 1.0)
     with ScalePool(device) as pool:
-        about = {baseline.name: baseline.about for baseline in baselines(pool).values()}
-    return {"baselines": about, "copy_bytes_per_second": round(bandwidth), "models": measured}
+        about = {baseline.name: baseline.about for baseline in _baselines(pool).values()}
+    return {"counts": COUNTS, "baselines": about, "copy_bytes_per_second": round(bandwidth), "models": measured}
+
+
+def _about(site: Site | ExpertSite) -> dict[str, Any]:
+    if isinstance(site, Site):
+        return as_dict(site) | {"producer": producer(site)}
+    return as_dict(site) | {"width": site.width, "experts": site.experts, "topk": site.topk}
+
+
+def _baselines(pool: ScalePool) -> dict[str, Baseline]:
+    """All but the linear layout, which is a floor for one kernel, and in which experts have no tiles."""
+    return {name: baseline for name, baseline in baselines(pool).items() if name != LINEAR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,73 +112,194 @@ class _Weight:
     scales: Tensor
 
 
-def weights_of(model: Model, device: torch.device) -> dict[Site, list[_Weight]]:
-    """Random weights of each site: one per layer, or as many as fit."""
+Weights = Mapping[Site | ExpertSite, Sequence[_Weight]]
+
+
+def weights_of(model: Model, device: torch.device) -> Weights:
+    """Random weights of each site: one per layer, or as many as fit; of experts w13 and w2, all of one layer."""
+    generator = torch.Generator(device).manual_seed(0)
+    found: dict[Site | ExpertSite, list[_Weight]] = {
+        site: [_weight(site.experts * _rows(n), k, generator) for n, k in _products(site)]
+        for site in model.sites
+        if isinstance(site, ExpertSite)
+    }
     free, _ = torch.cuda.mem_get_info(device)
     share = min(1.0, _WEIGHTS_SHARE * free / model.weight_nbytes)
-    generator = torch.Generator(device).manual_seed(0)
-    return {
-        site: [_weight(site, generator) for _ in range(max(1, int(share * len(site.layers))))] for site in model.sites
-    }
+    for site in model.linears:
+        count = max(1, int(share * len(site.layers)))
+        found[site] = [_weight(site.n, site.k, generator) for _ in range(count)]
+    return found
 
 
-def _weight(site: Site, generator: torch.Generator) -> _Weight:
+def _products(site: ExpertSite) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of an expert's w13 and w2."""
+    return (site.n, site.k), (site.k, site.width)
+
+
+def _rows(n: int) -> int:
+    """Rows of an expert's weight in a weight of all of them: scales of an expert begin at a tile."""
+    return SfLayout.layout_128x4.round_up(n, 1)[0]
+
+
+def _weight(n: int, k: int, generator: torch.Generator) -> _Weight:
     def random(low: int, high: int, shape: tuple[int, int]) -> Tensor:
         return torch.randint(low, high, shape, dtype=torch.uint8, device=generator.device, generator=generator)
 
     # 0x28 to 0x3F are e4m3 from 0.25 to 1.875.
-    shape = SfLayout.layout_128x4.padded_shape(site.n, site.k)
-    return _Weight(random(0, 256, (site.n, site.k // 2)), random(0x28, 0x40, shape))
+    shape = SfLayout.layout_128x4.padded_shape(n, k)
+    return _Weight(random(0, 256, (n, k // 2)), random(0x28, 0x40, shape))
 
 
 class Step:
     """A decode step at one batch size, in static memory."""
 
-    def __init__(
-        self, model: Model, weights: Mapping[Site, Sequence[_Weight]], batch: int, device: torch.device
-    ) -> None:
-        self._linears = [(site, weights[site][number % len(weights[site])]) for site, number in model.step]
+    def __init__(self, model: Model, weights: Weights, batch: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(batch)
-        self._x = {
-            k: torch.randn(batch, k, dtype=torch.bfloat16, device=device, generator=generator)
-            for k in {site.k: None for site in model.sites}
-        }
-        self._y = {n: torch.empty(batch, n, dtype=torch.bfloat16, device=device) for n in {s.n for s in model.sites}}
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.bfloat16, device=device, generator=generator)
+
+        linears = model.linears
+        # RMSNorm writes its result beside its input; attention's result is an input that stays.
+        self._x = {k: random(batch, k) for k in {site.k: None for site in model.sites}}
+        self._residual = {k: random(batch, k) for k in self._x}
+        self._norm_weight = {k: torch.ones(k, dtype=torch.bfloat16, device=device) for k in self._x}
+        self._normed = {k: torch.empty_like(x) for k, x in self._x.items()}
+        self._total = {k: torch.empty_like(x) for k, x in self._x.items()}
+        self._y = {n: torch.empty(batch, n, dtype=torch.bfloat16, device=device) for n in {s.n for s in linears}}
+        # What the projection before wrote, gate and up; made up where a model has none of that width.
+        silu = {site.k for site in linears if producer(site) == SILU}
+        self._gate_up = {k: self._y[2 * k] if 2 * k in self._y else random(batch, 2 * k) for k in silu}
         self._one = torch.ones(1, device=device)
-        self._quantized: dict[int, tuple[Tensor, Tensor]] = {}
+        self._experts = {
+            site: _Experts(site, weights[site], batch, device) for site in model.sites if isinstance(site, ExpertSite)
+        }
+        self._sites = [
+            (site, site.layers[number], None if site in self._experts else weights[site][number % len(weights[site])])
+            for site, number in model.step
+        ]
+        self._norms = norms(self._sites)
+        self._quantized: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def active_experts(self) -> int | None:
+        """Experts that the batch is routed to in a layer; ``None`` where a model has none."""
+        return max((experts.active for experts in self._experts.values()), default=None)
 
     def run(self, baseline: Baseline) -> None:
-        """Quantize and multiply at each site."""
-        for site, weight in self._linears:
-            self._linear(site, weight, baseline)
+        """Produce, quantize and multiply at each site."""
+        for place, (site, layer, weight) in enumerate(self._sites):
+            if place in self._norms:
+                self._norm(site, with_residual=self._norms[place])
+            if isinstance(site, ExpertSite):
+                self._experts[site].run(self._normed[site.k], baseline, layer)
+            else:
+                assert weight is not None
+                self._linear(site, weight, baseline)
 
     def multiply(self, baseline: Baseline) -> None:
         """Multiply only; the baseline quantizes once, at the first call."""
         if not self._quantized:
-            self._quantized = {k: baseline.quantize(x, self._one, _layout(baseline)) for k, x in self._x.items()}
-        for site, weight in self._linears:
-            self._multiply(site, weight, *self._quantized[site.k], _layout(baseline))
+            self._quantized = {
+                (k, silu): self._quantize(k, silu, x, baseline)
+                for silu, inputs in ((False, self._x), (True, self._gate_up))
+                for k, x in inputs.items()
+            }
+        for site, layer, weight in self._sites:
+            if isinstance(site, ExpertSite):
+                self._experts[site].multiply(baseline, layer)
+            else:
+                assert weight is not None
+                self._multiply(site, weight, *self._quantized[site.k, producer(site) == SILU], _layout(baseline))
+
+    def _norm(self, site: Site | ExpertSite, with_residual: bool) -> None:
+        k = site.k
+        residual, total = (self._residual[k], self._total[k]) if with_residual else (None, None)
+        producers.rms_norm(self._x[k], residual, self._norm_weight[k], self._normed[k], total)
+
+    def _quantize(self, k: int, silu: bool, x: Tensor, baseline: Baseline) -> tuple[Tensor, Tensor]:
+        return baseline.quantize(x, self._one, _layout(baseline), silu_and_mul=silu)
 
     def _linear(self, site: Site, weight: _Weight, baseline: Baseline) -> None:
         # A function of its own: its buffers are free again before the next site asks for one.
-        layout = _layout(baseline)
-        self._multiply(site, weight, *baseline.quantize(self._x[site.k], self._one, layout), layout)
+        of = producer(site)
+        x = {SILU: self._gate_up, NORM: self._normed}.get(of, self._x)[site.k]
+        self._multiply(site, weight, *self._quantize(site.k, of == SILU, x, baseline), _layout(baseline))
 
     def _multiply(self, site: Site, weight: _Weight, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
         triton_gemm.mm(x_fp4, weight.fp4, scales, weight.scales, self._one, self._y[site.n], layout)
+
+
+def norms(sites: Sequence[tuple[Site | ExpertSite, int, object]]) -> dict[int, bool]:
+    """Places before which RMSNorm runs, and whether it adds the residual.
+
+    The parts of a layer, attention and MLP, have one each, of the residual stream; a low-rank query has one more, without.
+    """
+    found: dict[int, bool] = {}
+    seen: set[tuple[int, str, int]] = set()
+    residual: set[tuple[int, str]] = set()
+    for place, (site, layer, _) in enumerate(sites):
+        part = site.name.partition(".")[0]
+        if (isinstance(site, Site) and producer(site) != NORM) or (layer, part, site.k) in seen:
+            continue
+        found[place] = (layer, part) not in residual
+        seen.add((layer, part, site.k))
+        residual.add((layer, part))
+    return found
+
+
+class _Experts:
+    """Routed experts at one batch size; every layer has the same routing, and reads other experts' weights."""
+
+    def __init__(self, site: ExpertSite, weights: Sequence[_Weight], batch: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(batch)
+        counts = moe.routed(batch, site.experts, site.topk, "uniform", generator)
+        rows = batch * site.topk
+        self.active = int((counts > 0).sum())
+        self._site, self._weights = site, weights
+        self._per_expert = -(-rows // self.active)
+        self._token = torch.randint(batch, (rows,), generator=generator).to(device)
+        offsets = moe.offsets(counts, device)
+        ones, self._one = torch.ones(site.experts, device=device), torch.ones(1, device=device)
+        self._out = [
+            torch.zeros(self._per_expert, self.active * _rows(n), dtype=torch.bfloat16, device=device)
+            for n, _ in _products(site)
+        ]
+        x = torch.zeros(rows, site.k, dtype=torch.bfloat16, device=device)
+        gate_up = self._out[0].view(-1)[: 2 * rows * site.width].view(rows, 2 * site.width)
+        self._steps = moe.Step(x, ones, offsets, site.k, False), moe.Step(gate_up, ones, offsets, site.width, True)
+        self._quantized: list[tuple[Tensor, Tensor]] = []
+
+    def run(self, x: Tensor, baseline: Baseline, layer: int) -> None:
+        """Gather rows of ``x``, ``[batch, k]``, quantize, multiply by w13, then SiLU and mul, quantize, multiply by w2."""
+        torch.index_select(x, 0, self._token, out=self._steps[0].x)
+        for number, step in enumerate(self._steps):
+            self._multiply(number, *baseline.experts(step), layer)
+
+    def multiply(self, baseline: Baseline, layer: int) -> None:
+        """Multiply only; the baseline quantizes once, at the first call."""
+        if not self._quantized:
+            self._quantized = [baseline.experts(step) for step in self._steps]
+        for number, (x_fp4, scales) in enumerate(self._quantized):
+            self._multiply(number, x_fp4, scales, layer)
+
+    def _multiply(self, number: int, x_fp4: Tensor, scales: Tensor, layer: int) -> None:
+        rows, weight = _rows(_products(self._site)[number][0]), self._weights[number]
+        first = layer * self.active % (self._site.experts - self.active + 1) * rows
+        part = slice(first, first + self.active * rows)
+        given = x_fp4[: self._per_expert], weight.fp4[part], scales, weight.scales[part]
+        triton_gemm.mm(*given, self._one, self._out[number], SfLayout.layout_128x4)
 
 
 def _layout(baseline: Baseline) -> SfLayout:
     return SfLayout.layout_128x4 if baseline.layout is None else baseline.layout
 
 
-def _batch(
-    model: Model, weights: Mapping[Site, Sequence[_Weight]], batch: int, device: torch.device, seconds: float
-) -> dict[str, Any]:
+def _batch(model: Model, weights: Weights, batch: int, device: torch.device, seconds: float) -> dict[str, Any]:
     """Capture the step of each baseline and replay the graphs in turn."""
     step = Step(model, weights, batch, device)
     with ScalePool(device, growth_in_capture="error") as pool:
-        by_name = baselines(pool)
+        by_name = _baselines(pool)
         graphs = {
             name: timing.captured(functools.partial(step.run, baseline), pool) for name, baseline in by_name.items()
         }
@@ -168,7 +308,7 @@ def _batch(
         times = timing.interleaved(graphs, rounds, replays, seed=batch)
         segments = torch.cuda.memory_snapshot()
         reports = {name: pool.graph_report(graph) for name, graph in graphs.items()}
-        found = baseline_results(times, len(model.step))
+        found = baseline_results(times, model.quantizations)
         for name, result in found.items():
             nodes = reports[name].nodes
             result["nodes"] = None if nodes is None else sum(nodes.values())
@@ -179,6 +319,7 @@ def _batch(
         torch.cuda.synchronize()
     return {
         "batch": batch,
+        "active_experts": step.active_experts,
         "rounds": rounds,
         "replays": replays,
         "gemm_only": summary(times[GEMM_ONLY]),

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, PIXELS = 8.3, 1660  # a page shows a picture about 830 pixels wide: 10 points are 14 pixels there
 PAPER, INK, MUTED, GRID = "#ffffff", "#20252b", "#5f6872", "#d5d9df"
-_GREEN, _GRAY, _RED, _ORANGE = "#12946a", "#9ba3ad", "#a8281e", "#eba52e"
+_GREEN, _GRAY, _RED, _ORANGE, _BLUE = "#12946a", "#9ba3ad", "#a8281e", "#eba52e", "#5bb8e8"
 _VARIANT = {"markerfacecolor": PAPER, "linestyle": "--"}
 
 LOOKS: dict[str, dict[str, Any]] = {
@@ -36,9 +36,16 @@ LOOKS: dict[str, dict[str, Any]] = {
     },
     "zeros": {"color": _RED, "marker": "^", "label": "torch.zeros at each call"},
     "large zeros": {"color": _RED, "marker": "^", **_VARIANT, "label": "torch.zeros of vLLM's size"},
-    "in kernel": {"color": _ORANGE, "marker": "D", "label": "padding stored by the kernel, row by row"},
-    "wide": {"color": _ORANGE, "marker": "D", **_VARIANT, "label": "padding stored by the kernel, wide stores"},
+    "in kernel": {"color": _ORANGE, "marker": "D", "label": "padding in the kernel, row by row"},
+    "wide": {"color": _ORANGE, "marker": "D", **_VARIANT, "label": "padding in the kernel, wide stores"},
     "vllm": {"color": "#6b4fa0", "marker": "X", "label": "vLLM's own"},
+    "vllm and cleaner": {
+        "color": "#6b4fa0",
+        "marker": "X",
+        **_VARIANT,
+        "label": "vLLM's own, cleaned by our kernel",
+    },
+    "flashinfer": {"color": _BLUE, "marker": "P", "label": "FlashInfer's own"},
     "empty kernel": {"color": MUTED, "marker": "", "linestyle": ":", "label": "a kernel that does nothing"},
     "launch": {"color": MUTED, "marker": "", "label": "a bare Triton launch"},
     "published": {"color": INK, "marker": "*", "markerfacecolor": PAPER, "label": "published in vLLM issue 37563"},

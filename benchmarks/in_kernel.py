@@ -38,12 +38,18 @@ def _one_row(
     HARDWARE_E2M1: tl.constexpr,
     HARDWARE_E4M3: tl.constexpr,
     WORDS: tl.constexpr,
+    SILU: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     live = col < tl.where(row < rows, cols, 0)
     block = (row.to(tl.int64) * cols + col)[:, None]
+    gate = block
+    up = None
+    if SILU:
+        gate = block + row.to(tl.int64) * cols
+        up = gate + cols
     packed, scale_code = quantize_blocks(
-        x, global_scale, block, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT, None, "exact"
+        x, global_scale, gate, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT, up, "exact"
     )
     tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed, mask=live[:, None])
     tl.store(scales + scale_offset(row, col, col_tiles, LAYOUT), scale_code, mask=col < scale_cols)
@@ -63,6 +69,7 @@ def _row_by_row(
     HARDWARE_E4M3: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
+    SILU: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -85,6 +92,7 @@ def _row_by_row(
         HARDWARE_E2M1,
         HARDWARE_E4M3,
         WORDS,
+        SILU,
         DEPENDENT,
     )
 
@@ -103,6 +111,7 @@ def _wide_stores(
     HARDWARE_E4M3: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
+    SILU: tl.constexpr,
     PADDING: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -128,6 +137,7 @@ def _wide_stores(
             HARDWARE_E2M1,
             HARDWARE_E4M3,
             WORDS,
+            SILU,
             DEPENDENT,
         )
     else:
@@ -140,11 +150,13 @@ def _wide_stores(
         tl.store(at, tl.zeros_like(word), mask=(below >= rows) & (word < col_tiles * TILE_ROWS))
 
 
-def row_by_row(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
+def row_by_row(
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, silu_and_mul: bool = False
+) -> None:
     """Quantize, and zero all padding, as vLLM does; arguments as :func:`safealloc.kernels.triton_quantize.quantize`."""
-    rows, k = x.shape
+    rows, k = x_fp4.shape[0], 2 * x_fp4.shape[1]
     padded_rows, padded_cols = layout.padded_shape(rows, k)
-    tiling = _tiling(x, padded_rows * padded_cols)
+    tiling = _tiling(x, padded_rows * padded_cols, silu_and_mul)
     dependent = dependent_launch(x.device)
     with device_of(x):
         _row_by_row[(padded_rows, -(-padded_cols // tiling.blocks))](
@@ -160,6 +172,7 @@ def row_by_row(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, l
             HARDWARE_E4M3=x.is_cuda,
             BLOCKS=tiling.blocks,
             WORDS=tiling.words,
+            SILU=silu_and_mul,
             DEPENDENT=bool(dependent),
             num_warps=4,
             enable_fp_fusion=False,
@@ -167,13 +180,15 @@ def row_by_row(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, l
         )
 
 
-def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout) -> None:
+def wide_stores(
+    x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, layout: SfLayout, silu_and_mul: bool = False
+) -> None:
     """Quantize, and zero padding rows; k is a multiple of 64, so that there are no padding columns."""
-    rows, k = x.shape
+    rows, k = x.shape[0], x.shape[1] // (2 if silu_and_mul else 1)
     cols = k // BLOCK_SIZE
     if cols % 4:
         raise ValueError(f"k must be a multiple of 64, got {k}")
-    tiling = _tiling(x, rows * cols)
+    tiling = _tiling(x, rows * cols, silu_and_mul)
     padding = -(-(cols // 4) * layout.tile.rows // _PADDING) if rows % layout.tile.rows else 0
     dependent = dependent_launch(x.device)
     with device_of(x):
@@ -190,6 +205,7 @@ def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, 
             HARDWARE_E4M3=x.is_cuda,
             BLOCKS=tiling.blocks,
             WORDS=tiling.words,
+            SILU=silu_and_mul,
             PADDING=_PADDING,
             DEPENDENT=bool(dependent),
             num_warps=4,
@@ -198,9 +214,9 @@ def wide_stores(x: Tensor, global_scale: Tensor, x_fp4: Tensor, scales: Tensor, 
         )
 
 
-def _tiling(x: Tensor, blocks: int) -> Tiling:
-    """The fastest on an H200 for so many blocks."""
-    if blocks <= 4096:
+def _tiling(x: Tensor, blocks: int, silu_and_mul: bool) -> Tiling:
+    """The fastest on an H200 for so many blocks; SiLU takes no words."""
+    if blocks <= 4096 or silu_and_mul:
         return Tiling(64, words=False)
     words = takes_words(x)
     return Tiling(128 if words else 64, words=words)

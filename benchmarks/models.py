@@ -7,9 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safealloc.commands.plan import architectures
-from safealloc.commands.plan.architectures import Site
+from safealloc.commands.plan.architectures import ExpertSite, Site
 from safealloc.commands.plan.deployment import Deployment
 from safealloc.formats.layout import SfLayout
+
+NORM, SILU, ATTENTION = "RMSNorm", "SiLU and mul", "attention"
+"""What writes the input of a linear layer."""
+
+
+def producer(site: Site) -> str:
+    """What writes the input of a linear layer, by its name in vLLM."""
+    if site.name.endswith("down_proj"):
+        return SILU
+    return ATTENTION if site.name.endswith("o_proj") else NORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +29,12 @@ class Model:
     Attributes:
         name: as it was published.
         tensor_parallel: ranks that a layer is split over.
-        sites: linear layers of a decode step.
+        sites: linear layers and routed experts of a decode step.
     """
 
     name: str
     tensor_parallel: int
-    sites: tuple[Site, ...]
+    sites: tuple[Site | ExpertSite, ...]
 
     @property
     def title(self) -> str:
@@ -32,17 +42,27 @@ class Model:
         return f"{self.name}, TP {self.tensor_parallel}"
 
     @property
-    def step(self) -> list[tuple[Site, int]]:
-        """The linear layers of a decode step in the order they run, each with its number within its site."""
+    def linears(self) -> tuple[Site, ...]:
+        """Sites without routed experts."""
+        return tuple(site for site in self.sites if isinstance(site, Site))
+
+    @property
+    def step(self) -> list[tuple[Site | ExpertSite, int]]:
+        """The sites of a decode step in the order they run, each with its number within its site."""
         runs = sorted(
             (layer, place, number) for place, site in enumerate(self.sites) for number, layer in enumerate(site.layers)
         )
         return [(self.sites[place], number) for _, place, number in runs]
 
     @property
+    def quantizations(self) -> int:
+        """Of a step: one at a linear layer, two at routed experts, before w13 and before w2."""
+        return sum(len(site.layers) * (2 if isinstance(site, ExpertSite) else 1) for site in self.sites)
+
+    @property
     def weight_nbytes(self) -> int:
-        """Bytes that a step reads of weights and their scales."""
-        return sum(len(site.layers) * weight_nbytes(site) for site in self.sites)
+        """Bytes that a step reads of linear layers' weights and their scales, without routed experts."""
+        return sum(len(site.layers) * weight_nbytes(site) for site in self.linears)
 
 
 def weight_nbytes(site: Site) -> int:
@@ -51,11 +71,10 @@ def weight_nbytes(site: Site) -> int:
 
 
 def model(name: str, fields: Mapping[str, Any], tensor_parallel: int) -> Model:
-    """The model with these fields of ``config.json``, without its routed experts."""
-    layers: dict[Site, list[int]] = {}
+    """The model with these fields of ``config.json``."""
+    layers: dict[Site | ExpertSite, list[int]] = {}
     for layer, site in architectures.sites(fields, Deployment((), tensor_parallel)):
-        if isinstance(site, Site):
-            layers.setdefault(site, []).append(layer)
+        layers.setdefault(site, []).append(layer)
     sites = (replace(site, layers=tuple(numbers)) for site, numbers in layers.items())
     return Model(name, tensor_parallel, tuple(sites))
 
@@ -111,6 +130,7 @@ MODELS = (
     model("Llama 3.3 70B", LLAMA_70B, 8),
     model("Qwen3 32B", QWEN3_32B, 1),
     model("Qwen3 32B", QWEN3_32B, 8),
-    model("DeepSeek-R1 without routed experts", DEEPSEEK_R1, 8),
+    model("DeepSeek-R1", DEEPSEEK_R1, 1),
+    model("DeepSeek-R1", DEEPSEEK_R1, 8),
 )
-"""Every linear layer counts as NVFP4; a published checkpoint may keep some in another type."""
+"""Every linear layer and expert counts as NVFP4; a published checkpoint may keep some in another type."""

@@ -2,7 +2,8 @@
 
 The shapes are those of DeepSeek-R1's MoE layers: 256 experts, 8 per token. The calls in a graph alternate between two
 routings, so that there is always something to clear. Before a shape is timed, the contents of the pool's buffer are compared
-with the plain-torch reference.
+with the plain-torch reference. Baselines that are named stand-ins have our quantizer in place of vLLM's; vLLM's own is one
+more baseline where it can run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import timing, vendor_kernels
 from benchmarks.summary import at_least, at_most, summary
 from safealloc.commands.report import Progress
 from safealloc.formats.format import BLOCK_SIZE
@@ -28,7 +29,8 @@ from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, 
 from safealloc.pool.pool import ScalePool
 
 ALONE, POOL, POOL_VLLM = "quantization alone", "pool", "pool, vLLM's arithmetic"
-VLLM, RIGHT_SIZED = "vLLM's size, zeroed", "right-sized, zeroed"
+VLLM_SIZE, RIGHT_SIZE = "vLLM's size, zeroed", "right-sized, zeroed"
+VLLM, RIGHT_SIZED = f"{VLLM_SIZE} (stand-in)", f"{RIGHT_SIZE} (stand-in)"  # our quantizer in such a buffer
 CLEANED = "pool, cleaned by a separate kernel"
 ROUTINGS = ("uniform", "skewed")
 
@@ -96,9 +98,15 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
     }
     jobs = [(k, silu, batch, routing) for k, silu in extent.ks for batch in extent.batches for routing in ROUTINGS]
     with torch.cuda.device(device), ScalePool(device, growth_in_capture="error") as pool:
+        refusals = {silu: vendor_refusal(pool, extent, silu) for _, silu in extent.ks}
+        result["not_measured"] = {
+            vendor_kernels.VLLM_EXPERTS + (", SiLU and mul" if silu else ""): reason
+            for silu, reason in refusals.items()
+            if reason is not None
+        }
         for done, (k, silu, batch, routing) in enumerate(jobs):
             progress(f"{batch} tokens, k {k}, {routing}", done / len(jobs))
-            result["rows"].append(_shape(pool, extent, k, silu, batch, routing))
+            result["rows"].append(_shape(pool, extent, k, silu, batch, routing, refusals[silu] is None))
         progress("done", 1.0)
     result["targets"] = targets(result)
     return result
@@ -116,8 +124,8 @@ def memory(extent: Extent, k: int) -> dict[str, Any]:
     return {
         "k": k,
         "batch": max(extent.batches),
-        VLLM: MAX_TOKENS_PER_EXPERT * extent.topk * padded_cols,
-        RIGHT_SIZED: right_sized_rows(extent.max_rows, extent.experts) * padded_cols,
+        VLLM_SIZE: MAX_TOKENS_PER_EXPERT * extent.topk * padded_cols,
+        RIGHT_SIZE: right_sized_rows(extent.max_rows, extent.experts) * padded_cols,
         POOL: spec.scale_bytes,
         "pool's record": spec.nbytes - spec.scale_bytes,
     }
@@ -147,11 +155,13 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             1.0,
             [timing.median([row["baselines"][POOL_VLLM]["ratio_to_pool"] for row in few])] if few else [],
         ),
-        at_least("memory that vLLM allocates against the pool's: times", 10, [row[VLLM] / row[POOL] for row in held]),
+        at_least(
+            "memory that vLLM allocates against the pool's: times", 10, [row[VLLM_SIZE] / row[POOL] for row in held]
+        ),
         at_most(
             "the pool's scales against the right-sized bound: times",
             1.0,
-            [row[POOL] / row[RIGHT_SIZED] for row in held],
+            [row[POOL] / row[RIGHT_SIZE] for row in held],
         ),
     ]
 
@@ -235,10 +245,15 @@ Call = Callable[[Step], tuple[Tensor, Tensor]]
 """Data and scales of a step."""
 
 
-def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, Call]:
-    """One call of each baseline, by name; the pool counts as one."""
+def baselines(pool: ScalePool, experts: int, rows: int, k: int, topk: int = 1) -> dict[str, Call]:
+    """One call of each baseline with our quantizer, by name; the pool counts as one.
+
+    Args:
+        pool: of one of them.
+        experts, rows, k: of the calls.
+        topk: experts per token, for the buffer of vLLM's size.
+    """
     padded_cols = LAYOUT.round_up(1, k // BLOCK_SIZE)[1]
-    experts = extent.experts
     scratch = torch.empty(
         (right_sized_rows(rows, experts), padded_cols), dtype=torch.uint8, device=pool.device
     )  # its padding is not zero: the floor
@@ -260,12 +275,42 @@ def baselines(pool: ScalePool, extent: Extent, rows: int, k: int) -> dict[str, C
 
     return {
         ALONE: lambda step: (step.quantize(scratch), scratch),
-        VLLM: functools.partial(zeroed, scale_rows=MAX_TOKENS_PER_EXPERT * extent.topk),
+        VLLM: functools.partial(zeroed, scale_rows=MAX_TOKENS_PER_EXPERT * topk),
         RIGHT_SIZED: functools.partial(zeroed, scale_rows=right_sized_rows(rows, experts)),
         POOL: functools.partial(from_pool, arithmetic="exact"),
         POOL_VLLM: functools.partial(from_pool, arithmetic="vllm"),
         CLEANED: cleaned,
     }
+
+
+def vendor_baselines(pool: ScalePool, experts: int, rows: int, k: int, topk: int) -> dict[str, Call]:
+    """One call of each baseline with vLLM's own quantizer; arguments as of :func:`baselines`."""
+    padded_cols = LAYOUT.round_up(1, k // BLOCK_SIZE)[1]
+
+    def quantize(step: Step, scales: Tensor) -> tuple[Tensor, Tensor]:
+        given = step.x, step.global_scales, scales, step.offsets, step.silu
+        return vendor_kernels.quantize_experts(*given), scales
+
+    def own(step: Step) -> tuple[Tensor, Tensor]:
+        shape = MAX_TOKENS_PER_EXPERT * topk, padded_cols
+        return quantize(step, torch.empty(shape, dtype=torch.uint8, device=pool.device))
+
+    def cleaned(step: Step) -> tuple[Tensor, Tensor]:
+        scales = pool.acquire_grouped(rows, k, experts, LAYOUT)
+        clean_grouped_scales(scales, *step.offsets, rows)
+        return quantize(step, scales)
+
+    return {vendor_kernels.VLLM_EXPERTS: own, vendor_kernels.VLLM_CLEANED: cleaned}
+
+
+def vendor_refusal(pool: ScalePool, extent: Extent, silu: bool) -> str | None:
+    """Why vLLM's own quantizer cannot be measured, or ``None``: where it can run, it is called once."""
+    if reason := vendor_kernels.experts_refusal(pool.device, silu):
+        return reason
+    k = next(k for k, with_silu in extent.ks if with_silu is silu)
+    step = steps(extent, k, silu, min(extent.batches), ROUTINGS[0], pool.device)[0]
+    calls = vendor_baselines(pool, extent.experts, step.x.shape[0], k, extent.topk)
+    return vendor_kernels.tried(lambda: [call(step) for call in calls.values()], pool.device)
 
 
 def check(call: Call, pool: ScalePool, step: Step) -> None:
@@ -287,11 +332,15 @@ def check(call: Call, pool: ScalePool, step: Step) -> None:
         raise RuntimeError(f"{len(data)} rows of {step.k} differ from the reference")
 
 
-def _shape(pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str) -> dict[str, Any]:
+def _shape(
+    pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str, vendor: bool
+) -> dict[str, Any]:
     rows = batch * extent.topk
-    pool.reserve(extent.max_rows, k, LAYOUT, copies=3, experts=extent.experts)  # three graphs take buffers of it
+    pool.reserve(extent.max_rows, k, LAYOUT, copies=4, experts=extent.experts)  # as many graphs take buffers of it
     both = steps(extent, k, silu, batch, routing, pool.device)
-    every = baselines(pool, extent, rows, k)
+    every = baselines(pool, extent.experts, rows, k, extent.topk)
+    if vendor:
+        every |= vendor_baselines(pool, extent.experts, rows, k, extent.topk)
     for name in (POOL, CLEANED):
         for step in both:
             check(every[name], pool, step)

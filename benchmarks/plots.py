@@ -32,6 +32,8 @@ WAYS = {
     "padding in the kernel": "in kernel",
     "padding in the kernel, wide stores": "wide",
     "empty": "empty",
+    "vLLM's own": "vllm",
+    "FlashInfer's own": "flashinfer",
 }
 MOE_WAYS = {
     "pool": "pool",
@@ -39,7 +41,21 @@ MOE_WAYS = {
     "right-sized, zeroed": "zeros",
     "vLLM's size, zeroed": "large zeros",
     "quantization alone": "empty",
+    "vLLM's own": "vllm",
+    "vLLM's own, cleaned by our kernel": "vllm and cleaner",
 }
+STAND_IN = " (stand-in)"
+"""Ends the names of baselines that have our kernel in place of a vendor's; results from before it was there lack it."""
+
+STAND_INS = (
+    "zeros",
+    "padding in the kernel",
+    "padding in the kernel, wide stores",
+    "right-sized, zeroed",
+    "vLLM's size, zeroed",
+)
+"""Those that are drawn."""
+
 EMPTY_NODE = "empty kernel"
 _MEMORY_WAYS = {"pool": "pool", "allocated and filled at each call": "zeros"}
 _KS = (4096, 8192, 28672)
@@ -128,7 +144,7 @@ def decode(result: dict[str, Any]) -> plt.Figure | None:
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2 + 0.5 * len(models)))
     axes.axvline(0, color=LOOKS["pool"]["color"], linewidth=2.5)
     handles: dict[str, Any] = {"pool": axes.plot([], [], **LOOKS["pool"])[0]}
-    ways = [name for name in WAYS if name != "pool"]
+    ways = [name for name in WAYS if name != "pool" and any(_found(b, name) for m in models for b in m["batches"])]
     for place, model in enumerate(models):
         axes.plot([0], [place], **LOOKS["pool"])
         for name in ways:
@@ -139,7 +155,8 @@ def decode(result: dict[str, Any]) -> plt.Figure | None:
             at = place + 0.2 * (ways.index(name) - (len(ways) - 1) / 2)
             middle = statistics.median(share[1] for share in shares)
             axes.hlines(at, min(share[0] for share in shares), max(share[2] for share in shares), color=look["color"])
-            (handles[look["label"]],) = axes.plot([middle], [at], **{**look, "linestyle": "", "markersize": 6.5})
+            look = {**look, "label": label(name, WAYS[name]), "linestyle": "", "markersize": 6.5}
+            (handles[look["label"]],) = axes.plot([middle], [at], **look)
     axes.set_yticks(range(len(models)), [f"{model['model']}, TP {model['tensor_parallel']}" for model in models])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -151,9 +168,9 @@ def decode(result: dict[str, Any]) -> plt.Figure | None:
         "Right of 0: slower than the pool. Left of 0: faster.\n"
         f"A marker is the median over batch sizes {batches[0]} to {batches[-1]}, a bar their spread."
     )
-    return finish(
-        figure, "What clean padding costs the linear layers of a decode step", explained, handles, machine(result)
-    )
+    # Results from before producers and experts were counted do not say what a step has.
+    what = "a decode step" if "counts" in result["decode"] else "the linear layers of a decode step"
+    return finish(figure, f"What clean padding costs {what}", explained, handles, machine(result))
 
 
 def memory(result: dict[str, Any]) -> plt.Figure | None:
@@ -257,15 +274,26 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], plt.Figure | None]] = {
 # --- parts of a picture -----------------------------------------------------------------------------------------------
 
 
+def label(name: str, way: str) -> str:
+    """What a legend calls a baseline: whether it is a stand-in is said there too."""
+    return LOOKS[way]["label"] + (STAND_IN if name in STAND_INS else "")
+
+
+def _found(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A baseline of a row, by its name without the end that marks a stand-in."""
+    found: Mapping[str, Any] | None = row["baselines"].get(name + STAND_IN, row["baselines"].get(name))
+    return found
+
+
 def _lines(
     axes: plt.Axes, x: str, rows: Sequence[Mapping[str, Any]], ways: Mapping[str, str], handles: dict[str, Any]
 ) -> None:
     """A line of medians per baseline, with quartiles as bars, over ``row[x]``."""
     for name, way in ways.items():
-        points = [(row[x], row["baselines"][name]) for row in rows if name in row["baselines"]]
+        points = [(row[x], found) for row in rows if (found := _found(row, name))]
         if not points:
             continue
-        look = {"markersize": 6, "linewidth": 1.6, **LOOKS[way]}
+        look = {"markersize": 6, "linewidth": 1.6, **LOOKS[way], "label": label(name, way)}
         at = [place for place, _ in points]
         axes.vlines(
             at, *zip(*(found["quartiles"] for _, found in points), strict=True), color=look["color"], linewidth=1
@@ -280,9 +308,10 @@ def _lines(
 
 def _share(model: Mapping[str, Any], batch: Mapping[str, Any], name: str) -> list[tuple[float, float, float]]:
     """Lower quartile, median and upper quartile of what a baseline adds to the pool's step, in percent of that step."""
-    if name not in batch["baselines"]:
+    found = _found(batch, name)
+    if found is None:
         return []
-    over = batch["baselines"][name]["over_pool_per_quantization"]
+    over = found["over_pool_per_quantization"]
     percent = 100 * model["quantizations"] / batch["baselines"]["pool"]["us"]
     low, high = over["quartiles"]
     return [(low * percent, over["us"] * percent, high * percent)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import arithmetic, gemm, nodes, timing
+from benchmarks import arithmetic, gemm, nodes, timing, vendor_kernels
 from benchmarks.baselines import IN_KERNEL, LINEAR, POOL, Baseline, baselines
 from benchmarks.summary import at_least, at_most, summary
 from safealloc.commands.report import Progress
@@ -86,8 +86,8 @@ def run(device: torch.device, quick: bool, progress: Progress) -> dict[str, Any]
         progress: called before each shape.
 
     Returns:
-        What was measured, as the JSON has it: ``few_rows``, ``arithmetic``, ``many_rows``, ``gemm``, ``not_measured`` and
-        ``targets``.
+        What was measured, as the JSON has it: ``few_rows``, ``arithmetic``, ``many_rows``, ``gemm``, ``baselines`` with a
+        sentence about each, ``not_measured`` with reasons, and ``targets``.
     """
     return measure(device, QUICK if quick else FULL, progress)
 
@@ -113,14 +113,24 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
         if isinstance(emulation, str):
             result["not_measured"][gemm.EMULATION] = emulation
             emulation = None
+        result["baselines"] = {name: baseline.about for name, baseline in baselines(pool).items()}
+        result["baselines"] |= {name: kernel.about for name, kernel in vendor_kernels.DENSE.items()}
+        not_run = []
         jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
         for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4):
+            own, missing = vendor_kernels.dense(device, layout)
+            own_silu, missing_silu = vendor_kernels.silu(device, layout)
+            not_run += [missing, missing_silu]
             for k in extent.ks:
                 for rows in extent.rows:
                     about = f"quantize {rows} x {k}, {short(layout)}"
-                    jobs.append(("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout)))
+                    jobs.append(
+                        ("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout, own))
+                    )
                     shape = (rows, k, layout, CALLS, extent.rounds, extent.replays)
-                    jobs.append(("arithmetic", about, functools.partial(arithmetic.measure, pool, *shape)))
+                    job = functools.partial(arithmetic.measure, pool, *shape, own, own_silu)
+                    jobs.append(("arithmetic", about, job))
+        result["not_measured"] |= vendor_kernels.reasons(not_run)
         for rows, k in extent.large:
             about = f"quantize {rows} x {k}"
             jobs.append(("many_rows", about, functools.partial(_many_rows, pool, copy, extent, rows, k)))
@@ -165,7 +175,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             pool_to(EMPTY_NODE, lambda row: row["rows"] == 1 and row["k"] == 4096, "floor"),
         ),
         at_most(
-            "pool against padding in the kernel, rows <= 8, k >= 8192, 128x4: times",
+            "pool against padding in the kernel (stand-in), rows <= 8, k >= 8192, 128x4: times",
             0.70,
             pool_to(IN_KERNEL, lambda row: row["rows"] <= 8 and row["k"] >= 8192 and row["layout"] == "128x4"),
         ),
@@ -198,14 +208,13 @@ def _few_rows(
     rows: int,
     k: int,
     layout: SfLayout,
+    own: Mapping[str, vendor_kernels.Quantize],
 ) -> dict[str, Any]:
     x, global_scale = _activation(rows, k, pool.device)
-    every = baselines(pool)
     pool.reserve(rows, k, layout)
-    graphs = {
-        name: timing.captured(_repeat(_call(baseline, x, global_scale, layout), CALLS), pool)
-        for name, baseline in every.items()
-    }
+    every = {name: _call(baseline, x, global_scale, layout) for name, baseline in baselines(pool).items()}
+    every |= {name: functools.partial(quantize, x, global_scale, layout) for name, quantize in own.items()}
+    graphs = {name: timing.captured(_repeat(call, CALLS), pool) for name, call in every.items()}
     replayed = timing.interleaved({**floor, **graphs}, extent.rounds, extent.replays)
     times = {name: [time / CALLS for time in samples] for name, samples in replayed.items()}
 

@@ -74,6 +74,8 @@ def _show_arithmetic(found: Sequence[Mapping[str, Any]], out: Console) -> None:
 
 def _show_decode(found: Mapping[str, Any], out: Console) -> None:
     models = found["models"]
+    if counts := found.get("counts"):
+        out.print(f"A decode step has {counts}.\n")
     names = [*found["baselines"]]
     pool, *others = names
     for model in models:

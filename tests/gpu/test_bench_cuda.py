@@ -8,11 +8,24 @@ import torch
 from benchmarks import timing
 from benchmarks.models import Model
 from safealloc import ScalePool
-from safealloc.commands.plan.architectures import Site
+from safealloc.commands.plan.architectures import ExpertSite, Site
+from safealloc.formats.layout import SfLayout
+from safealloc.formats.spec import ScaleSpec
 
 pytestmark = pytest.mark.gpu
 
-MODEL = Model("small", 1, (Site("qkv_proj", 256, 384, (0, 1, 2)), Site("o_proj", 512, 256, (0, 1, 2))))
+EXPERTS = ExpertSite("mlp.experts", 256, 192, 16, 2, ("gate_proj", "up_proj", "down_proj"), (1, 2))
+MODEL = Model(
+    "small",
+    1,
+    (
+        Site("self_attn.qkv_proj", 256, 384, (0, 1, 2)),
+        Site("self_attn.o_proj", 512, 256, (0, 1, 2)),
+        Site("mlp.gate_up_proj", 256, 256, (0,)),
+        Site("mlp.down_proj", 128, 256, (0,)),
+        EXPERTS,
+    ),
+)
 BATCHES = (1, 16)
 KEYS = {"us", "quartiles", "ratio_to_pool", "over_pool_per_quantization", "nodes", "graph_memory_bytes", "pool_bytes"}
 
@@ -30,17 +43,18 @@ def result():
 
 
 def test_the_result_has_every_baseline_at_every_batch_size(result):
-    from benchmarks.baselines import baselines
+    from benchmarks.baselines import LINEAR, baselines
 
     with ScalePool("cuda") as pool:
-        names = list(baselines(pool))
+        names = [name for name in baselines(pool) if name != LINEAR]
     assert list(result["baselines"]) == names
     assert 1e11 < result["copy_bytes_per_second"] < 1e14
     (model,) = result["models"]
-    assert (model["model"], model["tensor_parallel"], model["quantizations"]) == ("small", 1, 6)
-    assert model["distinct_weights"] == 6
+    assert (model["model"], model["tensor_parallel"], model["quantizations"]) == ("small", 1, 12)
+    assert model["distinct_weights"] == 8
     assert tuple(row["batch"] for row in model["batches"]) == BATCHES
     for row in model["batches"]:
+        assert 2 <= row["active_experts"] <= min(16, 2 * row["batch"])
         assert list(row["baselines"]) == names
         assert row["gemm_only"]["us"] > 0
         for found in row["baselines"].values():
@@ -49,10 +63,14 @@ def test_the_result_has_every_baseline_at_every_batch_size(result):
             assert found["graph_memory_bytes"] > 0  # the codes
 
 
-def test_only_the_pool_has_buffers_one_per_k(result):
+def test_only_the_pool_has_buffers_one_per_k_and_one_per_k_of_experts(result):
+    layout = SfLayout.layout_128x4
     for row in result["models"][0]["batches"]:
         held = {name: found["pool_bytes"] for name, found in row["baselines"].items() if found["pool_bytes"]}
-        assert held == {"pool": 128 * 256 // 16 + 128 * 512 // 16}
+        dense = [ScaleSpec(row["batch"], k, layout) for k in (256, 512, 128)]
+        rows = row["batch"] * EXPERTS.topk
+        grouped = [ScaleSpec.grouped(rows, k, layout, EXPERTS.experts) for k in (EXPERTS.k, EXPERTS.width)]
+        assert held == {"pool": sum(spec.nbytes for spec in (*dense, *grouped))}
 
 
 def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_per_quantization(result):
@@ -61,8 +79,8 @@ def test_the_pool_has_as_many_nodes_as_empty_and_zeroing_has_one_more_per_quanti
     for row in model["batches"]:
         nodes = {name: found["nodes"] for name, found in row["baselines"].items()}
         assert nodes["pool"] == nodes["empty"] >= 2 * model["quantizations"]  # a GEMM may be two kernels
-        assert nodes["zeros"] == nodes["pool"] + model["quantizations"]
-        assert nodes["zeroing the returned buffer"] == nodes["pool"] + model["quantizations"]
+        assert nodes["zeros (stand-in)"] == nodes["pool"] + model["quantizations"]
+        assert nodes["zeroing the returned buffer (stand-in)"] == nodes["pool"] + model["quantizations"]
 
 
 def test_a_longer_graph_takes_longer():

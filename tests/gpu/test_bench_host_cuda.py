@@ -49,19 +49,23 @@ def result(quantize):
 
 
 def test_every_baseline_is_measured_at_every_shape(quantize, result):
+    from benchmarks import vendor_kernels
     from benchmarks.baselines import baselines
 
     with ScalePool("cuda") as pool:
         names = list(baselines(pool))
+    vendors = (vendor_kernels.VLLM, vendor_kernels.FLASHINFER)
     shapes = [(row["rows"], row["k"], row["layout"]) for row in result["few_rows"]]
     assert shapes == [(rows, k, layout) for layout in ("128x4", "8x4") for k in (1024, 8192) for rows in (1, 32)]
     for row in result["few_rows"]:
-        assert list(row["baselines"]) == names
+        assert [name for name in row["baselines"] if name not in vendors] == names
+        for name in vendors if row["layout"] == "128x4" else vendors[1:]:
+            assert (name in row["baselines"]) is not (name in result["not_measured"])
         assert {quantize.EMPTY_NODE, quantize.STORE_NODE} <= row["floor"].keys()
         for found in (*row["baselines"].values(), *row["floor"].values()):
             assert 0.05 < found["quartiles"][0] <= found["us"] <= found["quartiles"][1] < 1000
         assert row["baselines"]["pool"]["ratio_to_pool"] == 1
-        assert row["baselines"]["zeros"]["ratio_to_pool"] > 1  # one more node
+        assert row["baselines"]["zeros (stand-in)"]["ratio_to_pool"] > 1  # one more node
 
 
 def test_bandwidths_are_plausible_and_relative_to_a_copy(result):
@@ -73,7 +77,7 @@ def test_bandwidths_are_plausible_and_relative_to_a_copy(result):
         share = row["bytes_per_second"] / row["copy_bytes_per_second"]
         assert row["share_of_copy"] == pytest.approx(share, rel=0.5)  # the medians are of different samples
     for row in result["gemm"]:
-        assert bool(row["baselines"]) is not bool(result["not_measured"])
+        assert bool(row["baselines"]) is not ("vLLM's emulation" in result["not_measured"])
 
 
 def test_the_bare_launch_writes_what_quantize_writes(host):

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.models import MODELS, Model, weight_nbytes
-from safealloc.commands.plan.architectures import Site
-from safealloc.formats.layout import SfLayout
-from safealloc.kernels import reference
-from safealloc.pool.pool import ScalePool
+from benchmarks.models import MODELS, Model, producer, weight_nbytes
+from safealloc.commands.plan.architectures import ExpertSite, Site
 
 SHAPES = {
     # model, ranks: (site, k, n, layers), from the published config.json by hand
@@ -54,7 +51,17 @@ SHAPES = {
         ("mlp.gate_up_proj", 5120, 6400, 64),
         ("mlp.down_proj", 3200, 5120, 64),
     ],
-    ("DeepSeek-R1 without routed experts", 8): [
+    ("DeepSeek-R1", 1): [
+        ("self_attn.fused_qkv_a_proj", 7168, 2112, 61),
+        ("self_attn.q_b_proj", 1536, 24576, 61),
+        ("self_attn.o_proj", 16384, 7168, 61),
+        ("mlp.gate_up_proj", 7168, 36864, 3),
+        ("mlp.down_proj", 18432, 7168, 3),
+        ("mlp.shared_experts.gate_up_proj", 7168, 4096, 58),
+        ("mlp.shared_experts.down_proj", 2048, 7168, 58),
+        ("mlp.experts", 7168, 4096, 58),
+    ],
+    ("DeepSeek-R1", 8): [
         ("self_attn.fused_qkv_a_proj", 7168, 2112, 61),
         ("self_attn.q_b_proj", 1536, 3072, 61),
         ("self_attn.o_proj", 2048, 7168, 61),
@@ -62,8 +69,15 @@ SHAPES = {
         ("mlp.down_proj", 2304, 7168, 3),
         ("mlp.shared_experts.gate_up_proj", 7168, 512, 58),
         ("mlp.shared_experts.down_proj", 256, 7168, 58),
+        ("mlp.experts", 7168, 512, 58),
     ],
 }
+
+
+def name_of(site: Site | ExpertSite) -> str:
+    return site.name.rpartition(".")[2]
+
+
 BY_KEY = {(model.name, model.tensor_parallel): model for model in MODELS}
 
 
@@ -76,6 +90,11 @@ class TestModels:
         model = BY_KEY[key]
         assert [(site.name, site.k, site.n, len(site.layers)) for site in model.sites] == shapes
         assert len(model.step) == sum(layers for *_, layers in shapes)
+        twice = sum(layers for name, *_, layers in shapes if name.endswith("experts"))
+        assert model.quantizations == len(model.step) + twice  # before w13 and before w2
+        assert [(site.experts, site.topk) for site in model.sites if name_of(site) == "experts"] == [(256, 8)] * bool(
+            twice
+        )
 
     def test_a_weights_bytes_are_its_codes_and_its_scales(self):
         assert weight_nbytes(Site("self_attn.qkv_proj", 4096, 768, (0,))) == 768 * 2048 + 768 * 256
@@ -84,12 +103,22 @@ class TestModels:
         assert whole == 80 * 8192 * (10240 + 8192 + 57344 + 28672) * 9 // 16
 
     def test_a_step_runs_layer_by_layer(self):
-        steps = [(site.name, number) for site, number in BY_KEY["DeepSeek-R1 without routed experts", 8].step]
+        steps = [(site.name, number) for site, number in BY_KEY["DeepSeek-R1", 8].step]
         attention = [f"self_attn.{name}" for name in ("fused_qkv_a_proj", "q_b_proj", "o_proj")]
         assert steps[:5] == [(name, 0) for name in (*attention, "mlp.gate_up_proj", "mlp.down_proj")]
         shared = ["mlp.shared_experts.gate_up_proj", "mlp.shared_experts.down_proj"]
-        assert steps[15:20] == [(name, 3) for name in attention] + [(name, 0) for name in shared]
-        assert steps[-5:] == [(name, 60) for name in attention] + [(name, 57) for name in shared]
+        assert steps[15:21] == [(name, 3) for name in attention] + [(name, 0) for name in (*shared, "mlp.experts")]
+        assert steps[-6:] == [(name, 60) for name in attention] + [(name, 57) for name in (*shared, "mlp.experts")]
+
+    def test_what_writes_the_input_of_a_layer(self):
+        model = BY_KEY["DeepSeek-R1", 1]
+        assert {name_of(site): producer(site) for site in model.linears} == {
+            "fused_qkv_a_proj": "RMSNorm",
+            "q_b_proj": "RMSNorm",
+            "o_proj": "attention",
+            "gate_up_proj": "RMSNorm",
+            "down_proj": "SiLU and mul",
+        }
 
 
 class Clock:
@@ -193,7 +222,7 @@ class TestDecode:
             ([100.0, 150.0], 2.0, 60, 20),  # a short step: the maximum of rounds and replays
             ([1000.0, 1500.0], 0.2, 40, 2),  # 40 rounds take 200 ms
             ([1e5, 1e5], 2.0, 10, 1),
-            ([1e5, 1e5], 0.2, 9, 1),  # the minimum, however long it takes
+            ([1e5, 1e5], 0.2, 5, 1),  # the minimum, however long it takes
         ],
     )
     def test_rounds_and_replays_fill_the_requested_time(self, decode, microseconds, seconds, rounds, replays):
@@ -231,47 +260,6 @@ class TestDecode:
         assert [len(few[site]) for site in sites] == [2, 1]  # 60 % of what is free
         assert [len(weights(1)[site]) for site in sites] == [1, 1]
 
-    @pytest.mark.parametrize("layout", [None, SfLayout.layout_linear])
-    def test_a_step_multiplies_by_each_layers_weight_and_needs_one_buffer_per_k(self, decode, monkeypatch, layout):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
-        products = []
-
-        def mm(a, b, a_scales, b_scales, alpha, out, layout):
-            reference.mm(a, b, a_scales, b_scales, alpha, out, layout)
-            products.append((layout, b.data_ptr(), out.clone()))
-
-        monkeypatch.setattr(decode.triton_gemm, "mm", mm)
-        model = Model(
-            "small", 1, (Site("up", 80, 48, (0, 1)), Site("gate", 80, 32, (0, 1)), Site("down", 32, 80, (1,)))
-        )
-        device = torch.device("cpu")
-        weights = decode.weights_of(model, device)
-        with ScalePool(device) as pool:
-
-            def quantize(x, global_scale, layout):
-                x_fp4 = torch.empty(x.shape[0], x.shape[1] // 2, dtype=torch.uint8)
-                scales = pool.acquire(*x.shape, layout)
-                reference.quantize(x, global_scale, x_fp4, scales, layout)
-                return x_fp4, scales
-
-            baseline = decode.Baseline("pool", "", quantize, layout)
-            step = decode.Step(model, weights, 3, device)
-            step.run(baseline)
-            assert pool.stats().buffers == 2  # for 80 and 32 columns, though two layers of 80 follow each other
-            step.multiply(baseline)
-            step.multiply(baseline)
-            assert pool.stats().hits + pool.stats().misses == 5 + 2  # the GEMMs alone quantize once
-        names = [("up", 0), ("gate", 0), ("up", 1), ("gate", 1), ("down", 0)]
-        by_name = {site.name: of_site for site, of_site in weights.items()}
-        read = [by_name[name][number].fp4.data_ptr() for name, number in names]
-        assert [address for _, address, _ in products] == 3 * read
-        assert {used for used, _, _ in products} == {layout or SfLayout.layout_128x4}
-        for (_, _, ours), (_, _, again), (_, _, fixed) in zip(products[:5], products[5:10], products[10:], strict=True):
-            assert ours.isfinite().all()
-            assert ours.count_nonzero() > ours.numel() / 2
-            assert torch.equal(ours, again)
-            assert torch.equal(ours, fixed)
-
 
 def test_the_benchmarks_use_no_private_names_of_the_package():
     private = []
@@ -280,7 +268,7 @@ def test_the_benchmarks_use_no_private_names_of_the_package():
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("safealloc"):
                 names = [*node.module.split("."), *(alias.name for alias in node.names)]
             elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
-                names = [node.attr]
+                names = [node.attr] if node.attr != "_C" else []  # vLLM's namespace of ops
             else:
                 continue
             private += [(file.name, name) for name in names if name.startswith("_") and not name.startswith("__")]

@@ -88,7 +88,7 @@ from benchmarks import arithmetic
 
 with ScalePool("cpu") as pool:
     for layout in arithmetic.VENDORS:
-        found = arithmetic.nodes(pool, 3, 48, layout)
+        found = arithmetic.nodes(pool, 3, 48, layout, {}, {})
         for name, calls in found.items():
             data, scales = calls[arithmetic.POOL]()
             same, linear = calls[arithmetic.LINEAR]()

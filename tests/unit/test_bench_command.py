@@ -18,6 +18,7 @@ from benchmarks.memory import memory
 from safealloc.commands import report
 
 DECODE = {
+    "counts": "producers, quantizations and GEMMs",
     "baselines": {"pool": "a buffer of a pool", "zeros": "torch.zeros at each call"},
     "copy_bytes_per_second": 4_000_000_000_000,
     "models": [
@@ -183,6 +184,7 @@ class TestCommand:
     def test_decode_is_printed(self, measurable, capsys):
         assert main(["decode"]) == 0
         lines = printed_lines(capsys)
+        assert ["A", "decode", "step", "has", "producers,", "quantizations", "and", "GEMMs."] in lines
         assert ["1", "200.0", "260.0", "+1.00"] in lines
         assert ["Llama", "3.1", "8B,", "TP", "8", "16", "64", "-"] in lines  # nodes; without cuda.bindings none
         assert ["Llama", "3.1", "8B,", "TP", "8", "16", "2048", "4096", "32"] in lines

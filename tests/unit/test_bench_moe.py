@@ -54,8 +54,8 @@ def test_offsets_are_those_of_vllm(counts: list[int]) -> None:
 
 def test_bytes_of_scales_for_deepseek_r1() -> None:
     held = moe.memory(moe.FULL, 7168)
-    assert held[moe.VLLM] == 587_202_560
-    assert held[moe.POOL] == held[moe.RIGHT_SIZED] == (2048 + 127 * 256) * 448
+    assert held[moe.VLLM_SIZE] == 587_202_560
+    assert held[moe.POOL] == held[moe.RIGHT_SIZE] == (2048 + 127 * 256) * 448
     assert held["pool's record"] == 4 * 2048
     assert held["batch"] == 256
 
@@ -72,13 +72,13 @@ def row(batch: int, ratio: float) -> dict:
     [
         ([row(1, 1.02), row(64, 1.1), row(128, 1.5)], {}, [True, True, True, True]),
         ([row(1, 1.02), row(64, 1.11)], {}, [False, True, True, True]),
-        ([row(1, 1.0)], {moe.VLLM: 900}, [True, True, False, True]),
-        ([row(1, 1.0)], {moe.RIGHT_SIZED: 99}, [True, True, True, False]),
+        ([row(1, 1.0)], {moe.VLLM_SIZE: 900}, [True, True, False, True]),
+        ([row(1, 1.0)], {moe.RIGHT_SIZE: 99}, [True, True, True, False]),
         ([], {}, [False, False, True, True]),
     ],
 )
 def test_targets_are_met_by_their_worst_shape(rows: list[dict], held: dict, met: list[bool]) -> None:
-    memory = {moe.VLLM: 1000, moe.RIGHT_SIZED: 100, moe.POOL: 100} | held
+    memory = {moe.VLLM_SIZE: 1000, moe.RIGHT_SIZE: 100, moe.POOL: 100} | held
     found = moe.targets({"rows": rows, "memory": [memory]})
     assert [target["met"] for target in found] == met
     assert [target["target"] for target in found] == [1.1, 1.0, 10, 1.0]
@@ -94,7 +94,7 @@ with ScalePool("cpu") as pool:
     for (k, silu), routing in zip(extent.ks, moe.ROUTINGS):
         pool.reserve(extent.max_rows, k, moe.LAYOUT, experts=extent.experts)
         both = moe.steps(extent, k, silu, 3, routing, pool.device)
-        for name, call in moe.baselines(pool, extent, 6, k).items():
+        for name, call in moe.baselines(pool, extent.experts, 6, k, extent.topk).items():
             for step in both:
                 call(step)
             if name in (moe.POOL, moe.CLEANED):

@@ -138,7 +138,7 @@ def test_the_color_blind_can_tell_the_colors_apart():
         "no blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
     }
     to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    ways = [figure.LOOKS[way]["color"] for way in ("pool", "empty", "zeros", "in kernel", "vllm")]
+    ways = [figure.LOOKS[way]["color"] for way in ("pool", "empty", "zeros", "in kernel", "vllm", "flashinfer")]
     for together in (ways, list(figure.BYTES.values())):
         colors = torch.tensor([to_rgb(color) for color in together])
         linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from safealloc.pool.pool import ScalePool
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ["bench-quantize.png", "bench-decode.png", "bench-memory.png", "bench-host.png", "bench-moe.png"]
 ROWS, KS = (1, 2, 4, 8, 16, 32), (2048, 4096, 8192, 28672)
@@ -17,11 +19,13 @@ MODELS = ("DeepSeek-R1 without routed experts", "Llama 3.1 8B", "Llama 3.3 70B",
 OVER_POOL = {
     "pool": 0.0,
     "empty": 0.01,
-    "zeros": 1.0,
-    "padding in the kernel": 0.8,
-    "padding in the kernel, wide stores": 0.2,
-    "zeroing the returned buffer": 0.9,
+    "zeros (stand-in)": 1.0,
+    "padding in the kernel (stand-in)": 0.8,
+    "padding in the kernel, wide stores (stand-in)": 0.2,
+    "zeroing the returned buffer (stand-in)": 0.9,
     "linear": -0.01,
+    "vLLM's own": 0.7,
+    "FlashInfer's own": 0.75,
 }
 HOST = {
     "torch.empty": 3.5,
@@ -41,6 +45,11 @@ def spread(us: float) -> dict:
     return {"us": us, "quartiles": sorted((us * 0.98, us * 1.03))}
 
 
+def over_pool(name: str) -> float:
+    """By the name without the end that marks a stand-in."""
+    return OVER_POOL.get(f"{name} (stand-in)", OVER_POOL.get(name, 0.0))
+
+
 def quantization(rows: int, k: int, layout: str) -> dict:
     pool = 1.2 + rows * k / 500_000
     times = {name: pool + over for name, over in OVER_POOL.items()}
@@ -58,7 +67,8 @@ def step(batch: int) -> dict:
 
 def routed(batch: int, k: int, routing: str) -> dict:
     alone = 1.3 + batch / 15
-    over = {"pool": 1.05, "right-sized, zeroed": 2, "vLLM's size, zeroed": 90, "quantization alone": 1}
+    over = {"pool": 1.05, "right-sized, zeroed (stand-in)": 2, "vLLM's size, zeroed (stand-in)": 90}
+    over |= {"quantization alone": 1, "vLLM's own": 3}
     baselines = {name: spread(factor * alone) | {"ratio_to_alone": factor} for name, factor in over.items()}
     baselines["pool, cleaned by a separate kernel"] = spread(1.4 * alone) | {"ratio_to_alone": 1.4}
     return {"batch": batch, "k": k, "silu_and_mul": k == 2048, "routing": routing, "baselines": baselines}
@@ -139,22 +149,23 @@ class TestPictures:
             assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(rows) for rows in ROWS]
             lines = {line.get_label(): line for line in axes.get_lines()}
             for name, way in plots.WAYS.items():
-                line = lines[plots.LOOKS[way]["label"]]
+                line = lines[plots.label(name, way)]
                 assert tuple(line.get_xdata()) == ROWS
-                expected = [1.2 + rows * k / 500_000 + OVER_POOL[name] for rows in ROWS]
+                expected = [1.2 + rows * k / 500_000 + over_pool(name) for rows in ROWS]
                 assert list(line.get_ydata()) == pytest.approx(expected)
             assert set(lines[plots.LOOKS["empty kernel"]["label"]].get_ydata()) == {0.55}
             assert axes.get_ylim()[0] == 0
         named = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert sorted(named) == sorted(plots.LOOKS[way]["label"] for way in [*plots.WAYS.values(), "empty kernel"])
+        labels = [plots.label(name, way) for name, way in plots.WAYS.items()]
+        assert sorted(named) == sorted([*labels, plots.LOOKS["empty kernel"]["label"]])
 
     def test_decode_is_one_chart_of_what_each_way_adds_to_a_step_in_percent(self, plots):
         (axes,) = plots.decode(RESULT).axes
         assert [tick.get_text() for tick in axes.get_yticklabels()] == [f"{name}, TP 8" for name in MODELS]
         percent = 100 * 128 / 9e3  # of a quantization's microseconds; a step has 128, and the pool's takes 9 ms
         for name, way in plots.WAYS.items():
-            found = [line.get_xdata() for line in axes.get_lines() if line.get_label() == plots.LOOKS[way]["label"]]
-            assert [x for xs in found for x in xs] == pytest.approx([OVER_POOL[name] * percent] * len(MODELS)), name
+            found = [line.get_xdata() for line in axes.get_lines() if line.get_label() == plots.label(name, way)]
+            assert [x for xs in found for x in xs] == pytest.approx([over_pool(name) * percent] * len(MODELS)), name
         bars = [path.vertices[:, 0] for several in axes.collections for path in several.get_paths()]
         assert [pytest.approx([0.98 * percent, 1.03 * percent])] * len(MODELS) == [
             bar for bar in bars if bar[0] == pytest.approx(0.98 * percent)
@@ -164,8 +175,11 @@ class TestPictures:
     def test_a_bar_of_decode_reaches_over_all_batch_sizes(self, plots):
         batches = [step(batch) for batch in BATCHES]
         for batch, over in zip(batches, (-3.0, 1.0, 2.0), strict=True):
-            batch["baselines"] = {name: batch["baselines"][name] for name in ("pool", "zeros")}
-            batch["baselines"]["zeros"]["over_pool_per_quantization"] = {"us": over, "quartiles": [over - 1, over + 1]}
+            batch["baselines"] = {name: batch["baselines"][name] for name in ("pool", "zeros (stand-in)")}
+            batch["baselines"]["zeros (stand-in)"]["over_pool_per_quantization"] = {
+                "us": over,
+                "quartiles": [over - 1, over + 1],
+            }
         model = {"model": "A", "tensor_parallel": 1, "quantizations": 90, "batches": batches}
         (axes,) = plots.decode({"decode": {"models": [model]}}).axes
         (bar,) = (path.vertices[:, 0] for several in axes.collections for path in several.get_paths())
@@ -205,17 +219,30 @@ class TestPictures:
 
     def test_names_are_those_that_the_benchmarks_measure(self, plots):
         pytest.importorskip("triton", reason="the benchmarks import the kernels")
-        from benchmarks import baselines, moe, quantize
+        from benchmarks import baselines, moe, quantize, vendor_kernels
 
-        assert plots.WAYS.keys() == {
-            baselines.POOL,
-            baselines.EMPTY,
-            baselines.ZEROS,
-            baselines.IN_KERNEL,
-            baselines.WIDE_STORES,
-        }
+        with ScalePool("cpu") as pool:
+            every = [*baselines.baselines(pool), *vendor_kernels.DENSE]
+        grouped = (moe.POOL, moe.CLEANED, moe.RIGHT_SIZED, moe.VLLM, moe.ALONE)
+        of_experts = (*grouped, vendor_kernels.VLLM_EXPERTS, vendor_kernels.VLLM_CLEANED)
+        not_drawn = {baselines.RETURNED, baselines.LINEAR, vendor_kernels.VLLM_SILU}
+        for names, ways in ((set(every) - not_drawn, plots.WAYS), (set(of_experts), plots.MOE_WAYS)):
+            assert {name.removesuffix(plots.STAND_IN) for name in names} == ways.keys()
+            stand_ins = {name for name in names if name.endswith(plots.STAND_IN)}
+            assert stand_ins == {name + plots.STAND_IN for name in ways if name in plots.STAND_INS}
         assert quantize.EMPTY_NODE == plots.EMPTY_NODE
-        assert plots.MOE_WAYS.keys() == {moe.POOL, moe.CLEANED, moe.RIGHT_SIZED, moe.VLLM, moe.ALONE}
+
+    def test_a_stand_in_is_called_so_though_its_result_is_from_before(self, plots):
+        for end in ("", plots.STAND_IN):
+            row = {"rows": 1, "k": 4096, "layout": "128x4", "baselines": {f"zeros{end}": spread(2), "pool": spread(1)}}
+            (legend,) = plots.quantize({"quantize": {"few_rows": [row]}}).legends
+            assert [text.get_text() for text in legend.get_texts()] == ["pool", "torch.zeros at each call (stand-in)"]
+
+    def test_the_title_says_whether_a_step_is_whole(self, plots):
+        models = RESULT["decode"]["models"]
+        old, new = (plots.decode({"decode": found}) for found in ({"models": models}, {"counts": "", "models": models}))
+        assert old.texts[0].get_text() == "What clean padding costs the linear layers of a decode step"
+        assert new.texts[0].get_text() == "What clean padding costs a decode step"
 
     def test_the_script_draws_from_a_file(self, plots, tmp_path, capsys):
         (tmp_path / "result.json").write_text(json.dumps({"host": RESULT["host"]}))

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.errors import PTXASError  # noqa: E402
 
-from benchmarks import in_kernel  # noqa: E402
+from benchmarks import in_kernel, producers  # noqa: E402
 from safealloc.formats.layout import SfLayout  # noqa: E402
 from safealloc.kernels import (  # noqa: E402
     triton_gemm,
@@ -316,13 +316,24 @@ def test_shares_are_added_up_after_the_predecessor(architecture: int) -> None:
 @pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("kernel", [in_kernel._row_by_row, in_kernel._wide_stores], ids=lambda kernel: kernel.__name__)
-def test_padding_in_the_kernel(architecture: int, kernel: Any) -> None:
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+def test_padding_in_the_kernel(architecture: int, kernel: Any, silu: bool) -> None:
     types = {"x": "*bf16", "global_scale": "*fp32", "x_fp4": "*u8", "scales": "*u8"}
     types |= dict.fromkeys(("rows", "cols", "col_tiles"), "i32")
     constants = {"LAYOUT": 0, "HARDWARE_E2M1": architecture >= 100, "HARDWARE_E4M3": True, "BLOCKS": 64}
-    constants |= {"WORDS": False}
+    constants |= {"WORDS": False, "SILU": silu}
     constants |= {"PADDING": in_kernel._PADDING} if "PADDING" in kernel.arg_names else {}
     check_waits(compiled(kernel, architecture, types, constants | {"DEPENDENT": architecture >= 90}), architecture)
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("with_residual", [False, True], ids=["norm", "residual"])
+def test_rms_norm_of_the_benchmarks(architecture: int, with_residual: bool) -> None:
+    tensors = ("x", "residual", "weight", "out", "total") if with_residual else ("x", "weight", "out")
+    types = {**dict.fromkeys(tensors, "*bf16"), "cols": "i32:16", "eps": "fp32"}
+    missing = {} if with_residual else {"residual": None, "total": None}
+    ptx = compiled(producers._rms_norm, architecture, types, {"BLOCK": 8192, **missing}, num_warps=8)
+    assert "ld.global.v4" in ptx or "v4.b32" in ptx, "rows are not read 16 bytes at a time"
 
 
 @hopper_and_slow_others
