@@ -336,7 +336,8 @@ def _shape(
     pool: ScalePool, extent: Extent, k: int, silu: bool, batch: int, routing: str, vendor: bool
 ) -> dict[str, Any]:
     rows = batch * extent.topk
-    pool.reserve(extent.max_rows, k, LAYOUT, copies=4, experts=extent.experts)  # as many graphs take buffers of it
+    copies = 4 if vendor else 3  # as many graphs take buffers of it
+    pool.reserve(extent.max_rows, k, LAYOUT, copies=copies, experts=extent.experts)
     both = steps(extent, k, silu, batch, routing, pool.device)
     every = baselines(pool, extent.experts, rows, k, extent.topk)
     if vendor:

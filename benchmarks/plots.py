@@ -276,7 +276,7 @@ DRAWN_BY: dict[str, Callable[[dict[str, Any]], plt.Figure | None]] = {
 
 def label(name: str, way: str) -> str:
     """What a legend calls a baseline: whether it is a stand-in is said there too."""
-    return LOOKS[way]["label"] + (STAND_IN if name in STAND_INS else "")
+    return f"{LOOKS[way]['label']}{STAND_IN if name in STAND_INS else ''}"
 
 
 def _found(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

@@ -128,8 +128,8 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
                         ("few_rows", about, functools.partial(_few_rows, pool, floor, extent, rows, k, layout, own))
                     )
                     shape = (rows, k, layout, CALLS, extent.rounds, extent.replays)
-                    job = functools.partial(arithmetic.measure, pool, *shape, own, own_silu)
-                    jobs.append(("arithmetic", about, job))
+                    beside = functools.partial(arithmetic.measure, pool, *shape, own, own_silu)
+                    jobs.append(("arithmetic", about, beside))
         result["not_measured"] |= vendor_kernels.reasons(not_run)
         for rows, k in extent.large:
             about = f"quantize {rows} x {k}"
