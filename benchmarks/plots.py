@@ -18,7 +18,7 @@ from benchmarks.figure import INK, LOOKS, ROOT, WIDTH, finish, grid, machine, sa
 
 SOURCES = {
     "bench-quantize.png": "bench-h200.json",
-    "bench-decode.png": "bench-h200.json",
+    "bench-decode.png": "bench-decode-h100.json",
     "bench-memory.png": "bench-h200.json",
     "bench-host.png": "bench-host-h100.json",
     "bench-moe.png": "bench-moe-h200.json",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from safealloc import ScalePool, ScaleSpec
@@ -34,14 +36,15 @@ class Adversary:
         del blocks
 
     def fill_device(self) -> None:
-        """Fill nearly all free memory of the device."""
+        """Fill nearly all free memory of the device, or less where other processes take some meanwhile."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         chunk = 1 << 30
-        blocks = [
-            torch.full((chunk,), STALE, dtype=torch.uint8, device="cuda") for _ in range(int(free * 0.9) // chunk)
-        ]
+        blocks: list[torch.Tensor] = []
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for _ in range(int(free * 0.9) // chunk):
+                blocks.append(torch.full((chunk,), STALE, dtype=torch.uint8, device="cuda"))
         torch.cuda.synchronize()
         del blocks
         torch.cuda.empty_cache()
