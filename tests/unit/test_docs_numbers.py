@@ -89,7 +89,11 @@ def decode() -> Iterator[tuple[str, str]]:
             for batch in found["batches"]
         ]
 
-    each = [batch["baselines"]["zeros (stand-in)"]["over_pool_per_quantization"]["us"] for m in models for batch in m["batches"]]
+    each = [
+        batch["baselines"]["zeros (stand-in)"]["over_pool_per_quantization"]["us"]
+        for m in models
+        for batch in m["batches"]
+    ]
     yield "docs/performance.md", f"`torch.zeros` costs {span(each, 1)} µs per quantization"
     yield "docs/performance.md", f"adds {span(shares('Llama 3.3 70B', 1), 0)} % to a step of Llama 3.3 70B on one GPU"
     yield "docs/performance.md", f"{span(shares('Llama 3.3 70B', 8), 0)} % to that of one GPU of eight"
