@@ -263,7 +263,7 @@ def _keep_from_reuse(op: torch._ops.OpOverload) -> None:
     from torch._inductor import lowering
 
     forbid_reuse(op)
-    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)  # type: ignore[no-untyped-call]  # as a fallback's
+    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)  # as a fallback's
 
 
 def note_trtllm(a: Tensor, out_dtype: torch.dtype, backend: str) -> None:
