@@ -88,9 +88,11 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
 def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
     """At run time, also in compiled code: vLLM's own op stays in the graph, where its passes look for it."""
     op = getattr(module, name)
+    replace.keep_from_reuse()
 
     def checked(original: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
+        allocator.note(replace.note_trtllm, call["A"], call["dtype"], call["backend"])
         spec = spec_of(call["A_scale"])
         if spec is not None and call.get("block_size", BLOCK_SIZE) == BLOCK_SIZE and call.get("use_nvfp4", True):
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -185,5 +186,6 @@ def _compute_hash(original: Callable[..., str], vllm_config: Any, *given: Any, *
     if _hooked is None or not quantization.may_have_fp4(vllm_config):
         return key
     traced = [name for name in _hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
-    state = ",".join([str(HOOKS_VERSION), *traced, *(["first"] if settings.linear() else [])])
+    asked = [os.environ.get("SAFEALLOC_QUANTIZER", "")]  # then Inductor reuses no scales in 8x4
+    state = ",".join([str(HOOKS_VERSION), *traced, *(["first"] if settings.linear() else []), *filter(None, asked)])
     return f"{key}-{hashlib.sha256(state.encode()).hexdigest()[:10]}"

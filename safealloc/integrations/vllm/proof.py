@@ -18,7 +18,7 @@ from torch import Tensor
 from safealloc import _optional
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm.replace import OPS, SILU, Call
+from safealloc.integrations.vllm.replace import OPS, SILU, TRTLLM, Call
 from safealloc.integrations.vllm.startup import Engine, Launch
 from safealloc.integrations.vllm.worker import logger
 from safealloc.pool.pool import ScalePool
@@ -153,7 +153,7 @@ def measured_rows(launch: Launch, rows: Iterable[int]) -> list[int]:
 
 
 def _op(launch: Launch) -> Any:
-    return next(op for op in OPS if op.name == launch.op)
+    return next(op for op in (*OPS, TRTLLM) if op.name == launch.op)
 
 
 def _one(launch: Launch, rows: int, device: torch.device, timer: Timer) -> Finding:
@@ -165,7 +165,8 @@ def _one(launch: Launch, rows: int, device: torch.device, timer: Timer) -> Findi
                 call.x.copy_(x)
                 call.global_scale.copy_(global_scale * torch.linspace(1, 2, len(call.global_scale)))
             ours.run()
-            theirs.run_original()
+            if returned := theirs.run_original():
+                theirs = theirs._replace(data=returned[0], scales=returned[1])
             if differs := _differences(ours, theirs):
                 return Finding(launch, rows, differs)
         times = timer(ours.run, theirs.run_original)
@@ -192,7 +193,7 @@ def _calls(pool: ScalePool, launch: Launch, rows: int) -> tuple[Call, Call]:
             scales = pool.acquire_grouped(rows, launch.k, launch.experts, _LAYOUT)
             offsets = _routing(rows, launch.experts, device)
         else:
-            scales = pool.acquire(rows, launch.k, _LAYOUT)
+            scales = pool.acquire(rows, launch.k, op.layout)
         made.append(Call(op, x, global_scale, data, scales.view(dtype), offsets))
     return made[0], made[1]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from safealloc.integrations.vllm.startup import Engine, Launch
 from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for
 from safealloc.ops.grouped import clean_grouped_scales, whole_buffer
+from safealloc.ops.inductor import forbid_reuse
 from safealloc.pool.contents import spec_of
 
 NAMESPACE = "_C"
@@ -40,6 +42,11 @@ class Op(NamedTuple):
     arguments: tuple[str, ...]  # of the known schema, which returns nothing; ``!``: written, ``*``: by keyword only
     silu: bool = False  # whether the input is gate and up, ``[rows, 2 * k]``
     grouped: bool = False  # whether rows are grouped by expert
+    layout: SfLayout = _LAYOUT  # 8x4: of FlashInfer's op, which returns what it writes
+
+    @property
+    def arithmetic(self) -> str:
+        return "vllm" if self.layout is _LAYOUT else "flashinfer"
 
     def overload(self) -> Any:
         """What is called; ``None`` where this vLLM has no such op."""
@@ -68,6 +75,8 @@ EXPERTS = Op("scaled_fp4_experts_quant", _EXPERTS, grouped=True)
 SILU_EXPERTS = Op("silu_and_mul_scaled_fp4_experts_quant", _EXPERTS, silu=True, grouped=True)
 OPS = (DENSE, SILU, EXPERTS, SILU_EXPERTS)
 """The ops that are replaced."""
+TRTLLM = Op(startup.TRTLLM, ("Tensor a", "Tensor a_global_sf"), layout=SfLayout.layout_8x4)
+"""vLLM's op around FlashInfer's quantizer, for up to 32 rows with the trtllm backend."""
 
 
 class Call(NamedTuple):
@@ -102,7 +111,7 @@ class Call(NamedTuple):
     def ours(self) -> bool:
         """Whether our kernel can run it: into a whole buffer of a pool that was made for just this matrix."""
         x, spec = self.x, spec_of(self.scales)
-        if spec is None or spec.layout is not _LAYOUT or not self.swizzled or x.ndim != 2:
+        if spec is None or spec.layout is not self.op.layout or not self.swizzled or x.ndim != 2:
             return False
         rows, k = x.shape[0], self.launch.k
         fits = rows <= spec.rows if self.op.grouped else rows == spec.rows
@@ -121,13 +130,13 @@ class Call(NamedTuple):
         )
 
     def run(self) -> None:
-        """Run our kernel, with the arithmetic of vLLM's."""
+        """Run our kernel, with the arithmetic of the original."""
         scales, global_scale = self.scales.view(torch.uint8), self.global_scale.reshape(-1)
-        call = call_for(self.x.device, _LAYOUT, silu_and_mul=self.op.silu, arithmetic="vllm")
-        further = (None, self.op.silu, "vllm")
+        call = call_for(self.x.device, self.op.layout, silu_and_mul=self.op.silu, arithmetic=self.op.arithmetic)
+        further = (None, self.op.silu, self.op.arithmetic)
         if not self.op.grouped:
             row = QUANTIZERS.choose("triton", call)
-            row.run(self.x, global_scale, self.data, scales, _LAYOUT, *further)
+            row.run(self.x, global_scale, self.data, scales, self.op.layout, *further)
             return
         spec = spec_of(scales)
         assert spec is not None
@@ -135,14 +144,18 @@ class Call(NamedTuple):
         row = GROUPED_QUANTIZERS.choose("triton", call)
         row.run(self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
 
-    def run_original(self) -> None:
-        """Run the op, after the cleaning that it needs beside it."""
+    def run_original(self) -> tuple[Tensor, Tensor] | None:
+        """Run the op, after the cleaning that it needs beside it; data and scales, where the op returns them."""
+        if self.op is TRTLLM:
+            returned: tuple[Tensor, Tensor] = trtllm_op()(self.x, self.global_scale)
+            return returned
         self.clean()
         op = self.op.overload()
         if self.op is DENSE:
             op(self.x, self.global_scale, self.swizzled, output=self.data, output_scale=self.scales)
         else:
             op(self.data, self.scales, self.x, self.global_scale, *self.offsets)
+        return None
 
     def clean(self) -> None:
         """Clear the scales that only the previous step wrote, in a buffer of experts of a pool."""
@@ -214,12 +227,83 @@ def served(engine: Engine) -> Iterator[None]:
     if not engine.launches:
         yield
         return
-    with overridden(engine.device, functools.partial(_serve, engine)) as replaced:
+    with _trtllm_overridden(engine), overridden(engine.device, functools.partial(_serve, engine)) as replaced:
         engine.op_cleans = {EXPERTS, SILU_EXPERTS} <= set(replaced)
         try:
             yield
         finally:
             engine.op_cleans = False
+
+
+def trtllm_op() -> Any:
+    """The definition of :data:`TRTLLM` in vLLM; ``None`` where it has none, or one with another schema."""
+    op = getattr(sys.modules.get("vllm.utils.flashinfer"), TRTLLM.name, None)
+    schema = getattr(getattr(op, "_opoverload", None), "_schema", None)
+    known = (
+        schema is not None and str(schema).partition("(")[2] == f"{', '.join(TRTLLM.arguments)}) -> (Tensor, Tensor)"
+    )
+    return op if known else None
+
+
+def keep_from_reuse() -> bool:
+    """Where our kernels are asked for, before code is compiled: keep Inductor from reusing what :data:`TRTLLM` returns."""
+    op = trtllm_op()
+    if op is None or not _is_asked_for():
+        return False
+    try:
+        _keep_from_reuse(op._opoverload)
+    except Exception as error:
+        allocator.log_error(error, "FlashInfer's 8x4 quantizer stays")
+        return False
+    return True
+
+
+@functools.cache
+def _keep_from_reuse(op: torch._ops.OpOverload) -> None:
+    from torch._inductor import lowering
+
+    forbid_reuse(op)
+    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)  # as a fallback's
+
+
+def note_trtllm(a: Tensor, out_dtype: torch.dtype, backend: str) -> None:
+    """In a profile run, note from a GEMM which quantizer its layer calls for few rows; ``a`` is uint8 ``[m, k // 2]``."""
+    engine = allocator.engine
+    if engine is None or engine.pool is not None or backend != "trtllm" or not _is_asked_for():
+        return
+    if keep_from_reuse():
+        engine.launches.add(Launch(TRTLLM.name, 2 * a.shape[1], out_dtype))
+
+
+@contextlib.contextmanager
+def _trtllm_overridden(engine: Engine) -> Iterator[None]:
+    functions = getattr(trtllm_op(), "_backend_fns", {})
+    original = functions.get(engine.device.type)
+    if original is None or all(launch.op != TRTLLM.name for launch in engine.launches):
+        yield
+        return
+    functions[engine.device.type] = functools.partial(_quantize_8x4, engine, original)
+    try:
+        yield
+    finally:
+        functions[engine.device.type] = original
+
+
+def _quantize_8x4(engine: Engine, original: Callable[..., Any], a: Tensor, a_global_sf: Tensor) -> Any:
+    launch = Launch(TRTLLM.name, a.shape[-1], a.dtype)
+    if allocator.engine is not engine or engine.pool is None or a.ndim != 2:
+        return original(a, a_global_sf)
+    rows, k = a.shape
+    if engine.saved(launch, rows) is None:
+        allocator.note(engine.count, startup.THEIRS)
+        return original(a, a_global_sf)
+    try:
+        data = torch.empty((rows, k // 2), dtype=torch.uint8, device=a.device)
+        scales = engine.pool.acquire(rows, k, TRTLLM.layout)
+    except Exception as error:
+        allocator.log_error(error, "FlashInfer's kernel quantizes instead")
+        return original(a, a_global_sf)
+    return (data, scales) if _serve(engine, Call(TRTLLM, a, a_global_sf, data, scales)) else original(a, a_global_sf)
 
 
 def _serve(engine: Engine, call: Call) -> bool:

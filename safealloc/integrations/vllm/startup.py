@@ -31,6 +31,9 @@ PLAIN, FUSED, GROUPED = "plain", "fused", "grouped"
 # Of quantizers: calls of our kernel and of vLLM's, and nanoseconds that ours take less.
 OURS, THEIRS, SAVED = "ours", "theirs", "saved"
 
+TRTLLM = "flashinfer_nvfp4_quantize"
+"""The op that quantizes to 8x4."""
+
 # Why vLLM allocates for a call in a capture or its warm-up.
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
 NO_ROWS = "no rows"
@@ -159,6 +162,12 @@ class Engine:
             for copies in set(self.steps.copies.values()):
                 rows = [size for size in self._rows(site) if self.steps.copies[size] == copies]
                 pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k)
+        for launch in self.launches:
+            if launch.op == TRTLLM:
+                held = max(1, self._copies[Site(launch.k, SfLayout.layout_128x4, None)])
+                for copies in set(self.steps.copies.values()):
+                    rows = [size for size in self.rows_of(launch) if self.steps.copies[size] == copies]
+                    pool.reserve(rows, launch.k, SfLayout.layout_8x4, held * copies)
         most = self.steps.most_rows * self.steps.ranks
         for grouped in self._grouped:  # the buffer of the largest step serves all others too
             copies = max(self.steps.copies.values())
@@ -173,6 +182,8 @@ class Engine:
 
     def rows_of(self, launch: Launch) -> list[int]:
         """Rows of the calls of a launch in captured steps."""
+        if launch.op == TRTLLM:
+            return [size for size in self.steps.copies if size <= MAX_ROWS_8X4]
         if not launch.experts:
             return list(self.steps.copies)
         topks = {site.topk for site in self._grouped if (site.k, site.experts) == (launch.k, launch.experts)}
