@@ -92,7 +92,8 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
 
     def checked(original: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
-        allocator.note(replace.note_trtllm, call["A"], call["dtype"], call["backend"])
+        if allocator.engine is not None:
+            allocator.note(replace.note_trtllm, call["A"], call["dtype"], call["backend"])
         spec = spec_of(call["A_scale"])
         if spec is not None and call.get("block_size", BLOCK_SIZE) == BLOCK_SIZE and call.get("use_nvfp4", True):
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -186,6 +185,8 @@ def _compute_hash(original: Callable[..., str], vllm_config: Any, *given: Any, *
     if _hooked is None or not quantization.may_have_fp4(vllm_config):
         return key
     traced = [name for name in _hooked if name != targets.STEP.name]  # that hook is around a step, not in compiled code
-    asked = [os.environ.get("SAFEALLOC_QUANTIZER", "")]  # then Inductor reuses no scales in 8x4
-    state = ",".join([str(HOOKS_VERSION), *traced, *(["first"] if settings.linear() else []), *filter(None, asked)])
+    from safealloc.integrations.vllm.replace import is_asked_for
+
+    asked = {"first": settings.linear(), "quantizer": is_asked_for()}  # for the latter Inductor reuses no scales in 8x4
+    state = ",".join([str(HOOKS_VERSION), *traced, *(name for name, value in asked.items() if value)])
     return f"{key}-{hashlib.sha256(state.encode()).hexdigest()[:10]}"

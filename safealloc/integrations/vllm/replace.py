@@ -205,7 +205,7 @@ def _override(op: Op, original: Any, answer: Answer, keys: torch._C.DispatchKeyS
 def observed(engine: Engine) -> Iterator[None]:
     """Inside, an engine's profile run, note which launches of the ops it makes."""
     with contextlib.ExitStack() as stack:
-        if _is_asked_for():
+        if is_asked_for():
             for op in OPS:
                 if schema := op.changed():
                     logger.warning(
@@ -248,7 +248,7 @@ def trtllm_op() -> Any:
 def keep_from_reuse() -> bool:
     """Where our kernels are asked for, before code is compiled: keep Inductor from reusing what :data:`TRTLLM` returns."""
     op = trtllm_op()
-    if op is None or not _is_asked_for():
+    if op is None or not is_asked_for():
         return False
     try:
         _keep_from_reuse(op._opoverload)
@@ -269,7 +269,7 @@ def _keep_from_reuse(op: torch._ops.OpOverload) -> None:
 def note_trtllm(a: Tensor, out_dtype: torch.dtype, backend: str) -> None:
     """In a profile run, note from a GEMM which quantizer its layer calls for few rows; ``a`` is uint8 ``[m, k // 2]``."""
     engine = allocator.engine
-    if engine is None or engine.pool is not None or backend != "trtllm" or not _is_asked_for():
+    if engine is None or engine.pool is not None or backend != "trtllm" or not is_asked_for():
         return
     if keep_from_reuse():
         engine.launches.add(Launch(TRTLLM.name, 2 * a.shape[1], out_dtype))
@@ -326,7 +326,7 @@ def _serve(engine: Engine, call: Call) -> bool:
     return True
 
 
-def _is_asked_for() -> bool:
+def is_asked_for() -> bool:
     """Whether ``SAFEALLOC_QUANTIZER`` asks for our kernels; a value that it cannot have is logged."""
     try:
         return settings.quantizer()
