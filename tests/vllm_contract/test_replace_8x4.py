@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from support import quantizer_ops
 from support.vllm_cpu_ops import CPU, activation, kernel_and_layer, mm_calls, vllm_flashinfer
 from torch import Tensor
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 
 from safealloc import ScaleSpec, SfLayout
 from safealloc.integrations import vllm as integration
 from safealloc.integrations.vllm import proof, replace
 from safealloc.integrations.vllm.replace import TRTLLM
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Launch, Steps
+from safealloc.integrations.vllm.startup import Engine, Launch, Site, Steps
 from safealloc.kernels import reference
 from safealloc.ops.backends import QUANTIZERS, Backend
 
@@ -72,3 +76,45 @@ def test_trtllm_gets_ours_in_captures_where_it_is_equal_and_faster(
     finally:
         engine.close()
     integration.unregister()
+
+
+def test_compiled_code_keeps_off_the_scales_that_the_op_returns(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be a pool buffer: a temporary of the same size and dtype gets memory of its own."""
+    monkeypatch.setenv("SAFEALLOC_QUANTIZER", "safealloc")
+    quantizer_ops.our_kernels(monkeypatch)
+    monkeypatch.setitem(QUANTIZERS, "triton", Backend("triton", lambda call: None, reference.quantize))
+    assert replace.keep_from_reuse()
+    kernel, layer = kernel_and_layer("trtllm", 24, K)
+    rows = 8
+    padded = SfLayout.layout_8x4.padded_shape(rows, K)
+
+    def model(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        y = kernel.apply_weights(layer, x * 2) + 1
+        temporary = torch.flip(seed + 1, (0,)) | seed  # as large as the scales
+        return y, torch.flip(temporary, (0,)).to(torch.int32).sum()
+
+    x, seed = activation(rows, K), torch.full(padded, 3, dtype=torch.uint8)
+    expected = model(x, seed)
+    engine = Engine(Steps({rows: 1}), CPU)
+    engine.launches.add(LAUNCH)
+    engine.observe(Site(K, SfLayout.layout_128x4, None), torch.empty(0))
+    engine.reserve()
+    assert engine.pool is not None
+    engine.saved = lambda launch, number: 1.0
+    dynamo.reset()
+    mm_calls.clear()
+    try:
+        with config.patch({"enable_auto_functionalized_v2": False, "force_disable_caches": True}):
+            with allocator.working(engine), replace.served(engine), torch.inference_mode():
+                found, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x, seed)
+        assert all(map(torch.equal, found, expected))
+        assert mm_calls[-1].spec == ScaleSpec(rows, K, SfLayout.layout_8x4)
+        assert "flashinfer_nvfp4_quantize" in source
+        (op,) = re.findall(r"(\w+) = torch\.ops\.vllm\.flashinfer_nvfp4_quantize\.default\(", source)
+        outputs = re.findall(rf"(\w+) = {op}\[\d\]", source)
+        assert len(outputs) == 2
+        assert not [name for name in outputs if re.search(rf"= {name}; +del {name}  # reuse", source)]
+        assert engine.pool.verify() == engine.pool.stats().buffers
+    finally:
+        engine.close()
+        dynamo.reset()
