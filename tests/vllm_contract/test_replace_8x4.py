@@ -104,9 +104,13 @@ def test_compiled_code_keeps_off_the_scales_that_the_op_returns(plugin: None, mo
     dynamo.reset()
     mm_calls.clear()
     try:
-        with config.patch({"enable_auto_functionalized_v2": False, "force_disable_caches": True}):
-            with allocator.working(engine), replace.served(engine), torch.inference_mode():
-                found, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x, seed)
+        with (
+            config.patch({"enable_auto_functionalized_v2": False, "force_disable_caches": True}),
+            allocator.working(engine),
+            replace.served(engine),
+            torch.inference_mode(),
+        ):
+            found, (source,) = run_and_get_code(torch.compile(model, fullgraph=True), x, seed)
         assert all(map(torch.equal, found, expected))
         assert mm_calls[-1].spec == ScaleSpec(rows, K, SfLayout.layout_8x4)
         assert "flashinfer_nvfp4_quantize" in source
