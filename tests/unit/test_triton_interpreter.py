@@ -24,7 +24,6 @@ CLASSES = {
     "TestGolden": "test_golden.py",
     "TestVendorArithmetic": "test_golden.py",
     "TestGuard": "test_guard_kernels.py",
-    "TestMx": "test_mx_kernels.py",
 }
 ONE_OF_EACH = (
     "test_kernels.py::TestLayout::test_offsets_beyond_32_bits",
