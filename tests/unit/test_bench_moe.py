@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.interpreted import printed_lines
 
 from safealloc.formats.layout import SfLayout
 
@@ -118,12 +115,7 @@ with ScalePool("cpu") as pool:
 
 def test_baselines_run_and_the_check_detects_dirty_scales() -> None:
     """Each baseline runs. Pool buffers equal the reference; a call that leaves old scales is detected."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = printed_lines(PROGRAM)
     assert lines[-1].endswith("buffers")
     assert lines[:-1] == [f"6 rows of {k} differ from the reference" for k in (80, 48)]
 
