@@ -13,6 +13,7 @@ from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.gemm import mm_fp4, set_foreign_scales
+from safealloc.ops.gemm_mxfp8 import mm_mxfp8
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize, silu_and_mul_nvfp4_quantize
@@ -41,6 +42,7 @@ __all__ = [
     "clean_grouped_scales",
     "default_pool",
     "mm_fp4",
+    "mm_mxfp8",
     "mxfp4_quantize",
     "mxfp8_quantize",
     "nvfp4_linear",
