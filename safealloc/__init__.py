@@ -19,6 +19,7 @@ from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize, silu_and_mul_nvfp4_quantize
 from safealloc.ops.quantize_mx import mxfp4_quantize, mxfp8_quantize
 from safealloc.pool.capture import capture
+from safealloc.pool.declare import check, declare, spec
 from safealloc.pool.default import default_pool, use_pool
 from safealloc.pool.pool import ScalePool
 from safealloc.pool.reports import CaptureGrowthWarning, GraphReport, PoolStats
@@ -39,7 +40,9 @@ __all__ = [
     "SfLayout",
     "__version__",
     "capture",
+    "check",
     "clean_grouped_scales",
+    "declare",
     "default_pool",
     "mm_fp4",
     "mm_mxfp8",
@@ -51,5 +54,6 @@ __all__ = [
     "set_foreign_scales",
     "silu_and_mul_nvfp4_quantize",
     "silu_and_mul_nvfp4_quantize_grouped",
+    "spec",
     "use_pool",
 ]

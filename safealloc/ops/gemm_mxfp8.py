@@ -7,7 +7,6 @@ from torch import Tensor
 
 from safealloc._checks import FP8, check_contiguous, check_tensor
 from safealloc.formats.format import ScaleFormat
-from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import MXFP8_GEMMS, call_for
 from safealloc.ops.gemm import (
     SCALE_DTYPES,
@@ -19,7 +18,7 @@ from safealloc.ops.gemm import (
     untransposed,
 )
 from safealloc.ops.library import register
-from safealloc.pool.contents import note_of
+from safealloc.pool.contents import forget_declared, note_of
 
 _FORMAT = ScaleFormat.mxfp8
 
@@ -83,9 +82,11 @@ def mm_mxfp8(
     layout, foreign = layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, _FORMAT)
     call = call_for(a.device, layout, out_dtype, format=_FORMAT, below_128=min(n, k) < 128)
     row = MXFP8_GEMMS.choose(backend, call)
-    if foreign:
-        a_descale = treat_foreign(a_descale, ScaleSpec(m, k, layout, format=_FORMAT))
-    if out is None:
+    if foreign is not None:
+        a_descale = treat_foreign(a_descale, foreign)
+    if out is not None:
+        forget_declared(out)
+    else:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     row.run(a, weight, a_descale, b_descale, None, out, layout, skip_check=skip_check, format=_FORMAT)
     return out

@@ -12,7 +12,7 @@ from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for, check
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
 from safealloc.ops.quantize import check_matrix
-from safealloc.pool.contents import spec_of
+from safealloc.pool.contents import pool_spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 
@@ -121,7 +121,7 @@ def clean_grouped_scales(
         TypeError: not a tensor, or of another dtype.
     """
     check_tensor("scales", scales, (*BYTES, torch.int32), None)
-    spec = spec_of(scales)
+    spec = pool_spec_of(scales)
     if spec is None or spec.experts is None:
         raise ValueError(
             "scales must start at a buffer of ScalePool.acquire_grouped: other memory has no record of the previous step"
@@ -169,7 +169,7 @@ def _quantize(
     call = call_for(x.device, layout, arithmetic=checked_arithmetic(arithmetic))
     row = GROUPED_QUANTIZERS.choose(backend, call)
     scales = pool.acquire_grouped(rows, k, experts, layout)
-    spec = spec_of(scales)
+    spec = pool_spec_of(scales)
     assert spec is not None
     buffer, record = whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)

@@ -21,7 +21,7 @@ from safealloc.integrations.vllm.serve import allocator, engine_of
 from safealloc.integrations.vllm.startup import Engine
 from safealloc.integrations.vllm.worker import around, capability, logger
 from safealloc.ops.gemm import check_agrees
-from safealloc.pool.contents import spec_of
+from safealloc.pool.contents import pool_spec_of
 
 Hook = Callable[[Patches, ModuleType, str], None]
 """Replaces an attribute of a module by its name; ``Patches.restore`` undoes it."""
@@ -68,7 +68,7 @@ def _mm(patches: Patches, module: ModuleType, name: str) -> None:
         use_nvfp4: bool = True,
     ) -> Tensor:
         mxfp4 = () if block_size == BLOCK_SIZE and use_nvfp4 else (block_size, use_nvfp4)
-        spec = None if mxfp4 or torch.compiler.is_compiling() else spec_of(block_scale_a)
+        spec = None if mxfp4 or torch.compiler.is_compiling() else pool_spec_of(block_scale_a)
         vllm_says_8x4 = backend == "trtllm" and a.shape[0] <= MAX_ROWS_8X4  # by the rows alone
         if spec is None or vllm_says_8x4 == (spec.layout is SfLayout.layout_8x4):
             return original(a, b, block_scale_a, block_scale_b, alpha, out_dtype, backend, *mxfp4)
@@ -94,7 +94,7 @@ def _mm_op(patches: Patches, module: ModuleType, name: str) -> None:
         call = dict(zip(targets.MM_OP.parameters[-1], given, strict=False)) | named
         if allocator.engine is not None:
             allocator.note(replace.note_trtllm, call["A"], call["dtype"], call["backend"])
-        spec = spec_of(call["A_scale"])
+        spec = pool_spec_of(call["A_scale"])
         if spec is not None and call.get("block_size", BLOCK_SIZE) == BLOCK_SIZE and call.get("use_nvfp4", True):
             check_operands(spec, call["A"], call["use_8x4_sf_layout"], call["backend"])
         return original(*given, **named)
