@@ -23,7 +23,7 @@ MEANINGS = {
     STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
     LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
     QUANTIZER: "safealloc runs our kernels behind vLLM's quantization ops where they are equal and faster (default: vllm)",
-    CONTRACT: "warn logs, and error raises, where a consumer in vLLM reads scales in another layout than they have (default: off)",
+    CONTRACT: "warn logs, error raises, where vLLM reads scales in another layout than they were written in (default: off)",
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
@@ -68,7 +68,7 @@ def quantizer() -> bool:
 
 
 def contract() -> str:
-    """What ``SAFEALLOC_CONTRACT`` asks for where scales are read otherwise than they were written: ``off``, ``warn``, ``error``.
+    """``off``, ``warn`` or ``error``: what is done where vLLM reads scales otherwise than they were written.
 
     Raises:
         ValueError: it is set to anything else.

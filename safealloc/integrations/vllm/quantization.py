@@ -1,4 +1,4 @@
-"""Whether a model may have layers whose activations are quantized to FP4 in blocks or to MXFP8, by its configuration in vLLM."""
+"""Whether a model may have layers whose activations are quantized to FP4 in blocks or MXFP8, by its vLLM configuration."""
 
 from __future__ import annotations
 
