@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ from safealloc.integrations.vllm.contract import Contract, Matrix
 from safealloc.kernels import reference
 
 with pytest.MonkeyPatch.context() as _patch:
-    _patch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
+    _patch.setitem(sys.modules, "deep_ep", SimpleNamespace(ElasticBuffer=object, EPHandle=object, EventOverlap=object))
     deepep_v2 = importlib.import_module("vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_v2")
 
 RANKS = 2
@@ -79,7 +79,7 @@ def _mm_mxfp8(A: Tensor, B: Tensor, *given: Any, **named: Any) -> Tensor:
 
 
 def _mxfp8_8x4(a: Tensor) -> tuple[Tensor, Tensor]:
-    data, scales = mxfp8_quantize(a, layout="8x4", backend="reference")
+    data, scales = mxfp8_quantize(a, layout=SfLayout.layout_8x4, backend="reference")
     return data.clone(), scales.clone().view(torch.uint8).flatten()
 
 
