@@ -249,10 +249,10 @@ def _hook_op(contract: Contract, point: Point, patches: Patches, module: ModuleT
     if op is None:
         return
     names = [argument.name for argument in op._schema.arguments]
-    custom = getattr(module, packet, None)
-    if hasattr(custom, "_backend_fns"):  # torch.library.custom_op
-        for device, kernel in list(custom._backend_fns.items()):
-            patches.set_item(custom._backend_fns, device, functools.partial(_call, contract, point, names, kernel))
+    kernels = getattr(getattr(module, packet, None), "_backend_fns", None)
+    if kernels is not None:  # torch.library.custom_op
+        for device, kernel in list(kernels.items()):
+            patches.set_item(kernels, device, functools.partial(_call, contract, point, names, kernel))
         return
     library = torch.library.Library(namespace, "IMPL")
     patches.undo_by(library._destroy)
