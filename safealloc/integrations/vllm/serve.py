@@ -20,7 +20,7 @@ from torch import Tensor
 
 from safealloc import settings
 from safealloc.errors import PaddingCorruptionError, PoolClosedError, SafeAllocError
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.integrations.vllm import startup, targets
 from safealloc.integrations.vllm.startup import Engine, GroupedSite, Site, Steps
@@ -106,14 +106,21 @@ class Allocator:
         return tensor
 
     def grouped_scales(
-        self, rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor
+        self,
+        rows: int,
+        k: int,
+        topk: int,
+        expert_offsets: Tensor,
+        blockscale_offsets: Tensor,
+        format: ScaleFormat = ScaleFormat.nvfp4,
     ) -> Tensor | None:
         """Scales in 128x4 for an expert quantizer that writes valid scales only: every other byte is zero.
 
         Args:
             rows: of all experts together, tokens times experts per token (``topk``).
-            k: columns in elements, a multiple of 16.
+            k: columns in elements, a multiple of the format's block size.
             expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, vLLM's.
+            format: of the scales.
 
         Returns:
             int32 ``[padded_rows, padded_cols // 4]`` with rows for the worst grouping; ``None`` where vLLM has to allocate.
@@ -124,21 +131,21 @@ class Allocator:
         engine = self.engine
         tensor = None
         if engine is not None and engine.pool is None:
-            self.note(engine.observe_grouped, GroupedSite(k, experts, topk))
+            self.note(engine.observe_grouped, GroupedSite(k, experts, topk, format))
         elif engine is not None and engine.pool is not None:
             bypassed = engine.bypassed(-(-rows // (topk * engine.steps.ranks)))
             if bypassed is None:
                 try:
-                    tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4)
+                    tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4, format=format)
                     # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
-                    if not engine.op_cleans:
+                    if not engine.op_cleans or format is not ScaleFormat.nvfp4:
                         clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
                     tensor = tensor.view(torch.int32)
                 except Exception as error:
                     tensor, bypassed = None, self._handle_error(error)
             self.note(engine.count, bypassed or startup.GROUPED)
         if tensor is None:
-            tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device)
+            tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device, format)
         return tensor
 
     def _handle_error(self, error: Exception) -> str:
@@ -244,9 +251,9 @@ def zero_padding(scales: Tensor, m: int, n: int) -> None:
         scales.view(-1, scales.shape[1], tile.rows)[:, full_tiles:].zero_()
 
 
-def _zeros(m: int, n: int, device: torch.device) -> Tensor:
+def _zeros(m: int, n: int, device: torch.device, format: ScaleFormat = ScaleFormat.nvfp4) -> Tensor:
     """int32 ``[rounded_m, rounded_n // 4]``."""
-    padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // BLOCK_SIZE)
+    padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // format.block_size)
     return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
 
 

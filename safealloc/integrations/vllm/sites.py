@@ -55,7 +55,7 @@ class Site:
         zeroed = self.zeroed_by(version)
         if self.hook is None:
             return "nothing" if zeroed == "no padding" else "nothing: no hook"
-        memory = ", memory" if self.hook is targets.EXPERTS else ""
+        memory = ", memory" if self.hook in (targets.EXPERTS, targets.MX_EXPERTS) else ""
         return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing")
 
 
@@ -105,7 +105,16 @@ SITES: Sequence[Site] = (
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
     Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), "CUTLASS MoE"),
-    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS MoE", "0.20.2"),
+    Site(
+        "MXFP4 expert quantizers",
+        _MXFP4_EXPERTS,
+        "MXFP4 128x4",
+        "nobody",
+        targets.MX_EXPERTS,
+        (),
+        "CUTLASS MoE",
+        "0.20.2",
+    ),
     Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
     Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
     Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),
