@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from safealloc.integrations.startup import Sites
 from safealloc.integrations.vllm import report, targets
-from safealloc.integrations.vllm.startup import Sites
 from safealloc.pool.pool import ScalePool
 
 HOOKED = tuple(target.name for target in targets.TARGETS if target is not targets.QUANTIZE)
@@ -74,7 +74,7 @@ def test_the_line_says_where_our_quantizers_serve_and_what_that_saves():
 
 def test_a_hook_that_is_off_counts_as_none():
     without = tuple(name for name in HOOKED if name not in ("fused_act_quant", "create_fp4_scale_tensor"))
-    assert "2 are hooked; not hooked, and not known to be zeroed: all-reduce + RMSNorm" in report.left(
-        "0.32.0", without
-    )
-    assert "not known to be zeroed: scaled_fp4_quant, all-reduce" in report.left("0.24.0", without)
+    line = report.ready("0.32.0", (10, 0), Sites(), None, without)
+    assert "2 are hooked; not hooked, and not known to be zeroed: all-reduce + RMSNorm" in line
+    line = report.ready("0.24.0", (10, 0), Sites(), None, without)
+    assert "not known to be zeroed: scaled_fp4_quant, all-reduce" in line

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm.serve import engine_of
+from safealloc.integrations.serve import engine_of
 from safealloc.integrations.vllm.sizes import capture_sizes, captured_rows
 
 K = 80
