@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from vllm_releases import scan_sites
 
+from safealloc.integrations.sites import family
 from safealloc.integrations.vllm import sites, targets
 
 RELEASES = json.loads((Path(__file__).parents[1] / "vllm_releases" / "hooks_by_release.json").read_text())["releases"]
@@ -60,11 +61,11 @@ def test_a_site_exists_from_its_first_release_on():
 
 
 @pytest.mark.parametrize(
-    ("capability", "family"),
+    ("capability", "expected"),
     [((10, 0), "SM10x"), ((10, 3), "SM10x"), ((12, 1), "SM12x"), ((9, 0), None), (None, None)],
 )
-def test_gpu_families(capability, family):
-    assert sites.family(capability) == family
+def test_gpu_families(capability, expected):
+    assert family(capability) == expected
 
 
 @pytest.mark.parametrize(

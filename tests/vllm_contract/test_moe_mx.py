@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from safealloc import PoolClosedError, ScaleFormat, ScalePool, ScaleSpec, SfLayout
 from safealloc.integrations import vllm as integration
+from safealloc.integrations.startup import Steps
 from safealloc.integrations.vllm import plugin, quantization, targets
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Steps
 
 EXPERTS, TOPK, K = 6, 2, 96  # 96 columns are 3 of scales, so that 1 of padding follows
 PLAIN, SILU = "mxfp4_experts_quant", "silu_and_mul_mxfp4_experts_quant"

@@ -14,12 +14,15 @@ from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import BLOCK_SIZE, ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations import drift
+from safealloc.integrations.host import around, capability
+from safealloc.integrations.patches import Patches
+from safealloc.integrations.serve import engine_of
 from safealloc.integrations.vllm import kernel, proof, replace, report, targets
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.ops import grouped_scales, scales
-from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import allocator, engine_of
-from safealloc.integrations.vllm.startup import Engine
-from safealloc.integrations.vllm.worker import around, capability, logger
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.gemm import check_agrees
 from safealloc.pool.contents import pool_spec_of
 
@@ -343,7 +346,7 @@ def log_errors(function: Callable[..., object], *given: Any) -> None:
         allocator.log_error(error, "vLLM goes on without it")
 
 
-HOOKS: dict[targets.Target, Hook] = {
+HOOKS: dict[drift.Target, Hook] = {
     targets.SCALES: _scale_tensor,
     targets.OUTPUTS: _output_tensors,
     targets.MM: _mm,

@@ -16,8 +16,8 @@ from safealloc import settings
 from safealloc.errors import SafeAllocError
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
+from safealloc.integrations.startup import INDUCTOR
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import INDUCTOR
 from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, library
