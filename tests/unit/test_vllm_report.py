@@ -60,9 +60,7 @@ def test_the_line_counts_served_and_bypassed_sites_and_kinds_without_a_hook():
         f"{UNSAFE}"
     )
     without_pool = report.ready("0.32.0", (10, 0), Sites(), None, HOOKED)
-    assert without_pool.startswith(
-        "serves 0 of 0 FP4 scale sites per step, in 0 captures; no pool; bypassed: none. Ch"
-    )
+    assert without_pool.startswith("serves 0 of 0 FP4 scale sites per step, in 0 captures; no pool; bypassed: none. Ch")
 
 
 def test_the_line_says_where_our_quantizers_serve_and_what_that_saves():
