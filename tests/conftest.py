@@ -6,6 +6,7 @@ for them, or where they are named (``file.py::test``).
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -31,6 +32,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     parallel = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
     if parallel and config.option.numprocesses is None and not _names_tests(config) and not torch.cuda.is_available():
         config.option.numprocesses = "auto"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Tests collect garbage hundreds of times: what pytest, Inductor and earlier modules hold is left out of that."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries complain at exit that their objects were leaked
 
 
 def _names_tests(config: pytest.Config) -> bool:
