@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc import settings
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.integrations.host import capture_under_way, capturing
 from safealloc.pool.pool import ScalePool
@@ -76,6 +77,7 @@ class Site(NamedTuple):
     k: int
     layout: SfLayout
     padded_k: int | None
+    format: ScaleFormat = ScaleFormat.nvfp4
 
 
 class GroupedSite(NamedTuple):
@@ -128,6 +130,10 @@ class Engine:
         """Note a call of an expert quantizer in the profile run."""
         self._grouped.add(site)
 
+    def expect(self, site: Site) -> None:
+        """Note a site of the layers, where no profile run shows it."""
+        self._copies[site] = max(1, self._copies[site])
+
     def reserve(self) -> None:
         """Make the pool, with buffers for what was observed; none where nothing was, or nothing is captured.
 
@@ -145,7 +151,7 @@ class Engine:
         for site, held in sites.items():
             for copies in set(self.steps.copies.values()):
                 rows = [size for size in self._rows(site) if self.steps.copies[size] == copies]
-                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k)
+                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k, format=site.format)
         for launch in self.launches:
             if launch.op == TRTLLM:
                 held = max(1, self._copies[Site(launch.k, SfLayout.layout_128x4, None)])
