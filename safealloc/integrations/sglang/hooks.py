@@ -26,7 +26,7 @@ _MX_BLOCK = ScaleFormat.mxfp8.block_size
 
 def _dense(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """NVFP4 in 128x4 of a matrix; other block sizes, layouts and shapes are left alone."""
-    x = named.get("input", given[0] if given else None)
+    x: Any = named.get("input", given[0] if given else None)
     served = (
         len(given) <= 1
         and isinstance(x, Tensor)
@@ -44,7 +44,7 @@ def _dense(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
 
 
 def _mxfp8(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    x = named.get("input", given[0] if given else None)
+    x: Any = named.get("input", given[0] if given else None)
     alignment = named.get("alignment", _MX_BLOCK)
     served = (
         len(given) <= 1

@@ -158,11 +158,12 @@ def _load_model(original: Callable[..., Any], model_runner: Any, *given: Any, **
     result = original(model_runner, *given, **named)
     if _hooked is not None:
         from safealloc.integrations.sglang import hooks
+        from safealloc.integrations.sglang.serve import allocator
 
         try:
             hooks.begin(model_runner)
         except Exception as error:
-            hooks.allocator.log_error(error, "SGLang goes on without it")
+            allocator.log_error(error, "SGLang goes on without it")
     return result
 
 

@@ -1,8 +1,8 @@
 """Which of SGLang's calls of FlashInfer's quantizers write into a pool buffer.
 
-FlashInfer's kernel stays, and so do its bits: inside a call, the ``torch.empty`` for the scales returns a buffer of the engine's
-pool. Only calls in captures and their warm-ups are served. Elsewhere a producer that leaves padding unwritten gets FlashInfer's
-own memory with the padding zeroed.
+FlashInfer's kernel stays, and so do its bits: inside a call, the ``torch.empty`` for the scales returns a buffer of the
+engine's pool. Only calls in captures and their warm-ups are served. Elsewhere a producer that leaves padding unwritten gets
+FlashInfer's own memory with the padding zeroed.
 """
 
 from __future__ import annotations
