@@ -35,6 +35,9 @@ CPU = torch.device("cpu")
 LAYOUT = SfLayout.layout_128x4
 ROWS, K = 5, 80  # padding rows, and 3 padding columns
 ONE = torch.ones(1)
+_CPU_KERNELS = torch.library.Library("sglang", "FRAGMENT")
+# SGLang registers its op for CUDA alone.
+_CPU_KERNELS.impl("flashinfer_fp4_quantize", fp4_utils._flashinfer_fp4_quantize_impl, "CPU")
 
 
 def padding(scales: Tensor, rows: int = ROWS, k: int = K, format: ScaleFormat = ScaleFormat.nvfp4) -> Tensor:
@@ -52,6 +55,12 @@ def fused(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dense(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = fp4_utils.fp4_quantize(x, ONE, **options)
+    return result
+
+
+def mxfp8(x: Tensor, swizzled: bool = True) -> tuple[Tensor, Tensor]:
+    """What SGLang's op runs."""
+    result: tuple[Tensor, Tensor] = fp8_utils.flashinfer_mxfp8_quantize.__wrapped__(x, swizzled)
     return result
 
 
@@ -128,12 +137,12 @@ def test_data_is_not_taken_for_scales(k: int) -> None:
 def test_mxfp8_writes_into_a_pool_buffer(stale: None) -> None:
     k = 96
     with capturing(sites=(Site(k, LAYOUT, None, ScaleFormat.mxfp8),)):
-        scales = fp8_utils.flashinfer_mxfp8_quantize(x(k=k))[1]
+        scales = mxfp8(x(k=k))[1]
         spec = spec_of(scales)
         assert spec is not None
         assert (spec.rows, spec.k, spec.format) == (ROWS, k, ScaleFormat.mxfp8)
         assert not padding(scales, k=k, format=ScaleFormat.mxfp8).any()
-        linear = fp8_utils.flashinfer_mxfp8_quantize(x(k=k), False)[1]
+        linear = mxfp8(x(k=k), False)[1]
         assert spec_of(linear) is None
 
 

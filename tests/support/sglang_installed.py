@@ -6,6 +6,7 @@ are stand-ins: SGLang's other modules, FlashInfer, and packages that are not her
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -227,7 +228,15 @@ def scaled_fp4_grouped_quantize(a: Tensor, mask: Tensor, a_global_sf: Tensor) ->
     return _experts(a, mask, a.shape[2])
 
 
-FLASHINFER = {
+class _SfLayout(enum.Enum):
+    """Not of integers, as FlashInfer's."""
+
+    layout_128x4 = 0
+    layout_8x4 = 1
+    layout_linear = 2
+
+
+FLASHINFER: dict[str, Any] = {"SfLayout": _SfLayout} | {
     one.__name__: one
     for one in (
         fp4_quantize,

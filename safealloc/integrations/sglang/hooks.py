@@ -52,7 +52,7 @@ def _mxfp8(original: Callable[..., Any], *given: Any, **named: Any) -> Any:
         and x.ndim == 2
         and x.is_contiguous()
         and named.get("is_sf_swizzled_layout", True)
-        and named.get("sf_swizzle_layout") in (None, 0)
+        and getattr(named.get("sf_swizzle_layout"), "value", 0) == _LAYOUT.value
         and x.shape[1] % max(alignment, _MX_BLOCK) == 0
     )
     if not served or torch.compiler.is_compiling():

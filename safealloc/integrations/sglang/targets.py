@@ -35,6 +35,7 @@ DENSE = Target(
     _FP4,
     ("_flashinfer_fp4_quantize_impl",),
     ((*_QUANTIZE, "enable_pdl"),),
+    bodies=("399284bd26",),
     hooked=f"{_FP4}._flashinfer_fp4_quantize",
 )
 FUSED = Target(
@@ -43,12 +44,14 @@ FUSED = Target(
     ("Qwen2MoeMLP._silu_fp4_quant_fused",),
     (("self", "gate_up"),),
     since="0.5.19",
+    bodies=("5b05292866",),
     hooked="flashinfer.silu_and_mul_scaled_nvfp4_experts_quantize",
 )
 GROUPED = Target(
     "grouped NVFP4",
     "sglang.srt.layers.moe.flashinfer_cutedsl_moe",
     ("flashinfer_cutedsl_moe_masked",),
+    bodies=("285897f0ad", "8bd07aec4b"),
     hooked="flashinfer.scaled_fp4_grouped_quantize",
 )
 MXFP8 = Target(
@@ -59,6 +62,7 @@ MXFP8 = Target(
         ("input", "is_sf_swizzled_layout", "alignment"),
         ("input", "is_sf_swizzled_layout", "alignment", "backend"),
     ),
+    bodies=("36a07acba2", "dad90c8baf"),
     hooked=f"{_FP8}._raw_flashinfer_mxfp8_quantize",
 )
 LOAD = Target("start of a runner", _RUNNER, ("ModelRunner.load_model",), (("self",),))
