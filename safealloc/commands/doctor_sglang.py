@@ -63,7 +63,7 @@ def show(found: SGLangFinding, out: Console) -> None:
     title = f"SGLang {found.version}: loaded by SGLang: {found.plugin or 'yes'}"
     rows = [(hook["name"], hook["status"], hook["reason"]) for hook in found.hooks]
     report.table(out, title, ("", "hook", "reason"), report.fine(rows))
-    rows = [(site["name"], site["when"], site["zeroes_padding"], site["change"]) for site in found.sites]
-    report.table(out, "what safealloc changes there", ("", "when", "zeroes padding", "what changes"), report.fine(rows))
+    places = [(site["name"], site["when"], site["zeroes_padding"], site["change"]) for site in found.sites]
+    report.table(out, "what safealloc changes there", ("", "when", "zeroes padding", "what changes"), report.fine(places))
     if found.note:
         out.print(f"{found.note}\n")
