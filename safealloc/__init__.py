@@ -13,11 +13,13 @@ from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.gemm import mm_fp4, set_foreign_scales
+from safealloc.ops.gemm_mxfp8 import mm_mxfp8
 from safealloc.ops.grouped import clean_grouped_scales, nvfp4_quantize_grouped, silu_and_mul_nvfp4_quantize_grouped
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize, silu_and_mul_nvfp4_quantize
 from safealloc.ops.quantize_mx import mxfp4_quantize, mxfp8_quantize
 from safealloc.pool.capture import capture
+from safealloc.pool.declare import check, declare, spec
 from safealloc.pool.default import default_pool, use_pool
 from safealloc.pool.pool import ScalePool
 from safealloc.pool.reports import CaptureGrowthWarning, GraphReport, PoolStats
@@ -38,9 +40,12 @@ __all__ = [
     "SfLayout",
     "__version__",
     "capture",
+    "check",
     "clean_grouped_scales",
+    "declare",
     "default_pool",
     "mm_fp4",
+    "mm_mxfp8",
     "mxfp4_quantize",
     "mxfp8_quantize",
     "nvfp4_linear",
@@ -49,5 +54,6 @@ __all__ = [
     "set_foreign_scales",
     "silu_and_mul_nvfp4_quantize",
     "silu_and_mul_nvfp4_quantize_grouped",
+    "spec",
     "use_pool",
 ]

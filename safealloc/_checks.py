@@ -9,6 +9,7 @@ from torch import Tensor
 
 BYTES = (torch.uint8, torch.float8_e4m3fn)
 FP4 = (torch.uint8, torch.float4_e2m1fn_x2)
+FP8 = (torch.float8_e4m3fn,)
 
 
 def check_tensor(

@@ -72,15 +72,16 @@ def _refusal(marker: str) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < needed:
         return f"{wanted}: {torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
-    if marker == "vllm_engine" and importlib.util.find_spec("vllm") is None:
-        return "starts the vLLM engine: vllm is not installed"
+    for framework, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        if marker == f"{framework}_engine" and importlib.util.find_spec(framework) is None:
+            return f"starts the {name} engine: {framework} is not installed"
     return None
 
 
 def _skip_what_cannot_run(items: list[pytest.Item]) -> None:
     reasons: dict[str, str | None] = {}
     for item in items:
-        for marker in ("gpu", "vllm_engine", "sm100"):
+        for marker in ("gpu", "vllm_engine", "sglang_engine", "sm100"):
             if item.get_closest_marker(marker) is None:
                 continue
             if marker not in reasons:

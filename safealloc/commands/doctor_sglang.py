@@ -64,6 +64,8 @@ def show(found: SGLangFinding, out: Console) -> None:
     rows = [(hook["name"], hook["status"], hook["reason"]) for hook in found.hooks]
     report.table(out, title, ("", "hook", "reason"), report.fine(rows))
     places = [(site["name"], site["when"], site["zeroes_padding"], site["change"]) for site in found.sites]
-    report.table(out, "what safealloc changes there", ("", "when", "zeroes padding", "what changes"), report.fine(places))
+    report.table(
+        out, "what safealloc changes there", ("", "when", "zeroes padding", "what changes"), report.fine(places)
+    )
     if found.note:
         out.print(f"{found.note}\n")

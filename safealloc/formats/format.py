@@ -37,9 +37,14 @@ class ScaleFormat(enum.Enum):
 
     __hash__ = object.__hash__  # Enum's own is a Python function, and each acquire hashes a format
 
+    @property
+    def values_per_byte(self) -> int:
+        """Of the data: 2 of FP4, 1 of FP8."""
+        return 1 if self is ScaleFormat.mxfp8 else 2
+
     def data_shape(self, rows: int, k: int) -> tuple[int, int]:
         """Shape in bytes of the data of a ``[rows, k]`` matrix; unchecked, and the numbers may be symbolic."""
-        return rows, (k if self is ScaleFormat.mxfp8 else k // 2)
+        return rows, k // self.values_per_byte
 
 
 def checked_format(format: ScaleFormat) -> ScaleFormat:

@@ -21,7 +21,7 @@ def served(captured: Sites, held: PoolStats | None) -> str:
         less = f"{captured.saved_us / 1000:.2f} ms a step less (measured)"
         quantizers = f"; quantizers: ours in {captured.ours} of {captured.quantizers} sites, {less}"
     return (
-        f"serves {captured.served} of {total} NVFP4 scale sites per step, in {captured.captures} captures; {pool}; "
+        f"serves {captured.served} of {total} FP4 scale sites per step, in {captured.captures} captures; {pool}; "
         f"bypassed: {bypassed}{quantizers}"
     )
 

@@ -86,6 +86,7 @@ class GroupedSite(NamedTuple):
     k: int
     experts: int
     topk: int
+    format: ScaleFormat = ScaleFormat.nvfp4
 
 
 class Launch(NamedTuple):
@@ -110,7 +111,7 @@ class Engine:
         self.launches: set[Launch] = set()  # of quantizers in the profile run, where ours are asked for
         # Microseconds that our quantizer takes less for so many rows; ``None`` where the framework's stays.
         self.saved: Callable[[Launch, int], float | None] = lambda launch, rows: None
-        self.op_cleans = False  # expert quantizers see to the scales of the previous step themselves
+        self.op_cleans = False  # NVFP4 expert quantizers see to the scales of the previous step themselves
         self._linear_ks = linear_ks  # columns of the input of each layer on our linear kernel
         self._copies: Counter[Site] = Counter()  # tensors of a site that the profile run held at once
         self._grouped: set[GroupedSite] = set()
@@ -161,7 +162,8 @@ class Engine:
         most = self.steps.most_rows * self.steps.ranks
         for grouped in self._grouped:  # the buffer of the largest step serves all others too
             copies = max(self.steps.copies.values())
-            pool.reserve(most * grouped.topk, grouped.k, SfLayout.layout_128x4, copies, experts=grouped.experts)
+            shape = most * grouped.topk, grouped.k, SfLayout.layout_128x4, copies
+            pool.reserve(*shape, experts=grouped.experts, format=grouped.format)
 
     def _rows(self, site: Site) -> Iterable[int]:
         if site.layout is SfLayout.layout_8x4:  # only our own kernel takes it

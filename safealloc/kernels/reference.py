@@ -1,4 +1,4 @@
-"""NVFP4 in plain torch, on any device, and GEMMs of FP4: what every kernel here must reproduce.
+"""NVFP4 in plain torch, on any device, and GEMMs of each format: what every kernel here must reproduce.
 
 Quantization follows the NVFP4 recipe, in float32 and in this order (the same results, bit for bit, as ``ref_nvfp4_quant`` of
 vLLM's ``nvfp4_emulation_utils``). With ``g`` the global scale and ``r(x) = 1 / x``, where ``r(0) = 1e-8``::
@@ -128,7 +128,7 @@ def decode_e2m1(packed: Tensor) -> Tensor:
 
 
 def dequantize(
-    x_fp4: Tensor,
+    data: Tensor,
     scales: Tensor,
     layout: SfLayout,
     global_scale: Tensor | float = 1.0,
@@ -136,21 +136,22 @@ def dequantize(
     k: int | None = None,
     format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> Tensor:
-    """float32 ``[rows, k]`` that the quantized data stand for: ``e2m1 * scale / global_scale``.
+    """float32 ``[rows, k]`` that the quantized data stand for: ``data * scale / global_scale``.
 
     Args:
-        x_fp4: uint8 ``[rows, k // 2]``.
+        data: uint8 ``[rows, k // 2]``, of MXFP8 ``[rows, k]``.
         scales: buffer of ``layout`` for ``[rows, k]``.
         layout: order of the bytes in ``scales``.
         global_scale: the global scale that :func:`quantize` was given.
-        k: where ``x_fp4`` is narrower than the tiles, read scales up to this column and take the data there as zero.
-        format: NVFP4 or MXFP4.
+        k: where ``data`` is narrower than the tiles, read scales up to this column and take the data there as zero.
+        format: of both.
     """
-    rows, columns = x_fp4.shape[0], 2 * x_fp4.shape[1]
+    values = data.view(torch.float8_e4m3fn).float() if format is ScaleFormat.mxfp8 else decode_e2m1(data)
+    rows, columns = values.shape
     k = columns if k is None else k
-    data = F.pad(decode_e2m1(x_fp4), (0, k - columns)).view(rows, -1, format.block_size)
+    blocks = F.pad(values, (0, k - columns)).view(rows, -1, format.block_size)
     scale = layout.unswizzle(scales, rows, k, format=format).view(format.dtype).float()
-    return (data * scale[..., None]).view(rows, k) / global_scale
+    return (blocks * scale[..., None]).view(rows, k) / global_scale
 
 
 def mm(
@@ -172,31 +173,31 @@ def mm(
     padding columns, so that NaN in a padding column makes the row NaN (NaN * 0). Padding rows are not read.
 
     Args:
-        a: one-byte dtype ``[m, k // 2]``, as all operands.
-        b: ``[n, k // 2]``.
+        a: one-byte dtype ``[m, k // 2]``, as all operands; of MXFP8 ``[m, k]``.
+        b: ``[n, k // 2]`` or ``[n, k]``.
         a_scales: contiguous buffer that holds at least ``layout``'s bytes for ``[m, k]``.
         b_scales: contiguous layout_128x4 buffer for ``[n, k]``.
         alpha: float32 of one element or one per row, or ``None`` for 1.
         out: ``[m, n]``, written.
         layout: order of the bytes in ``a_scales``.
         enable_pdl, skip_check: FlashInfer's, without meaning here.
-        format: NVFP4 or MXFP4.
+        format: of both operands.
     """
     a, b, a_scales, b_scales = (operand.view(torch.uint8) for operand in (a, b, a_scales, b_scales))
-    k = 2 * a.shape[1]
+    k = a.shape[1] * format.values_per_byte
     weight = _whole_tiles(b, b_scales, SfLayout.layout_128x4, k, format)
     product = _whole_tiles(a, a_scales, layout, k, format) @ weight.T
     out.copy_(product if alpha is None else product * alpha.reshape(-1, 1))
 
 
-def _whole_tiles(x_fp4: Tensor, scales: Tensor, layout: SfLayout, k: int, format: ScaleFormat) -> Tensor:
-    rows = x_fp4.shape[0]
+def _whole_tiles(data: Tensor, scales: Tensor, layout: SfLayout, k: int, format: ScaleFormat) -> Tensor:
+    rows = data.shape[0]
     scales = scales.view(-1)[: layout.nbytes(rows, k, format=format)]
     # In 128x4 and 8x4, k rounds up to whole tiles of 4 scale columns; b has tiles even where a is linear.
     padded_k = SfLayout.layout_128x4.padded_shape(rows, k, format=format)[1] * format.block_size
     if layout is SfLayout.layout_linear:
-        return F.pad(dequantize(x_fp4, scales, layout, format=format), (0, padded_k - k))
-    return dequantize(x_fp4, scales, layout, k=padded_k, format=format)
+        return F.pad(dequantize(data, scales, layout, format=format), (0, padded_k - k))
+    return dequantize(data, scales, layout, k=padded_k, format=format)
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -84,6 +84,41 @@ def flashinfer_mm(
     )
 
 
+def flashinfer_mm_mxfp8(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
+    alpha: None,
+    out: Tensor,
+    layout: SfLayout,
+    *,
+    backend: str,
+    enable_pdl: bool = True,
+    skip_check: bool = False,
+    format: ScaleFormat = ScaleFormat.mxfp8,
+) -> None:
+    """:func:`safealloc.kernels.reference.mm` of MXFP8 by ``flashinfer.mm_mxfp8``, which takes flat scales.
+
+    Args:
+        a, b, a_scales, b_scales, out: data float8_e4m3fn; for trtllm, ``b`` and ``b_scales`` shuffled.
+        alpha, enable_pdl, format: without meaning here.
+        layout: 128x4 or 8x4.
+        backend, skip_check: FlashInfer's.
+    """
+    require("flashinfer").mm_mxfp8(
+        a,
+        b.T,
+        a_scales.view(torch.uint8).view(-1),  # two dimensions are linear to FlashInfer
+        b_scales.view(torch.uint8).view(-1),
+        out,
+        out.dtype,
+        use_8x4_sf_layout=layout is SfLayout.layout_8x4,
+        backend=backend,
+        skip_check=skip_check,
+    )
+
+
 TRTLLM_TILE_ROWS = 128
 """Rows of a weight that trtllm's kernels want shuffled together: one tile of their epilogue."""
 

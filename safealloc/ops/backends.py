@@ -33,6 +33,7 @@ class Call(NamedTuple):
     silu_and_mul: bool = False  # a quantization of silu(gate) * up
     arithmetic: str = "exact"  # of a quantization: a vendor's takes our Triton kernel
     format: ScaleFormat = ScaleFormat.nvfp4  # of the scales
+    below_128: bool = False  # a GEMM with n or k below 128
 
 
 call_for = functools.cache(Call)
@@ -169,7 +170,8 @@ def _arithmetic_refusal(call: Call) -> str | None:
     return None if call.arithmetic == "exact" else f"arithmetic {call.arithmetic!r} is that of backend 'triton' alone"
 
 
-_NVFP4, _MX = (ScaleFormat.nvfp4,), (ScaleFormat.mxfp8, ScaleFormat.mxfp4)
+_NVFP4, _MXFP8, _MX = (ScaleFormat.nvfp4,), (ScaleFormat.mxfp8,), (ScaleFormat.mxfp8, ScaleFormat.mxfp4)
+_FP4 = (ScaleFormat.nvfp4, ScaleFormat.mxfp4)
 
 
 def _reference(run: Callable[..., None], formats: tuple[ScaleFormat, ...] = _NVFP4) -> Backend:
@@ -217,6 +219,9 @@ CLEANERS = Table(_triton("triton_grouped", "clean"), _reference(reference_groupe
 """What clears the scales that only an earlier step wrote."""
 
 
+_SWIZZLED = SfLayout.layout_128x4, SfLayout.layout_8x4
+
+
 def _flashinfer(
     name: str,
     runs_on: tuple[int, ...],
@@ -224,11 +229,13 @@ def _flashinfer(
     reads: tuple[SfLayout, ...] = (SfLayout.layout_128x4,),
     returns: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
     row_alpha: tuple[int, ...] = (),
-    mxfp4: bool = False,
+    formats: tuple[ScaleFormat, ...] = _NVFP4,
 ) -> Backend:
-    """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row; ``mxfp4``: it runs that too."""
+    """``runs_on``: compute capabilities with one alpha; ``row_alpha``: with one per row; ``formats``: what it multiplies."""
 
     def refusal(call: Call) -> str | None:
+        if call.format is ScaleFormat.mxfp8 and call.below_128:
+            return "FlashInfer multiplies MXFP8 where n and k are at least 128"
         if call.layout not in reads:
             return f"it reads {' and '.join(layout.name for layout in reads)}, the scales are in {call.layout.name}"
         if call.out_dtype not in returns:
@@ -239,29 +246,39 @@ def _flashinfer(
             return "it takes one alpha, not one per row" if per_row else "it takes one alpha per row, not one"
         return package_refusal(call, "flashinfer", capabilities)
 
-    run = functools.partial(vendors.flashinfer_mm, backend="auto" if name == "flashinfer" else name)
-    formats = (*_NVFP4, ScaleFormat.mxfp4) if mxfp4 else _NVFP4
+    function = vendors.flashinfer_mm_mxfp8 if ScaleFormat.mxfp8 in formats else vendors.flashinfer_mm
+    run = functools.partial(function, backend="auto" if name == "flashinfer" else name)
     return Backend(name, refusal, run, automatic=name == "flashinfer", package="flashinfer", formats=formats)
 
 
 GEMMS = Table(
-    _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103), mxfp4=True),  # FlashInfer's own choice
+    _flashinfer("flashinfer", _BLACKWELL, row_alpha=(100, 103), formats=_FP4),  # FlashInfer's own choice
     _triton("triton_gemm", "mm"),
-    _reference(reference.mm, (*_NVFP4, ScaleFormat.mxfp4)),
-    _flashinfer("cudnn", _BLACKWELL, mxfp4=True),
-    _flashinfer(
-        "trtllm", (100, 103, 107), reads=(SfLayout.layout_128x4, SfLayout.layout_8x4), returns=(torch.bfloat16,)
-    ),
+    _reference(reference.mm, _FP4),
+    _flashinfer("cudnn", _BLACKWELL, formats=_FP4),
+    _flashinfer("trtllm", (100, 103, 107), reads=_SWIZZLED, returns=(torch.bfloat16,)),
     _flashinfer("cutlass", _BLACKWELL),
-    _flashinfer("cute-dsl", (100, 103, 107, 120, 121), row_alpha=(100, 103), mxfp4=True),
-    _flashinfer("cutedsl_low_latency", (100, 103, 107), mxfp4=True),
-    _flashinfer("b12x", (120, 121), mxfp4=True),
+    _flashinfer("cute-dsl", (100, 103, 107, 120, 121), row_alpha=(100, 103), formats=_FP4),
+    _flashinfer("cutedsl_low_latency", (100, 103, 107), formats=_FP4),
+    _flashinfer("b12x", (120, 121), formats=_FP4),
     _flashinfer("cake", (), row_alpha=(100, 103)),
 )
-"""GEMMs. What FlashInfer's run on, read and return, and where with an alpha per row: its ``mm_fp4`` requirements (0.7.2).
+"""GEMMs of FP4. What FlashInfer's run on, read and return, and where with an alpha per row: by its ``mm_fp4`` (0.7.2).
 
 FlashInfer itself refuses what depends on the shape, on CUDA's version or on another package.
 """
+
+MXFP8_GEMMS = Table(
+    _flashinfer("flashinfer", _BLACKWELL, formats=_MXFP8),
+    _reference(reference.mm, _MXFP8),
+    _flashinfer("cudnn", _BLACKWELL, formats=_MXFP8),
+    _flashinfer("trtllm", (100, 103, 107), reads=_SWIZZLED, returns=(torch.bfloat16,), formats=_MXFP8),
+    _flashinfer("cutlass", _BLACKWELL, formats=_MXFP8),
+    _flashinfer("cute-dsl", (100, 103, 107), formats=_MXFP8),
+    _flashinfer("cutedsl_low_latency", (100, 103, 107), formats=_MXFP8),
+    _flashinfer("b12x", (120, 121), formats=_MXFP8),
+)
+"""GEMMs of MXFP8, by the requirements of FlashInfer's ``mm_mxfp8`` (0.7.2)."""
 
 
 def zero_padding(scales: Tensor, spec: ScaleSpec) -> None:

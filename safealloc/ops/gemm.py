@@ -7,27 +7,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safealloc._checks import BYTES, FP4, check_contiguous, check_tensor
+from safealloc._checks import BYTES, FP4, FP8, check_contiguous, check_tensor
 from safealloc.errors import LayoutMismatchError, SafeAllocError
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import register
-from safealloc.pool.contents import note_of, remember, spec_of
+from safealloc.pool.contents import DECLARED, Note, forget_declared, note_of, remember, remember_declared
 
-_SCALE_DTYPES = {format: tuple(dict.fromkeys((*BYTES, format.dtype))) for format in ScaleFormat}
+SCALE_DTYPES = {
+    ScaleFormat.nvfp4: BYTES,
+    ScaleFormat.mxfp4: (*BYTES, torch.float8_e8m0fnu),
+    ScaleFormat.mxfp8: (torch.uint8, torch.float8_e8m0fnu),
+}
+"""What the scales of an operand may be given as."""
 
 ForeignScales = Literal["zero", "trust", "error"]
 _foreign_scales: ForeignScales = "zero"
 
 
 def set_foreign_scales(mode: ForeignScales) -> ForeignScales:
-    """Set what :func:`mm_fp4` does with activation scales that no pool made; returns the previous mode.
+    """Set what :func:`mm_fp4` and :func:`mm_mxfp8` do with activation scales that no pool made, declared or not.
 
     Args:
         mode: ``"zero"`` zeroes their padding in place by one small kernel, ``"trust"`` reads them as they are,
             ``"error"`` refuses them.
+
+    Returns:
+        The previous mode.
 
     Raises:
         ValueError: no such mode.
@@ -60,9 +68,11 @@ def mm_fp4(
     Args:
         a: uint8 or float4_e2m1fn_x2 ``[m, k // 2]``, contiguous.
         b: the weight ``[n, k // 2]`` transposed, ``weight.T``: ``[k // 2, n]``, column-major.
-        a_descale: scales of ``a``, uint8 or float8_e4m3fn, contiguous. From a pool: layout and rows are known, and ``a``
-            may have been padded in k as far as the buffer's columns go. From elsewhere: see :func:`set_foreign_scales`.
-        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed likewise.
+        a_descale: scales of ``a``, uint8 or float8_e4m3fn, contiguous. From a pool, or declared: layout and rows are known,
+            and ``a`` may have been padded in k as far as the buffer's columns go. From no pool: see
+            :func:`set_foreign_scales`.
+        b_descale: the weight's scales in layout_128x4, ``[padded_n, padded_cols]``, transposed likewise; checked where they
+            are known.
         alpha: float32 of one element, or of one per row where the backend takes it; ``None`` is 1.
         out_dtype: bfloat16 or float16; float32 too for "reference" and "triton".
         out: result ``[m, n]``, contiguous; ``None`` makes one.
@@ -96,8 +106,8 @@ def mm_fp4(
     check_tensor("a", a, FP4, "[m, k // 2]")
     check_contiguous("a", a)
     check_tensor("b", b, FP4, "[k // 2, n]", a.device)
-    check_tensor("b_descale", b_descale, _SCALE_DTYPES[format], "[padded_cols, padded_n]", a.device)
-    weight, weight_scales = _untransposed("b", b, "weight"), _untransposed("b_descale", b_descale, "weight_scales")
+    check_tensor("b_descale", b_descale, SCALE_DTYPES[format], "[padded_cols, padded_n]", a.device)
+    weight, weight_scales = untransposed("b", b, "weight"), untransposed("b_descale", b_descale, "weight_scales")
     n, k = check_weight(weight, weight_scales, a.device, "b.T", "b_descale.T", format)
     m = a.shape[0]
     if m < 1 or 2 * a.shape[1] != k:
@@ -105,11 +115,13 @@ def mm_fp4(
             f"a must be [m, k // 2] with m of at least 1 and the k of b, [k // 2, n] = {tuple(b.shape)}, got {tuple(a.shape)}"
         )
     check_result(m, n, alpha, out_dtype, out, a.device)
-    layout, foreign = _layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, format)
+    layout, foreign = layout_of(a_descale, m, k, use_8x4_sf_layout, a.device, format)
     row = GEMMS.choose(backend, call_of(layout, alpha, out_dtype, a.device, m, format))
-    if foreign:
-        a_descale = _treat_foreign(a_descale, ScaleSpec(m, k, layout, format=format))
-    if out is None:
+    if foreign is not None:
+        a_descale = treat_foreign(a_descale, foreign)
+    if out is not None:
+        forget_declared(out)
+    else:
         out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     other = {} if use_nvfp4 else {"format": format}  # which not every row takes
     row.run(
@@ -118,7 +130,8 @@ def mm_fp4(
     return out
 
 
-def _untransposed(name: str, tensor: Tensor, original: str) -> Tensor:
+def untransposed(name: str, tensor: Tensor, original: str) -> Tensor:
+    """The original of a transposed operand; raises ValueError if it is not column-major."""
     transposed = tensor.T
     if not transposed.is_contiguous():
         raise ValueError(
@@ -136,23 +149,25 @@ def check_weight(
     scales_name: str = "weight_scale",
     format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> tuple[int, int]:
-    """N and k of a weight ``[n, k // 2]`` with its scales in layout_128x4.
+    """N and k of a weight ``[n, k // 2]``, of MXFP8 ``[n, k]``, with its scales in layout_128x4.
 
     Raises:
         TypeError, ValueError: they are not that.
     """
-    check_tensor(weight_name, weight, FP4, "[n, k // 2]", device)
+    mxfp8 = format is ScaleFormat.mxfp8
+    shape = "[n, k]" if mxfp8 else "[n, k // 2]"
+    check_tensor(weight_name, weight, FP8 if mxfp8 else FP4, shape, device)
     check_contiguous(weight_name, weight)
-    n, k = weight.shape[0], 2 * weight.shape[1]
+    n, k = weight.shape[0], weight.shape[1] * format.values_per_byte
     if n < 1 or k < format.block_size or k % format.block_size:
         raise ValueError(
-            f"{weight_name} must be [n, k // 2] with n of at least 1 and k a multiple of {format.block_size}, got n={n}, "
+            f"{weight_name} must be {shape} with n of at least 1 and k a multiple of {format.block_size}, got n={n}, "
             f"k={k}"
         )
-    check_tensor(scales_name, scales, _SCALE_DTYPES[format], "[padded_n, padded_cols]", device)
+    check_tensor(scales_name, scales, SCALE_DTYPES[format], None if mxfp8 else "[padded_n, padded_cols]", device)
     check_contiguous(scales_name, scales)
     spec = ScaleSpec(n, k, SfLayout.layout_128x4, format=format)
-    if scales.numel() != spec.scale_bytes:
+    if scales.numel() != spec.scale_bytes or (mxfp8 and scales.ndim != 1 and scales.shape != spec.padded_shape):
         raise ValueError(
             f"{scales_name} must be the weight's scales in layout_128x4, {spec.padded_shape}, got {tuple(scales.shape)}"
         )
@@ -191,16 +206,16 @@ def call_of(
     m: int | None = None,
     format: ScaleFormat = ScaleFormat.nvfp4,
 ) -> Call:
-    """What a GEMM backend's requirement looks at; ``m``: rows, where they are known."""
+    """What a requirement of a GEMM of FP4 looks at; ``m``: rows, where they are known."""
     row_alpha = None if m == 1 and alpha is not None else alpha is not None and alpha.numel() > 1
     return call_for(device, layout, out_dtype, False, row_alpha, format=format)
 
 
-def _layout_of(
+def layout_of(
     a_descale: Tensor, m: int, k: int, use_8x4_sf_layout: bool | None, device: torch.device, format: ScaleFormat
-) -> tuple[SfLayout, bool]:
-    """The layout of the scales, and whether no pool made them: then it is only what the caller says."""
-    check_tensor("a_descale", a_descale, _SCALE_DTYPES[format], None, device)
+) -> tuple[SfLayout, ScaleSpec | None]:
+    """The layout of the scales, and, where no pool made them, what they are by declaration or by the call."""
+    check_tensor("a_descale", a_descale, SCALE_DTYPES[format], None, device)
     check_contiguous("a_descale", a_descale)
     asked = None
     if use_8x4_sf_layout is not None:
@@ -208,7 +223,8 @@ def _layout_of(
     spec = _known_spec("a_descale", a_descale, format)
     if spec is not None:
         check_agrees(spec, m, k, asked, format)
-        return spec.layout, False
+        note = note_of(a_descale)
+        return spec.layout, spec if note is not None and note.pool == DECLARED else None
     layout = SfLayout.layout_128x4 if asked is None else asked
     needed = layout.nbytes(m, k, format=format)
     if a_descale.numel() != needed:
@@ -218,14 +234,14 @@ def _layout_of(
             f"a_descale for m={m}, k={k} in {layout.name} has {needed} bytes, got {a_descale.numel()}"
             + (f", which fits {' and '.join(others)}" if others else "")
         )
-    return layout, True
+    return layout, ScaleSpec(m, k, layout, format=format)
 
 
 def _known_spec(name: str, scales: Tensor, format: ScaleFormat) -> ScaleSpec | None:
-    """What scales hold, if that is known: a buffer of a pool, or whole row tiles of one.
+    """What scales hold, if that is known: a buffer of a pool or what was declared, or whole row tiles of one.
 
     Raises:
-        LayoutMismatchError: any other view of a buffer, whose bytes are no matrix of their own, or scales of another format.
+        LayoutMismatchError: any other view of it, whose bytes are no matrix of their own, or scales of another format.
     """
     note = note_of(scales)
     if note is None or not scales.numel():
@@ -234,17 +250,21 @@ def _known_spec(name: str, scales: Tensor, format: ScaleFormat) -> ScaleSpec | N
     spec = note.spec_in(scales)
     if spec is None:
         raise LayoutMismatchError(
-            f"{name} is a view inside of a pool's buffer ({note.spec}) that is no whole number of row tiles: give the "
+            f"{name} is a view inside of {_holder(note)} ({note}) that is no whole number of row tiles: give the "
             f"buffer, or rows of it from a multiple of {note.spec.layout.tile.rows} on"
         )
     return spec
+
+
+def _holder(note: Note) -> str:
+    return "declared scales" if note.pool == DECLARED else "a pool's buffer"
 
 
 def _check_format(name: str, spec: ScaleSpec, format: ScaleFormat) -> None:
     held = spec.format
     if held is not format:
         raise LayoutMismatchError(
-            f"{name} is a pool's buffer of {held.name.upper()} scales ({spec}), one for each {held.block_size} columns, and "
+            f"{name} holds {held.name.upper()} scales ({spec}), one for each {held.block_size} columns, and "
             f"the GEMM reads it as {format.name.upper()} scales, one for each {format.block_size}"
         )
 
@@ -279,7 +299,7 @@ def check_agrees(
         )
 
 
-def _treat_foreign(a_descale: Tensor, spec: ScaleSpec) -> Tensor:
+def treat_foreign(a_descale: Tensor, spec: ScaleSpec) -> Tensor:
     """Scales that no pool made, with zero padding: themselves, or a copy where their storage holds more than them."""
     if _foreign_scales == "error":
         name = spec.format.name
@@ -292,7 +312,10 @@ def _treat_foreign(a_descale: Tensor, spec: ScaleSpec) -> Tensor:
         return a_descale
     if not _is_whole_storage(a_descale):
         a_descale = a_descale.clone()  # what is padding here may be another matrix's scales
+    note = note_of(a_descale)
     zero_padding(a_descale, spec)
+    if note is not None:  # it still holds what was declared, though it was written
+        remember_declared(a_descale, spec, origin=note.origin)
     return a_descale
 
 
@@ -300,8 +323,21 @@ def _is_whole_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-# A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: a_descale, by which
-# a pool's buffer is recognized, and foreign_descale, which is zeroed and read where no pool made them.
+def scales_of_op(a_descale: Tensor, foreign_descale: Tensor) -> Tensor:
+    """Which of its scales an op reads.
+
+    A compiler may copy a tensor that an op writes, and a copy is no pool buffer. So the scales come twice: ``a_descale``, by
+    which what is known is recognized, and ``foreign_descale``, which is zeroed and read where no pool made them.
+    """
+    note = note_of(a_descale)
+    spec = None if note is None else note.spec_in(a_descale)
+    declared = note is not None and note.pool == DECLARED
+    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
+        # It is a copy, which later ops of the graph may get.
+        remember_declared(foreign_descale, spec) if declared else remember(foreign_descale, spec)
+    return foreign_descale if note is None or (declared and spec is not None) else a_descale
+
+
 def _op(
     a: Tensor,
     b: Tensor,
@@ -316,13 +352,10 @@ def _op(
     foreign_descale: Tensor,
     block_size: int = 16,
 ) -> Tensor:
-    spec = spec_of(a_descale)
-    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
-        remember(foreign_descale, spec)  # it is a copy, which later ops of the graph may get
     return mm_fp4(
         a,
         b,
-        foreign_descale if note_of(a_descale) is None else a_descale,
+        scales_of_op(a_descale, foreign_descale),
         b_descale,
         alpha,
         out_dtype,

@@ -1,4 +1,7 @@
-"""NVFP4 quantization of rows grouped by expert (MoE), into pool buffers that keep no scales of an earlier step."""
+"""NVFP4 quantization of rows grouped by expert (MoE), into pool buffers that keep no scales of an earlier step.
+
+The cleaner beside another producer serves every format.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for, check
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
 from safealloc.ops.quantize import check_matrix
-from safealloc.pool.contents import spec_of
+from safealloc.pool.contents import pool_spec_of
 from safealloc.pool.default import checked_pool, default_pool
 from safealloc.pool.pool import ScalePool
 
@@ -110,7 +113,7 @@ def clean_grouped_scales(
     run before the GEMM. Only :meth:`ScalePool.verify` sees what a producer wrote elsewhere.
 
     Args:
-        scales: of :meth:`ScalePool.acquire_grouped`, or a dtype view of it.
+        scales: of :meth:`ScalePool.acquire_grouped`, of any format, or a dtype view of it.
         expert_offsets, blockscale_offsets: as in :func:`nvfp4_quantize_grouped`.
         rows: of this step, in a group or not; ``None``: as many as the buffer is for.
         backend: ``"reference"`` or ``"triton"``, ``"auto"``.
@@ -120,8 +123,8 @@ def clean_grouped_scales(
             launched.
         TypeError: not a tensor, or of another dtype.
     """
-    check_tensor("scales", scales, (*BYTES, torch.int32), None)
-    spec = spec_of(scales)
+    check_tensor("scales", scales, (*BYTES, torch.float8_e8m0fnu, torch.int32), None)
+    spec = pool_spec_of(scales)
     if spec is None or spec.experts is None:
         raise ValueError(
             "scales must start at a buffer of ScalePool.acquire_grouped: other memory has no record of the previous step"
@@ -132,7 +135,7 @@ def clean_grouped_scales(
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
     row = CLEANERS.choose(backend, call_for(scales.device, spec.layout))
     buffer, record = whole_buffer(spec, scales.view(torch.uint8))
-    row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
+    row.run(buffer, spec.layout, spec.cols, record, expert_offsets, blockscale_offsets, rows)
 
 
 def _quantize(
@@ -169,7 +172,7 @@ def _quantize(
     call = call_for(x.device, layout, arithmetic=checked_arithmetic(arithmetic))
     row = GROUPED_QUANTIZERS.choose(backend, call)
     scales = pool.acquire_grouped(rows, k, experts, layout)
-    spec = spec_of(scales)
+    spec = pool_spec_of(scales)
     assert spec is not None
     buffer, record = whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)

@@ -201,6 +201,6 @@ def test_an_nvfp4_gemm_refuses_mx_scales_of_equal_bytes(pool: ScalePool, format:
     mx = pool.acquire(m, 2 * k, layout, format=format)
     assert mx.shape == scales.shape
     operands[which] = mx if which == "a_descale" else mx.T
-    message = f"{which}.* is a pool's buffer of {format.name.upper()} scales .* reads it as NVFP4 scales"
+    message = f"{which}.* holds {format.name.upper()} scales .* reads it as NVFP4 scales"
     with pytest.raises(LayoutMismatchError, match=message):
         mm_fp4(**operands, backend="reference")

@@ -188,7 +188,7 @@ def test_a_pools_nvfp4_scales_are_refused_by_name(
         x = torch.randn(M if rows == slice(None) else 150, K // 2).bfloat16()
         _, known = nvfp4_quantize(x, torch.ones(1), pool=pool, backend="reference")
         view = known[rows] if which == "a_descale" else known[rows].T
-        message = rf"{which}.* is a pool's buffer of NVFP4 scales \(rows="
+        message = rf"{which}.* holds NVFP4 scales \(rows="
         refused(flashinfer, LayoutMismatchError, message, operands() | {which: view})
         assert pool.verify() == 1
 
@@ -249,7 +249,7 @@ def test_nan_in_a_padding_column_reaches_its_row_in_the_reference() -> None:
     [
         ({"rows": 8}, "written for 8 rows, a has 9"),
         ({"layout": SfLayout.layout_8x4}, "written in layout_8x4, and use_8x4_sf_layout=False"),
-        ({"format": ScaleFormat.mxfp8}, "a pool's buffer of MXFP8 scales .* reads it as MXFP4 scales"),
+        ({"format": ScaleFormat.mxfp8}, "holds MXFP8 scales .* reads it as MXFP4 scales"),
         ({"k": 320}, "a_descale has 12 scale columns"),
     ],
     ids=["rows", "layout", "format", "columns"],

@@ -108,7 +108,7 @@ def test_a_worker_logs_one_line_about_its_captures(
     """Sites are counted in CUDA graph captures, which a CPU does not have."""
     started(monkeypatch, CUDAGraphMode.FULL)
     assert [record.levelno for record in log if "sites per step" in record.getMessage()] == [logging.INFO]
-    assert "safealloc: rank 3: serves 0 of 0 NVFP4 scale sites per step" in log[-1].getMessage()
+    assert "safealloc: rank 3: serves 0 of 0 FP4 scale sites per step" in log[-1].getMessage()
 
 
 def test_an_eager_worker_has_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for
 from safealloc.ops.grouped import clean_grouped_scales, whole_buffer
 from safealloc.ops.inductor import forbid_reuse
-from safealloc.pool.contents import spec_of
+from safealloc.pool.contents import pool_spec_of
 
 NAMESPACE = "_C"
 """Of the ops."""
@@ -110,7 +110,7 @@ class Call(NamedTuple):
     @property
     def ours(self) -> bool:
         """Whether our kernel can run it: into a whole buffer of a pool that was made for just this matrix."""
-        x, spec = self.x, spec_of(self.scales)
+        x, spec = self.x, pool_spec_of(self.scales)
         if spec is None or spec.layout is not self.op.layout or not self.swizzled or x.ndim != 2:
             return False
         rows, k = x.shape[0], self.launch.k
@@ -138,7 +138,7 @@ class Call(NamedTuple):
             row = QUANTIZERS.choose("triton", call)
             row.run(self.x, global_scale, self.data, scales, self.op.layout, *further)
             return
-        spec = spec_of(scales)
+        spec = pool_spec_of(scales)
         assert spec is not None
         buffer, record = whole_buffer(spec, scales)
         row = GROUPED_QUANTIZERS.choose("triton", call)
@@ -159,7 +159,7 @@ class Call(NamedTuple):
 
     def clean(self) -> None:
         """Clear the scales that only the previous step wrote, in a buffer of experts of a pool."""
-        spec = spec_of(self.scales)
+        spec = pool_spec_of(self.scales)
         if self.op.grouped and spec is not None and spec.experts is not None:
             expert_offsets, blockscale_offsets = self.offsets
             clean_grouped_scales(self.scales, expert_offsets, blockscale_offsets, self.x.shape[0])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.integrations import serve, startup
 from safealloc.integrations.serve import zero_padding
@@ -93,14 +93,21 @@ class Allocator(serve.Allocator):
         return tensor
 
     def grouped_scales(
-        self, rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor
+        self,
+        rows: int,
+        k: int,
+        topk: int,
+        expert_offsets: Tensor,
+        blockscale_offsets: Tensor,
+        format: ScaleFormat = ScaleFormat.nvfp4,
     ) -> Tensor | None:
         """Scales in 128x4 for an expert quantizer that writes valid scales only: every other byte is zero.
 
         Args:
             rows: of all experts together, tokens times experts per token (``topk``).
-            k: columns in elements, a multiple of 16.
+            k: columns in elements, a multiple of the format's block size.
             expert_offsets, blockscale_offsets: int32 ``[experts + 1]``, vLLM's.
+            format: of the scales.
 
         Returns:
             int32 ``[padded_rows, padded_cols // 4]`` with rows for the worst grouping; ``None`` where vLLM has to allocate.
@@ -111,21 +118,21 @@ class Allocator(serve.Allocator):
         engine = self.engine
         tensor = None
         if engine is not None and engine.pool is None:
-            self.note(engine.observe_grouped, GroupedSite(k, experts, topk))
+            self.note(engine.observe_grouped, GroupedSite(k, experts, topk, format))
         elif engine is not None and engine.pool is not None:
             bypassed = engine.bypassed(-(-rows // (topk * engine.steps.ranks)))
             if bypassed is None:
                 try:
-                    tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4)
+                    tensor = engine.pool.acquire_grouped(rows, k, experts, _LAYOUT_128X4, format=format)
                     # Before the producer runs: if it fails, what it wrote is in the record, and the next call zeroes it.
-                    if not engine.op_cleans:
+                    if not engine.op_cleans or format is not ScaleFormat.nvfp4:
                         clean_grouped_scales(tensor, expert_offsets, blockscale_offsets, rows)
                     tensor = tensor.view(torch.int32)
                 except Exception as error:
                     tensor, bypassed = None, self.handle_error(error)
             self.note(engine.count, bypassed or startup.GROUPED)
         if tensor is None:
-            tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device)
+            tensor = _zeros(_LAYOUT_128X4.grouped_rows(rows, experts), k, expert_offsets.device, format)
         return tensor
 
     # --- an engine's life ---------------------------------------------------------------------------------------------
@@ -152,9 +159,9 @@ def allocates_zeros() -> bool:
     return found is not None and targets.own_allocation(found[1]) == "zeros"
 
 
-def _zeros(m: int, n: int, device: torch.device) -> Tensor:
+def _zeros(m: int, n: int, device: torch.device, format: ScaleFormat = ScaleFormat.nvfp4) -> Tensor:
     """int32 ``[rounded_m, rounded_n // 4]``."""
-    padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // BLOCK_SIZE)
+    padded_rows, padded_cols = _LAYOUT_128X4.round_up(m, n // format.block_size)
     return torch.zeros((padded_rows, padded_cols // 4), dtype=torch.int32, device=device)
 
 

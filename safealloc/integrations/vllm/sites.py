@@ -36,7 +36,9 @@ class Site(sites.Site):
 
     def change(self, version: str) -> str:
         change = sites.Site.change(self, version)
-        return f"{change}, memory" if change == "safety" and self.hook is targets.EXPERTS else change
+        return (
+            f"{change}, memory" if change == "safety" and self.hook in (targets.EXPERTS, targets.MX_EXPERTS) else change
+        )
 
 
 def fills(version: str) -> bool:
@@ -79,7 +81,16 @@ SITES: Sequence[Site] = (
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
     Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), "CUTLASS MoE"),
-    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS MoE", "0.20.2"),
+    Site(
+        "MXFP4 expert quantizers",
+        _MXFP4_EXPERTS,
+        "MXFP4 128x4",
+        "nobody",
+        targets.MX_EXPERTS,
+        (),
+        "CUTLASS MoE",
+        "0.20.2",
+    ),
     Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
     Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
     Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),

@@ -25,12 +25,13 @@ def _function(
     module: str,
     name: str,
     *parameters: tuple[str, ...],
+    since: str = SUPPORTED[0],
     bodies: tuple[str, ...] = (),
     group: str = "",
     replaced: bool = True,
 ) -> Target:
     """A function that the log calls by its name."""
-    return Target(name, module, (name,), parameters, bodies=bodies, group=group, replaced=replaced)
+    return Target(name, module, (name,), parameters, since, bodies, group, replaced)
 
 
 _CUSTOM_OPS, _FLASHINFER, _WORKER = "vllm._custom_ops", "vllm.utils.flashinfer", "vllm.v1.worker.gpu_worker"
@@ -41,6 +42,7 @@ _MM = ("a", "b", "block_scale_a", "block_scale_b", "alpha", "out_dtype", "backen
 _MM_OP = ("A", "B", "A_scale", "B_scale", "g_scale", "dtype", "use_8x4_sf_layout", "backend")
 _MXFP4 = ("block_size", "use_nvfp4")
 _EXPERTS = ("input_tensor", "input_global_scale", "expert_offsets", "blockscale_offsets", "topk")
+_MX_EXPERTS = ("input_tensor", "expert_offsets", "blockscale_offsets", "n_experts", "topk")
 
 QUANTIZE = _function(
     _CUSTOM_OPS,
@@ -79,6 +81,10 @@ FUSED_ACT_QUANT = Target(
 )
 EXPERTS = _function(_CUSTOM_OPS, "scaled_fp4_experts_quant", _EXPERTS, bodies=("9f7ccc8ec5",))
 SILU_EXPERTS = _function(_CUSTOM_OPS, "silu_and_mul_scaled_fp4_experts_quant", _EXPERTS, bodies=("115df44c84",))
+MX_EXPERTS = _function(_CUSTOM_OPS, "mxfp4_experts_quant", _MX_EXPERTS, since="0.20.0", bodies=("d71f9aceaf",))
+MX_SILU_EXPERTS = _function(
+    _CUSTOM_OPS, "silu_and_mul_mxfp4_experts_quant", _MX_EXPERTS, since="0.20.0", bodies=("c87e4c7371",)
+)
 ATTENTION_FUSION = Target("attention fusion", f"{_FUSION}.attn_quant_fusion", ("AttnQuantFusionPass", "AttnFusionPass"))
 MLA_FUSION = Target("MLA fusion", f"{_FUSION}.mla_attn_quant_fusion", ("MLAAttnQuantFusionPass",), since="0.20.0")
 PROFILE = Target("memory profiling", _WORKER, ("Worker.determine_available_memory",), (("self",),))
