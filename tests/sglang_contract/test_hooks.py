@@ -332,6 +332,7 @@ def test_memory_is_reserved_after_the_load_and_what_no_graph_took_is_given_back(
         ({"speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": 4}, [4, 20, 32]),
         ({"disable_cuda_graph": True}, []),
         ({"cuda_graph_config": None, "cuda_graph_bs": [2]}, [2]),
+        ({"cuda_graph_config": {"decode": {"bs": [3]}}}, [3]),
         ({"cuda_graph_config": None}, []),
     ],
     ids=str,

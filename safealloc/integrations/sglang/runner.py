@@ -38,12 +38,17 @@ def steps(model_runner: Any) -> Steps:
     args = model_runner.server_args
     if getattr(args, "disable_cuda_graph", False):
         return Steps({})
-    phase = getattr(getattr(args, "cuda_graph_config", None), "decode", None)
-    sizes = getattr(phase, "bs", None) or getattr(args, "cuda_graph_bs", None) or ()
+    phase = _field(_field(getattr(args, "cuda_graph_config", None), "decode"), "bs")
+    sizes = phase or getattr(args, "cuda_graph_bs", None) or ()
     width = 1
     if getattr(args, "speculative_algorithm", None):
         width = getattr(args, "speculative_num_draft_tokens", None) or 1
     return Steps(dict.fromkeys(sorted({size * width for size in sizes}), 1))
+
+
+def _field(config: Any, name: str) -> Any:
+    """Of an object, or of a dictionary, as users give it."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def sites(model: Any) -> set[Site]:
