@@ -28,9 +28,10 @@ from benchmarks.summary import at_most, summary
 from safealloc.commands.report import Progress
 from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout, short
+from safealloc.integrations.startup import Steps
 from safealloc.integrations.vllm import ops as vllm_ops
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.serve import Allocator
-from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.ops.backends import Call, triton_refusal
 from safealloc.ops.linear import nvfp4_linear
 from safealloc.ops.quantize import nvfp4_quantize

@@ -234,7 +234,7 @@ def facts(request: dict[str, Any], engine: Any, by_batch: dict[int, dict[str, in
         "seconds_to_start": round(engine.seconds, 1),
     }
     if os.environ.get("SAFEALLOC") != "0":
-        from safealloc.integrations.vllm.serve import engine_of
+        from safealloc.integrations.serve import engine_of
 
         own = engine_of(engine.llm.llm_engine.model_executor.driver_worker.worker)
         if own is not None and own.pool is not None:

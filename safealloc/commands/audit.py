@@ -25,10 +25,10 @@ from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProd
 from safealloc.audit.producers import synchronize
 from safealloc.commands import machine, report
 from safealloc.formats.layout import SfLayout, short
+from safealloc.integrations.startup import Launch
 from safealloc.integrations.vllm.proof import Finding as Compared
 from safealloc.integrations.vllm.proof import prove
 from safealloc.integrations.vllm.replace import DENSE, EXPERTS, OPS, SILU, SILU_EXPERTS, Op
-from safealloc.integrations.vllm.startup import Launch
 from safealloc.ops.backends import QUANTIZERS, call_for
 
 SUMMARY = "which producers here leave padding dirty, which GEMMs read it, and in which layout"

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from safealloc import _optional, settings
 from safealloc.commands import report
+from safealloc.integrations import drift
+from safealloc.integrations.sites import family
 from safealloc.integrations.vllm import kernel, plugin, sites, targets
 
 _BY_OPTION, _NEVER = "by option", "never"
@@ -90,7 +92,7 @@ def look(broken: str | None) -> VllmFinding:
     return VllmFinding(version, reason, note, hooks, padding, _sites(version, hooks), _plugin(), _linear())
 
 
-def _hook(found: targets.Finding) -> HookFinding:
+def _hook(found: drift.Finding) -> HookFinding:
     reason = found.detail or None
     if found.status == "hooked" and found.target.module == targets.MM.module:
         missing = _optional.missing("flashinfer")
@@ -113,7 +115,7 @@ def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, 
         change = "nothing: hook unfit" if site.hook and site.hook.name in unfit else site.change(version)
         taken = " ".join(site.default) or _BY_OPTION
         if gpu is not None:
-            here = sites.family(gpu)
+            here = family(gpu)
             change = change if here else "nothing: no NVFP4"
             taken = _NEVER if here is None else "default" if here in site.default else _BY_OPTION
         row = {"name": site.name, "scales": site.scales, "taken": taken, "when": site.when}
@@ -123,12 +125,12 @@ def _sites(version: str | None, hooks: Sequence[HookFinding]) -> list[dict[str, 
 
 def _note(version: str) -> str | None:
     oldest, newest = targets.SUPPORTED
-    numbers = targets.release(version)
+    numbers = drift.release(version)
     if not numbers:
         return f"its version is not a release number; its sources were compared with {oldest} to {newest}"
-    if numbers < targets.release(oldest):
+    if numbers < drift.release(oldest):
         return f"older than {oldest}, the oldest release that was checked"
-    if numbers > targets.release(newest):
+    if numbers > drift.release(newest):
         return f"newer than {newest}, the newest release that was checked"
     return None
 

@@ -60,7 +60,7 @@ def quantize(
         live &= token < valid_rows.reshape(())
     x_fp4.copy_(torch.where(live[:, None], data, 0))
     if record is not None:
-        clean(scales, layout, k, record, expert_offsets, blockscale_offsets, rows)
+        clean(scales, layout, k // BLOCK_SIZE, record, expert_offsets, blockscale_offsets, rows)
     # Rows without a place write to one byte behind the buffer, so that nothing depends on how many there are.
     padded_rows, padded_cols = scales.shape
     offsets = layout.offsets(padded_rows, k, x.device, padded_k=padded_cols * BLOCK_SIZE)
@@ -73,7 +73,7 @@ def quantize(
 def clean(
     scales: Tensor,
     layout: SfLayout,
-    k: int,
+    cols: int,
     record: Tensor,
     expert_offsets: Tensor,
     blockscale_offsets: Tensor,
@@ -85,7 +85,7 @@ def clean(
 
     Args:
         scales, layout, record, expert_offsets, blockscale_offsets: as in :func:`quantize`.
-        k: columns of the matrix.
+        cols: valid scales of each row, of any format.
         rows: of this step, in a group or not.
     """
     padded_rows, padded_cols = scales.shape
@@ -97,7 +97,7 @@ def clean(
     known = (record >= 1) & (record <= padded_rows)
     previous.index_fill_(0, torch.where(known, record - 1, padded_rows).long(), True)
     cleared = (previous & ~written)[:padded_rows, None]
-    offsets = layout.offsets(padded_rows, k, scales.device, padded_k=padded_cols * BLOCK_SIZE)
+    offsets = layout.offsets(padded_rows, cols * BLOCK_SIZE, scales.device, padded_k=padded_cols * BLOCK_SIZE)
     flat = scales.view(-1)
     flat[offsets] = torch.where(cleared, 0, flat[offsets])
     record[:rows] = torch.where(place < 0, -1, place + 1)

@@ -228,7 +228,7 @@ def _rows_cleaned(blocks: int, silu_and_mul: bool) -> int:
 def clean(
     scales: Tensor,
     layout: SfLayout,
-    k: int,
+    cols: int,
     record: Tensor,
     expert_offsets: Tensor,
     blockscale_offsets: Tensor,

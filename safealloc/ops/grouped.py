@@ -1,4 +1,7 @@
-"""NVFP4 quantization of rows grouped by expert (MoE), into pool buffers that keep no scales of an earlier step."""
+"""NVFP4 quantization of rows grouped by expert (MoE), into pool buffers that keep no scales of an earlier step.
+
+The cleaner beside another producer serves every format.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,7 @@ def clean_grouped_scales(
     run before the GEMM. Only :meth:`ScalePool.verify` sees what a producer wrote elsewhere.
 
     Args:
-        scales: of :meth:`ScalePool.acquire_grouped`, or a dtype view of it.
+        scales: of :meth:`ScalePool.acquire_grouped`, of any format, or a dtype view of it.
         expert_offsets, blockscale_offsets: as in :func:`nvfp4_quantize_grouped`.
         rows: of this step, in a group or not; ``None``: as many as the buffer is for.
         backend: ``"reference"`` or ``"triton"``, ``"auto"``.
@@ -120,7 +123,7 @@ def clean_grouped_scales(
             launched.
         TypeError: not a tensor, or of another dtype.
     """
-    check_tensor("scales", scales, (*BYTES, torch.int32), None)
+    check_tensor("scales", scales, (*BYTES, torch.float8_e8m0fnu, torch.int32), None)
     spec = pool_spec_of(scales)
     if spec is None or spec.experts is None:
         raise ValueError(
@@ -132,7 +135,7 @@ def clean_grouped_scales(
         raise ValueError(f"rows must be 1 to {spec.rows}, which the buffer is for, got {rows}")
     row = CLEANERS.choose(backend, call_for(scales.device, spec.layout))
     buffer, record = whole_buffer(spec, scales.view(torch.uint8))
-    row.run(buffer, spec.layout, spec.k, record, expert_offsets, blockscale_offsets, rows)
+    row.run(buffer, spec.layout, spec.cols, record, expert_offsets, blockscale_offsets, rows)
 
 
 def _quantize(

@@ -265,7 +265,7 @@ def run(request: dict) -> dict:
     from support.internals import buffers_of, watch_of
 
     from safealloc import PaddingCorruptionError, default_pool
-    from safealloc.integrations.vllm.serve import engine_of
+    from safealloc.integrations.serve import engine_of
 
     worker = engine.llm.llm_engine.model_executor.driver_worker.worker
     own = engine_of(worker)

@@ -214,7 +214,7 @@ def test_every_site_of_a_captured_step_is_served(results, mode):
     """Four linear layers in each of four layers, from buffers of the warm-up; no graph zeroes memory."""
     run = results[f"{mode}, pool"]
     (line,) = [line for line in run["logged"] if "sites per step" in line]
-    assert "rank 0: serves 16 of 16 NVFP4 scale sites per step, in " in line
+    assert "rank 0: serves 16 of 16 FP4 scale sites per step, in " in line
     assert mode == "PIECEWISE" or "in 6 captures" in line
     assert "bypassed: none" in line
     assert run["stats"]["capture_fallbacks"] == 0

@@ -10,10 +10,12 @@ import torch
 from support.quantizer_ops import NAMESPACE, SCHEMAS, registrations
 
 from safealloc import ScalePool, SfLayout, capture
-from safealloc.integrations.vllm import proof, replace, startup
+from safealloc.integrations import startup
+from safealloc.integrations.startup import Launch, Steps
+from safealloc.integrations.vllm import proof, replace
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.replace import DENSE, OPS, Call
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Launch, Steps
 
 pytestmark = pytest.mark.gpu
 run_ours = Call.run

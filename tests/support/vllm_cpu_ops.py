@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from safealloc import ScalePool, ScaleSpec, SfLayout
+from safealloc.integrations.startup import Steps
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Steps
 from safealloc.kernels import reference
 from safealloc.pool.contents import spec_of
 

@@ -84,7 +84,8 @@ default = importlib.import_module("safealloc.pool.default")
 def allocate():
     import vllm._custom_ops as ops
     from safealloc.integrations.vllm.serve import allocator
-    from safealloc.integrations.vllm.startup import Engine, Steps
+    from safealloc.integrations.startup import Steps
+from safealloc.integrations.vllm.engine import Engine
     engine = Engine(Steps({8: 1}), torch.device("cpu"))
     engine.pool = default_pool("cpu")
     with allocator.working(engine):

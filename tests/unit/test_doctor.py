@@ -326,7 +326,7 @@ def test_a_version_that_was_not_checked_is_noted(install, version, note):
 
 
 def test_a_vllm_without_metadata_or_package_has_a_reason(install, monkeypatch):
-    monkeypatch.setattr(targets.importlib.metadata, "version", _not_installed)
+    monkeypatch.setattr(importlib.metadata, "version", _not_installed)
     install(version=None)
     found = doctor_vllm.look(None)
     assert (found.version, found.hooks) == (None, [])

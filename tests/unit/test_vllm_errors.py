@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from safealloc import PoolClosedError, PoolExhaustedError, ScalePool
-from safealloc.integrations.vllm import hooks, startup, worker
+from safealloc.integrations import startup
+from safealloc.integrations.startup import Steps
+from safealloc.integrations.vllm import hooks, worker
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.serve import Allocator
-from safealloc.integrations.vllm.startup import Engine, Steps
+from safealloc.pool import driver
 from safealloc.pool.contents import spec_of
 
 CPU = torch.device("cpu")
@@ -155,7 +158,7 @@ def test_graphs_without_a_forward_context_are_counted_by_capture(allocator, engi
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     allocator.engine = engine
     for capture in captures:
-        monkeypatch.setattr(worker.driver, "under_way", lambda stream, capture=capture: capture)
+        monkeypatch.setattr(driver, "under_way", lambda stream, capture=capture: capture)
         for _ in range(3):
             allocator.scales(5, 64, CPU, None)
     allocator.engine = None

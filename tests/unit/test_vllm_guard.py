@@ -12,10 +12,12 @@ from support.internals import check_all
 from torch import Tensor
 
 from safealloc import PaddingCorruptionError, PoolClosedError, ScalePool, SfLayout, settings
+from safealloc.integrations.patches import Patches
+from safealloc.integrations.serve import ENGINE
+from safealloc.integrations.startup import Steps
 from safealloc.integrations.vllm import hooks, ops, targets
-from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import ENGINE, Allocator
-from safealloc.integrations.vllm.startup import Engine, Steps
+from safealloc.integrations.vllm.engine import Engine
+from safealloc.integrations.vllm.serve import Allocator
 from safealloc.integrations.vllm.worker import logger
 from safealloc.pool import default
 from safealloc.settings import POISON, STRICT, VERIFY, VERIFY_REPAIR

@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations.patches import Patches
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from safealloc.integrations.vllm import patches as patches_module
-from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations import patches as patches_module
+from safealloc.integrations.patches import Patches
 
 
 @pytest.fixture

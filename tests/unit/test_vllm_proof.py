@@ -13,10 +13,11 @@ import torch
 from support import quantizer_ops
 from torch import Tensor
 
+from safealloc.integrations.startup import GroupedSite, Launch, Steps
 from safealloc.integrations.vllm import proof
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.proof import measured_rows, prove, prove_for
 from safealloc.integrations.vllm.replace import DENSE, EXPERTS, OPS, SILU, SILU_EXPERTS
-from safealloc.integrations.vllm.startup import Engine, GroupedSite, Launch, Steps
 from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, Backend
 from safealloc.pool.pool import ScalePool
 

@@ -16,9 +16,11 @@ from support.quantizer_ops import LAYOUT, SCHEMAS, registrations
 from torch import Tensor
 
 from safealloc import ScalePool, SfLayout
-from safealloc.integrations.vllm import replace, serve, startup
+from safealloc.integrations import startup
+from safealloc.integrations.startup import Launch, Steps
+from safealloc.integrations.vllm import replace, serve
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.replace import DENSE, EXPERTS, OPS, SILU, SILU_EXPERTS, Call
-from safealloc.integrations.vllm.startup import Engine, Launch, Steps
 from safealloc.pool.default import use_pool
 
 CPU = torch.device("cpu")
@@ -306,7 +308,7 @@ def test_calls_and_what_ours_save_are_counted_for_the_step_that_saves_most(pool,
             context = Context()
             engine.saved = lambda launch, rows, saved=saved: saved
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(startup, "step_under_way", lambda context=context: context)
+                patch.setattr(Engine, "step_under_way", lambda self, context=context: context)
                 for _ in range(calls):
                     call(DENSE, pool).run_original()
                 cases(pool)["memory of no pool"].run_original()
@@ -321,7 +323,7 @@ def test_where_nothing_is_saved_the_step_with_the_most_calls_counts(pool, engine
         for calls in (1, 3, 2):
             context = Context()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(startup, "step_under_way", lambda context=context: context)
+                patch.setattr(Engine, "step_under_way", lambda self, context=context: context)
                 for _ in range(calls):
                     call(DENSE, pool).run_original()
     sites = engine.captured()

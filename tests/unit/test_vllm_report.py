@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from safealloc.integrations.startup import Sites
 from safealloc.integrations.vllm import report, targets
-from safealloc.integrations.vllm.startup import Sites
 from safealloc.pool.pool import ScalePool
 
 HOOKED = tuple(target.name for target in targets.TARGETS if target is not targets.QUANTIZE)
@@ -54,15 +54,13 @@ def test_the_line_counts_served_and_bypassed_sites_and_kinds_without_a_hook():
     captured = Sites(6, 14, 2, bypassed=Counter({"pool error": 2}))
     line = report.ready("0.32.0", (10, 0), captured, held, HOOKED)
     assert line == (
-        "serves 14 of 16 NVFP4 scale sites per step, in 6 captures; 2 buffers, 0.0 MiB, 0 fallbacks; "
+        "serves 14 of 16 FP4 scale sites per step, in 6 captures; 2 buffers, 0.0 MiB, 0 fallbacks; "
         "bypassed: pool error (2). Gives safety behind 2 fused producers, no time. "
         "Of 14 kinds of padded scale sites in vLLM 0.32.0, 7 are hooked; not hooked, and not known to be zeroed: "
         f"{UNSAFE}"
     )
     without_pool = report.ready("0.32.0", (10, 0), Sites(), None, HOOKED)
-    assert without_pool.startswith(
-        "serves 0 of 0 NVFP4 scale sites per step, in 0 captures; no pool; bypassed: none. Ch"
-    )
+    assert without_pool.startswith("serves 0 of 0 FP4 scale sites per step, in 0 captures; no pool; bypassed: none. Ch")
 
 
 def test_the_line_says_where_our_quantizers_serve_and_what_that_saves():
@@ -74,7 +72,7 @@ def test_the_line_says_where_our_quantizers_serve_and_what_that_saves():
 
 def test_a_hook_that_is_off_counts_as_none():
     without = tuple(name for name in HOOKED if name not in ("fused_act_quant", "create_fp4_scale_tensor"))
-    assert "2 are hooked; not hooked, and not known to be zeroed: all-reduce + RMSNorm" in report.left(
-        "0.32.0", without
-    )
-    assert "not known to be zeroed: scaled_fp4_quant, all-reduce" in report.left("0.24.0", without)
+    line = report.ready("0.32.0", (10, 0), Sites(), None, without)
+    assert "2 are hooked; not hooked, and not known to be zeroed: all-reduce + RMSNorm" in line
+    line = report.ready("0.24.0", (10, 0), Sites(), None, without)
+    assert "not known to be zeroed: scaled_fp4_quant, all-reduce" in line

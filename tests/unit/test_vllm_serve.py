@@ -15,10 +15,13 @@ from torch import Tensor
 
 from safealloc import PoolClosedError, ScalePool, ScaleSpec, SfLayout
 from safealloc.formats.layout import MAX_ROWS_8X4
-from safealloc.integrations.vllm import hooks, serve, startup
-from safealloc.integrations.vllm.serve import Allocator, engine_of
+from safealloc.integrations import startup
+from safealloc.integrations.serve import engine_of
+from safealloc.integrations.startup import ABOVE_MAX_ROWS, ATTENTION_FUSION, NO_ROWS, POOL_ERROR, Steps
+from safealloc.integrations.vllm import hooks, serve
+from safealloc.integrations.vllm.engine import Engine, captured_steps
+from safealloc.integrations.vllm.serve import Allocator
 from safealloc.integrations.vllm.sizes import capture_sizes, captured_rows
-from safealloc.integrations.vllm.startup import ABOVE_MAX_ROWS, ATTENTION_FUSION, NO_ROWS, POOL_ERROR, Engine, Steps
 from safealloc.integrations.vllm.worker import logger
 
 CPU = torch.device("cpu")
@@ -145,7 +148,7 @@ def closed(pool: ScalePool) -> bool:
 
 def profiled(allocator: Allocator, model: Callable[[int], object], *rows: int, **options: Any) -> Engine:
     """An engine whose profile run is over."""
-    engine = Engine(Steps.of(config(*rows, **options)), CPU)
+    engine = Engine(captured_steps(config(*rows, **options)), CPU)
     with allocator.working(engine):
         model(4096)
     engine.reserve()
@@ -187,16 +190,16 @@ def test_v2_rounds_the_sizes_of_decode_graphs_only(largest: int, query: int) -> 
 
 
 def test_nothing_is_captured_without_graphs() -> None:
-    assert Steps.of(config(1, 2, mode="NONE")) == Steps({})
+    assert captured_steps(config(1, 2, mode="NONE")) == Steps({})
     eager = config(1, 2)
     eager.model_config.enforce_eager = True
-    assert Steps.of(eager) == Steps({})
+    assert captured_steps(eager) == Steps({})
 
 
 def test_micro_batches_add_half_batch_sizes_that_run_at_once() -> None:
-    assert Steps.of(config(4, 9, use_ubatching=True, num_ubatches=2)) == Steps({2: 2, 4: 2, 5: 2, 9: 1})
+    assert captured_steps(config(4, 9, use_ubatching=True, num_ubatches=2)) == Steps({2: 2, 4: 2, 5: 2, 9: 1})
     above = config(4, 64, enable_dbo=True, dbo_decode_token_threshold=32)
-    assert Steps.of(above) == Steps({4: 1, 32: 2, 64: 1})
+    assert captured_steps(above) == Steps({4: 1, 32: 2, 64: 1})
 
 
 # --- an engine's life -------------------------------------------------------------------------------------------------
@@ -337,7 +340,7 @@ def test_sites_of_captured_steps_are_counted(allocator: Allocator, vllm: SimpleN
 
 
 def test_layers_on_our_kernel_get_both_layouts_and_count_as_sites(allocator: Allocator) -> None:
-    engine = Engine(Steps.of(config(8, 32, 40)), CPU, [64, 64])
+    engine = Engine(captured_steps(config(8, 32, 40)), CPU, [64, 64])
     engine.reserve()
     assert engine.pool is not None
     assert sorted((buffer.spec.rows, buffer.spec.layout.name) for buffer in buffers_of(engine.pool)) == [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from vllm_releases import scan_sites
 
+from safealloc.integrations.sites import family
 from safealloc.integrations.vllm import sites, targets
 
 RELEASES = json.loads((Path(__file__).parents[1] / "vllm_releases" / "hooks_by_release.json").read_text())["releases"]
@@ -30,7 +31,7 @@ def test_names_are_unique():
 
 
 def test_every_hook_that_answers_with_scales_serves_a_site():
-    serving = {targets.SCALES, targets.FUSED_ACT_QUANT, targets.ATTENTION_FUSION, targets.EXPERTS}
+    serving = {targets.SCALES, targets.FUSED_ACT_QUANT, targets.ATTENTION_FUSION, targets.EXPERTS, targets.MX_EXPERTS}
     assert {site.hook for site in sites.SITES} == {*serving, None}
 
 
@@ -44,7 +45,7 @@ def test_every_hook_that_answers_with_scales_serves_a_site():
         ("all-reduce + RMSNorm + FP4", "0.33.0", "nobody", "safety"),
         ("SiLU + FP4, function", "0.30.0", "nobody", "safety"),
         ("NVFP4 expert quantizers", "0.28.0", "nobody", "safety, memory"),
-        ("MXFP4 expert quantizers", "0.33.0", "nobody", "nothing: no hook"),
+        ("MXFP4 expert quantizers", "0.33.0", "nobody", "safety, memory"),
         ("linear NVFP4 scales", "0.28.0", "no padding", "nothing"),
         ("8x4 NVFP4", "0.33.0", "kernel", "nothing: no hook"),
     ],
@@ -60,11 +61,11 @@ def test_a_site_exists_from_its_first_release_on():
 
 
 @pytest.mark.parametrize(
-    ("capability", "family"),
+    ("capability", "expected"),
     [((10, 0), "SM10x"), ((10, 3), "SM10x"), ((12, 1), "SM12x"), ((9, 0), None), (None, None)],
 )
-def test_gpu_families(capability, family):
-    assert sites.family(capability) == family
+def test_gpu_families(capability, expected):
+    assert family(capability) == expected
 
 
 @pytest.mark.parametrize(

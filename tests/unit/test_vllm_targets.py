@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 from support.vllm_source import VERSION, stand_in
 
+from safealloc.integrations import drift
 from safealloc.integrations.vllm import targets
 
 COMMITTED = Path(__file__).parents[1] / "vllm_releases" / "hooks_by_release.json"
 
 
-def found_in(sources: dict[str, str], version: str = VERSION) -> dict[targets.Target, targets.Finding]:
+def found_in(sources: dict[str, str], version: str = VERSION) -> dict[targets.Target, drift.Finding]:
     return {found.target: found for found in targets.check(version, sources.get)}
 
 
-def changed(target: targets.Target, old: str, new: str) -> targets.Finding:
+def changed(target: targets.Target, old: str, new: str) -> drift.Finding:
     """The finding for a target after a change of its module."""
     sources = stand_in()
     assert old in sources[target.module]
@@ -106,6 +107,7 @@ REPLACED = {
     "scales of another dtype": (targets.SCALES, "dtype=torch.int32", "dtype=torch.uint8"),
     "scales in other tiles": (targets.SCALES, "round_up(m, 128)", "round_up(m, 256)"),
     "another rule for the layout that a GEMM reads": (targets.MM, "a.shape[0] <= 32", "a.shape[0] <= 64"),
+    "another allocation of MX experts": (targets.MX_EXPERTS, "scales_k = k // 32", "scales_k = k // 16"),
     "another allocation of experts": (targets.EXPERTS, "MAX_TOKENS_PER_EXPERT * topk, padded_k", "topk, padded_k"),
 }
 
@@ -157,7 +159,7 @@ def imported(tmp_path, monkeypatch):
     rule = targets.Target("rule", "their_module", ("rule",), bodies=("0",), group="theirs")
     target = targets.Target("f", "their_module", ("f",), bodies=("0",), group="theirs")
     monkeypatch.setattr(targets, "TARGETS", (rule, target))
-    yield importlib.import_module("their_module"), targets.Finding(target, "hooked", "f")
+    yield importlib.import_module("their_module"), drift.Finding(target, "hooked", "f")
     del sys.modules["their_module"]
 
 
@@ -185,7 +187,7 @@ def test_a_wrapper_is_no_obstacle_where_the_hook_calls_the_original(imported):
     module, _ = imported
     module.f = functools.partial(module.f)
     wrapped = targets.Target("f", "their_module", ("f",))
-    assert targets.replaced_by(targets.Finding(wrapped, "hooked", "f"), module) is None
+    assert targets.replaced_by(drift.Finding(wrapped, "hooked", "f"), module) is None
 
 
 def test_a_name_that_is_no_longer_a_function_is_not_hooked():
@@ -319,11 +321,11 @@ def test_whether_the_kernel_zeroes_padding_is_read_from_a_comment():
     ],
 )
 def test_release_numbers_of_a_version(version, numbers):
-    assert targets.release(version) == numbers
+    assert drift.release(version) == numbers
 
 
 def test_versions_are_ordered_by_number():
-    assert targets.release("0.9.2") < targets.release("0.19.1") < targets.release("0.33.0+cu130")
+    assert drift.release("0.9.2") < drift.release("0.19.1") < drift.release("0.33.0+cu130")
 
 
 BODY = """
@@ -336,7 +338,7 @@ BODY = """
 
 def test_a_digest_is_the_same_in_every_python_version():
     # From 3.12 on, ast.unparse quotes the strings inside f-strings differently.
-    assert targets.digest(ast.parse(textwrap.dedent(BODY)).body[0]) == "0371578fb9"
+    assert drift.digest(ast.parse(textwrap.dedent(BODY)).body[0]) == "0371578fb9"
     assert sys.version_info[:2] in ((3, 11), (3, 12), (3, 13))
 
 
@@ -346,9 +348,7 @@ def test_a_digest_is_the_same_in_every_python_version():
 )
 def test_different_bodies_have_different_digests(old, new):
     assert old in BODY
-    first, second = (
-        targets.digest(ast.parse(textwrap.dedent(text)).body[0]) for text in (BODY, BODY.replace(old, new))
-    )
+    first, second = (drift.digest(ast.parse(textwrap.dedent(text)).body[0]) for text in (BODY, BODY.replace(old, new)))
     assert first != second
 
 
@@ -379,9 +379,9 @@ def test_the_committed_scan_was_made_with_this_table(committed):
 
 def test_every_hook_fits_every_supported_release(committed):
     releases = committed["releases"]
-    oldest, newest = map(targets.release, targets.SUPPORTED)
+    oldest, newest = map(drift.release, targets.SUPPORTED)
     assert {*targets.SUPPORTED} <= set(releases)
-    supported = [version for version in releases if oldest <= targets.release(version) <= newest]
+    supported = [version for version in releases if oldest <= drift.release(version) <= newest]
     assert len(supported) >= 20
     for version in supported:
         assert set(releases[version]["hooks"].values()) <= {"hooked", "as known", "not yet there"}, version
@@ -394,7 +394,7 @@ def test_every_hook_fits_every_supported_release(committed):
 def test_since_is_the_first_release_that_has_the_target(committed, target):
     known = ("hooked", "as known")
     with_it = [version for version, found in committed["releases"].items() if found["hooks"][target.name] in known]
-    assert min(with_it, key=targets.release) == target.since
+    assert min(with_it, key=drift.release) == target.since
 
 
 def test_the_committed_scan_contains_no_url_or_path(committed):

@@ -17,8 +17,8 @@ import torch
 from support import vllm_installed
 
 from safealloc import ScalePool, settings, use_pool
+from safealloc.integrations import patches
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import patches
 
 _missing = vllm_installed.missing()
 if _missing is None:

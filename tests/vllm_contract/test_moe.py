@@ -370,11 +370,3 @@ def test_a_quantizer_that_vllm_has_changed_is_not_hooked(
     assert f"{PLAIN} (its " in warning.getMessage()
     quantize(PLAIN, *inputs(PLAIN, GROUPINGS[0]))
     assert quantized == [None]
-
-
-def test_mxfp4_experts_are_vllms(pool: ScalePool) -> None:
-    """Each of their scales covers 32 columns."""
-    names = ("mxfp4_experts_quant", "silu_and_mul_mxfp4_experts_quant")
-    before = [getattr(ops, name) for name in names]
-    integration.register()
-    assert [getattr(ops, name) for name in names] == before

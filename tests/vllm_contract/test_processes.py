@@ -72,7 +72,7 @@ vllm.plugins.load_general_plugins()
 new = set(sys.modules) - before
 assert "safealloc.integrations.vllm.plugin" in new
 assert not {name for name in new if name.startswith(("vllm.", "triton", "flashinfer"))}, new
-hooks = ("hooks", "serve", "startup", "ops", "kernel", "sites", "report")
+hooks = ("hooks", "serve", "engine", "ops", "kernel", "sites", "report")
 assert not {f"safealloc.integrations.vllm.{name}" for name in hooks} & new
 assert not [name for name in opened if "/vllm/" in name and "safealloc" not in name and name.endswith(".py")], opened
 assert not torch.cuda.is_initialized()

@@ -26,8 +26,9 @@ from vllm.config import DeviceConfig, VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import ScalePool
+from safealloc.integrations import patches
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import hooks, patches, plugin, targets
+from safealloc.integrations.vllm import hooks, plugin, targets
 
 K = 80
 

@@ -33,11 +33,14 @@ from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import ScalePool, ScaleSpec, SfLayout
+from safealloc.integrations import startup
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm import proof, replace, startup
+from safealloc.integrations.serve import engine_of
+from safealloc.integrations.startup import Launch
+from safealloc.integrations.vllm import proof, replace
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.replace import DENSE, OPS, SILU
-from safealloc.integrations.vllm.serve import allocator, engine_of
-from safealloc.integrations.vllm.startup import Engine, Launch
+from safealloc.integrations.vllm.serve import allocator
 from safealloc.kernels import reference, reference_grouped
 
 WHOLE_K = 128  # which vLLM does not pad

@@ -16,10 +16,11 @@ from torch._inductor.utils import run_and_get_code
 
 from safealloc import ScaleSpec, SfLayout
 from safealloc.integrations import vllm as integration
+from safealloc.integrations.startup import Launch, Site, Steps
 from safealloc.integrations.vllm import proof, replace
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.replace import TRTLLM
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Launch, Site, Steps
 from safealloc.kernels import reference
 from safealloc.ops.backends import QUANTIZERS, Backend
 

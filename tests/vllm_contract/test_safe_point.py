@@ -20,9 +20,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc import PaddingCorruptionError, ScalePool, SfLayout, use_pool
 from safealloc.integrations import vllm as integration
+from safealloc.integrations.serve import ENGINE
 from safealloc.integrations.vllm import plugin, targets
-from safealloc.integrations.vllm.serve import ENGINE
-from safealloc.integrations.vllm.startup import Engine
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.settings import VERIFY
 
 K = 80

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
 from safealloc.integrations import vllm as integration
-from safealloc.integrations.vllm.serve import engine_of
+from safealloc.integrations.serve import engine_of
 from safealloc.integrations.vllm.sizes import capture_sizes, captured_rows
 
 K = 80
@@ -108,7 +108,7 @@ def test_a_worker_logs_one_line_about_its_captures(
     """Sites are counted in CUDA graph captures, which a CPU does not have."""
     started(monkeypatch, CUDAGraphMode.FULL)
     assert [record.levelno for record in log if "sites per step" in record.getMessage()] == [logging.INFO]
-    assert "safealloc: rank 3: serves 0 of 0 NVFP4 scale sites per step" in log[-1].getMessage()
+    assert "safealloc: rank 3: serves 0 of 0 FP4 scale sites per step" in log[-1].getMessage()
 
 
 def test_an_eager_worker_has_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ import scan_sites
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from safealloc.integrations import drift
 from safealloc.integrations.vllm import targets
 
 RESULT = Path(__file__).with_name("hooks_by_release.json")
@@ -70,7 +71,7 @@ class Release:
     torch: str | None = None
     allocation: str | None = None
     kernel_zeroes_padding: bool | None = None
-    findings: Sequence[targets.Finding] = ()
+    findings: Sequence[drift.Finding] = ()
     new_sites: Sequence[str] = ()
     unavailable: str = field(default="", kw_only=True)
 
@@ -166,9 +167,9 @@ def published() -> list[str]:
     listed = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
     if listed is None:
         raise SystemExit("pip lists no releases of vLLM: name them as arguments")
-    oldest = targets.release(targets.SUPPORTED[0])
+    oldest = drift.release(targets.SUPPORTED[0])
     found = {version.strip() for version in listed[1].split(",")}
-    return sorted((version for version in found if targets.release(version) >= oldest), key=targets.release)
+    return sorted((version for version in found if drift.release(version) >= oldest), key=drift.release)
 
 
 def _platforms() -> Iterator[str]:
@@ -257,7 +258,7 @@ def scan(what: Sequence[Any], look: Callable[[Any], Release]) -> list[Release]:
             return found
 
         with ThreadPoolExecutor(_AT_ONCE) as threads:
-            return sorted(threads.map(looked, what), key=lambda found: targets.release(found.version))
+            return sorted(threads.map(looked, what), key=lambda found: drift.release(found.version))
 
 
 def as_json(found: Sequence[Release]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from torch import Tensor
 from safealloc.errors import LayoutMismatchError
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
+from safealloc.integrations.patches import Patches
 from safealloc.integrations.vllm.contract import Contract, Matrix, format_of
-from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.worker import logger
 from safealloc.pool.declare import spec, traced
 

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, fx
 
 from safealloc.errors import LayoutMismatchError
-from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.format import BLOCK_SIZE, ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
 from safealloc.formats.spec import ScaleSpec
+from safealloc.integrations import drift
+from safealloc.integrations.host import around, capability
+from safealloc.integrations.patches import Patches
+from safealloc.integrations.serve import engine_of
 from safealloc.integrations.vllm import kernel, proof, replace, report, targets
+from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.ops import grouped_scales, scales
-from safealloc.integrations.vllm.patches import Patches
-from safealloc.integrations.vllm.serve import allocator, engine_of
-from safealloc.integrations.vllm.startup import Engine
-from safealloc.integrations.vllm.worker import around, capability, logger
+from safealloc.integrations.vllm.serve import allocator
+from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.gemm import check_agrees
 from safealloc.pool.contents import pool_spec_of
 
@@ -142,29 +145,61 @@ def _fused_act_quant(patches: Patches, module: ModuleType, name: str) -> None:
 
 
 def _experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
-    """Both expert quantizers: one takes ``[rows, k]``, the other gate and up, ``[rows, 2 * k]``.
-
-    vLLM's limit of rows protects its worst-case allocation, which is not made here.
-    """
+    """Both NVFP4 expert quantizers: one takes ``[rows, k]``, the other gate and up, ``[rows, 2 * k]``."""
     original: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
     halves = 2 if name in targets.SILU_EXPERTS.attributes else 1
 
     def experts_quant(
         input_tensor: Tensor, input_global_scale: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, topk: int
     ) -> tuple[Tensor, Tensor]:
-        block_scale = None
-        if input_tensor.ndim == 2 and input_tensor.shape[1] % (halves * BLOCK_SIZE) == 0:  # else vLLM refuses it
-            rows, k = input_tensor.shape[0], input_tensor.shape[1] // halves
-            block_scale = grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets)
-        if block_scale is None:
-            return original(input_tensor, input_global_scale, expert_offsets, blockscale_offsets, topk)
-        output = torch.empty(rows, k // 2, device=input_tensor.device, dtype=torch.uint8)
         offsets = expert_offsets, blockscale_offsets
+        given = _experts_outputs(input_tensor, halves, topk, offsets, ScaleFormat.nvfp4)
+        if given is None:
+            return original(input_tensor, input_global_scale, *offsets, topk)
+        output, block_scale = given
         getattr(torch.ops._C, name)(output, block_scale, input_tensor, input_global_scale, *offsets)
         return output, block_scale.view(torch.float8_e4m3fn)
 
     experts_quant.__name__ = experts_quant.__qualname__ = name
     patches.rebind(original, experts_quant)
+
+
+def _mx_experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
+    """Both MXFP4 expert quantizers, which have no global scales."""
+    original: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
+    halves = 2 if name in targets.MX_SILU_EXPERTS.attributes else 1
+
+    def experts_quant(
+        input_tensor: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, n_experts: int, topk: int
+    ) -> tuple[Tensor, Tensor]:
+        offsets = expert_offsets, blockscale_offsets
+        given = None
+        if len(expert_offsets) == n_experts + 1:  # else vLLM refuses it
+            given = _experts_outputs(input_tensor, halves, topk, offsets, ScaleFormat.mxfp4)
+        if given is None:
+            return original(input_tensor, *offsets, n_experts, topk)
+        output, block_scale = given
+        getattr(torch.ops._C, name)(output, block_scale, input_tensor, *offsets, n_experts)
+        return output, block_scale.view(torch.uint8)
+
+    experts_quant.__name__ = experts_quant.__qualname__ = name
+    patches.rebind(original, experts_quant)
+
+
+def _experts_outputs(
+    x: Tensor, halves: int, topk: int, offsets: tuple[Tensor, Tensor], format: ScaleFormat
+) -> tuple[Tensor, Tensor] | None:
+    """Data and scales for an expert quantizer of ``[rows, halves * k]``; ``None`` where vLLM allocates, or refuses it.
+
+    vLLM's limit of rows protects its worst-case allocation, which is not made here.
+    """
+    if x.ndim != 2 or x.shape[1] % (halves * format.block_size):
+        return None
+    rows, k = x.shape[0], x.shape[1] // halves
+    block_scale = grouped_scales(rows, k, topk, *offsets, format)
+    if block_scale is None:
+        return None
+    return torch.empty(rows, k // 2, device=x.device, dtype=torch.uint8), block_scale
 
 
 def _attention_fusion(original: Callable[..., None], fusion: Any, graph: fx.Graph) -> None:
@@ -311,7 +346,7 @@ def log_errors(function: Callable[..., object], *given: Any) -> None:
         allocator.log_error(error, "vLLM goes on without it")
 
 
-HOOKS: dict[targets.Target, Hook] = {
+HOOKS: dict[drift.Target, Hook] = {
     targets.SCALES: _scale_tensor,
     targets.OUTPUTS: _output_tensors,
     targets.MM: _mm,
@@ -319,6 +354,8 @@ HOOKS: dict[targets.Target, Hook] = {
     targets.FUSED_ACT_QUANT: _fused_act_quant,
     targets.EXPERTS: _experts_quant,
     targets.SILU_EXPERTS: _experts_quant,
+    targets.MX_EXPERTS: _mx_experts_quant,
+    targets.MX_SILU_EXPERTS: _mx_experts_quant,
     targets.ATTENTION_FUSION: _method(_attention_fusion, "__call__"),
     targets.MLA_FUSION: _method(_attention_fusion, "__call__"),
     targets.PROFILE: _method(_profile),

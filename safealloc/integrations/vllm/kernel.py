@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safealloc import _optional, settings
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm.patches import Patches
+from safealloc.integrations.patches import Patches
 from safealloc.integrations.vllm.serve import allocator
 from safealloc.integrations.vllm.worker import logger
 from safealloc.kernels import vendors

@@ -14,9 +14,10 @@ from torch._guards import active_fake_mode
 
 from safealloc import settings
 from safealloc.errors import SafeAllocError
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
+from safealloc.integrations.startup import INDUCTOR
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import INDUCTOR
 from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, library
@@ -40,12 +41,19 @@ def scales(m: int, n: int, device: torch.device, padded_n: int | None, fused: bo
     return allocator.scales(m, n, device, padded_n, fused)
 
 
-def grouped_scales(rows: int, k: int, topk: int, expert_offsets: Tensor, blockscale_offsets: Tensor) -> Tensor | None:
+def grouped_scales(
+    rows: int,
+    k: int,
+    topk: int,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    format: ScaleFormat = ScaleFormat.nvfp4,
+) -> Tensor | None:
     """What :meth:`Allocator.grouped_scales` returns; in traced code ``None``.
 
     vLLM's MoE layers are opaque to ``torch.compile``, so they are never traced.
     """
-    return None if _traced() else allocator.grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets)
+    return None if _traced() else allocator.grouped_scales(rows, k, topk, expert_offsets, blockscale_offsets, format)
 
 
 @functools.cache

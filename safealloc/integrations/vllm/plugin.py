@@ -17,8 +17,9 @@ from typing import Any
 
 from safealloc import settings
 from safealloc._version import __version__
+from safealloc.integrations import drift
+from safealloc.integrations.patches import Patches
 from safealloc.integrations.vllm import quantization, targets
-from safealloc.integrations.vllm.patches import Patches
 from safealloc.integrations.vllm.worker import logger
 
 HOOKS_VERSION = 2
@@ -30,7 +31,7 @@ _LOGGER = "vllm.logger"
 _lock = threading.RLock()
 _patches = Patches()
 _waiting = False  # for a worker that loads a model
-_hooked: dict[str, targets.Target] | None = None
+_hooked: dict[str, drift.Target] | None = None
 _contract = False  # whether the contract of scale layouts is checked
 
 
@@ -167,11 +168,11 @@ def _register() -> None:
         logger.warning("safealloc: not hooked in vLLM %s: %s", version, reasons)
 
 
-def _module(finding: targets.Finding) -> str:
+def _module(finding: drift.Finding) -> str:
     return finding.target.module
 
 
-def _apply(findings: Sequence[targets.Finding], module: ModuleType) -> None:
+def _apply(findings: Sequence[drift.Finding], module: ModuleType) -> None:
     """Replace the targets of a module; one that is not vLLM's own, or whose hook fails, is left alone and named."""
     from safealloc.integrations.vllm.hooks import HOOKS
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from safealloc import _optional
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
 from safealloc.formats.layout import SfLayout
+from safealloc.integrations.startup import Engine, Launch
 from safealloc.integrations.vllm.replace import OPS, SILU, TRTLLM, Call
-from safealloc.integrations.vllm.startup import Engine, Launch
 from safealloc.integrations.vllm.worker import logger
 from safealloc.pool.pool import ScalePool
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from safealloc import settings
 from safealloc.formats.layout import SfLayout
-from safealloc.integrations.vllm import startup
+from safealloc.integrations import startup
+from safealloc.integrations.startup import Engine, Launch
 from safealloc.integrations.vllm.serve import allocator
-from safealloc.integrations.vllm.startup import Engine, Launch
 from safealloc.integrations.vllm.worker import logger
 from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for
 from safealloc.ops.grouped import clean_grouped_scales, whole_buffer

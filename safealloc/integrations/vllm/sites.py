@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from safealloc.integrations import drift, sites
+from safealloc.integrations.sites import Family, Padding
 from safealloc.integrations.vllm import targets
-
-Family = Literal["SM10x", "SM12x"]
-"""GPUs with NVFP4 kernels in vLLM: compute capability 10.x (B200, B300, GB200), and 12.x (RTX 50, GB10)."""
 
 FILLS = (("0.20.0", "0.21.0"), ("0.25.0", "0.29.0"))
 """First and last release of those whose ``create_fp4_scale_tensor`` calls ``torch.zeros``."""
@@ -22,53 +20,30 @@ FILLS = (("0.20.0", "0.21.0"), ("0.25.0", "0.29.0"))
 KERNEL_ZEROES = "0.30.0"
 """First release whose ``scaled_fp4_quant`` kernel zeroes padding, by a comment in vLLM."""
 
-Padding = Literal["fill", "kernel", "nobody", "no padding", "not read"]
-"""Who zeroes it: ``torch.zeros`` at each call, the producer, or nobody; "not read" if the producer's code was not."""
-
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """One producer of block scales, with the memory it writes to."""
+class Site(sites.Site):
+    """One producer of vLLM's; padding ``None``: nobody zeroes it before :data:`KERNEL_ZEROES`, then the kernel."""
 
-    name: str  # in the log and in doctor's table
-    where: str  # functions of vLLM that allocate for it, separated by spaces
-    scales: str  # format and layout
-    padding: Padding | None  # who zeroes it; ``None``: nobody before KERNEL_ZEROES, then the kernel
-    hook: targets.Target | None  # which hook serves it, or ``None``
-    default: tuple[Family, ...] = ()  # GPUs on which vLLM takes it unless told otherwise
-    when: str = ""  # what else has to be true
-    since: str = targets.SUPPORTED[0]  # first release that was read with it
-
-    def exists(self, version: str) -> bool:
-        return targets.release(version) >= targets.release(self.since)
+    since: str = targets.SUPPORTED[0]
 
     def zeroed_by(self, version: str) -> Padding:
-        """Who zeroes its padding in a release without the plugin."""
         if self.where == _SHARED and self.hook is not None and fills(version):
             return "fill"
         if self.padding is None:
-            return "kernel" if targets.release(version) >= targets.release(KERNEL_ZEROES) else "nobody"
+            return "kernel" if drift.release(version) >= drift.release(KERNEL_ZEROES) else "nobody"
         return self.padding
 
     def change(self, version: str) -> str:
-        """What the pool changes there, in a few words."""
-        zeroed = self.zeroed_by(version)
-        if self.hook is None:
-            return "nothing" if zeroed == "no padding" else "nothing: no hook"
-        memory = ", memory" if self.hook is targets.EXPERTS else ""
-        return {"fill": "time: no fill", "nobody": f"safety{memory}"}.get(zeroed, "nothing")
+        change = sites.Site.change(self, version)
+        right_sized = self.hook in (targets.EXPERTS, targets.MX_EXPERTS)
+        return f"{change}, memory" if change == "safety" and right_sized else change
 
 
 def fills(version: str) -> bool:
     """Whether a release calls ``torch.zeros`` for the scales of its dense quantizer."""
-    numbers = targets.release(version)
-    return any(targets.release(first) <= numbers <= targets.release(last) for first, last in FILLS)
-
-
-def family(capability: tuple[int, int] | None) -> Family | None:
-    """The GPUs that a compute capability belongs to, or ``None`` if vLLM has no NVFP4 kernels for it."""
-    families: dict[int, Family] = {10: "SM10x", 12: "SM12x"}
-    return None if capability is None else families.get(capability[0])
+    numbers = drift.release(version)
+    return any(drift.release(first) <= numbers <= drift.release(last) for first, last in FILLS)
 
 
 _SHARED, _TILES = "create_fp4_scale_tensor", "NVFP4 128x4"
@@ -105,7 +80,16 @@ SITES: Sequence[Site] = (
     Site("add + RMSNorm + FP4", _SHARED, _TILES, "nobody", targets.SCALES, (), "fuse_norm_quant", "0.30.0"),
     Site("attention + FP4", _SHARED, _TILES, "nobody", targets.ATTENTION_FUSION, (), "fuse_attn_quant"),
     Site("NVFP4 expert quantizers", _EXPERTS, _TILES, "nobody", targets.EXPERTS, (), "CUTLASS MoE"),
-    Site("MXFP4 expert quantizers", _MXFP4_EXPERTS, "MXFP4 128x4", "nobody", None, (), "CUTLASS MoE", "0.20.2"),
+    Site(
+        "MXFP4 expert quantizers",
+        _MXFP4_EXPERTS,
+        "MXFP4 128x4",
+        "nobody",
+        targets.MX_EXPERTS,
+        (),
+        "CUTLASS MoE",
+        "0.20.2",
+    ),
     Site("MoE input after all-to-all", _ALL_TO_ALL, _TILES, "kernel", None, ("SM12x",), "data parallel"),
     Site("CuTe-DSL batched MoE", "flashinfer_cutedsl_moe_masked", _TILES, "nobody", None, (), "batched experts"),
     Site("linear NVFP4 scales", _LINEAR, "NVFP4 linear", "no padding", None, ("SM10x",), "TRTLLM MoE"),

@@ -1,7 +1,7 @@
 """A worker's engine: which batch sizes it captures, which shapes its layers ask for, and the pool made for both.
 
-The batch sizes follow from the configuration by vLLM's own rules. The shapes are seen in the profile run, in which vLLM
-allocates. When it ends, and before vLLM measures memory, buffers are reserved for every captured batch size.
+The batch sizes follow from the configuration by the framework's own rules. The shapes are seen in a profile run, or read from
+the layers. Then, and before the framework measures memory, buffers are reserved for every captured batch size.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from safealloc import settings
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout
-from safealloc.integrations.vllm.sizes import captured_rows
-from safealloc.integrations.vllm.worker import capturing, step_under_way
+from safealloc.integrations.host import capture_under_way, capturing
 from safealloc.pool.pool import ScalePool
 
 # What a served site is.
 PLAIN, FUSED, GROUPED = "plain", "fused", "grouped"
 
-# Of quantizers: calls of our kernel and of vLLM's, and nanoseconds that ours take less.
+# Of quantizers: calls of our kernel and of the framework's, and nanoseconds that ours take less.
 OURS, THEIRS, SAVED = "ours", "theirs", "saved"
 
 TRTLLM = "flashinfer_nvfp4_quantize"
 """The op that quantizes to 8x4."""
 
-# Why vLLM allocates for a call in a capture or its warm-up.
+# Why the framework allocates for a call in a capture or its warm-up.
 ABOVE_MAX_ROWS = "prefill above the largest captured batch"
 NO_ROWS = "no rows"
 POOL_ERROR = "pool error"
@@ -50,24 +50,6 @@ class Steps:
     copies: dict[int, int]  # by rows in tokens: micro-batches of that size that run at once
     ranks: int = 1  # data-parallel ranks, whose tokens an expert layer gathers
 
-    @classmethod
-    def of(cls, vllm_config: Any, query: int = 1, *, second_runner: bool = False) -> Steps:
-        """From a ``VllmConfig``.
-
-        Args:
-            query: tokens of a request in a decode step, ``num_speculative_tokens + 1``.
-            second_runner: model runner V2, whose rules differ.
-        """
-        parallel = vllm_config.parallel_config
-        rows = captured_rows(vllm_config, query, second_runner=second_runner)
-        copies = dict.fromkeys(rows, 1)
-        if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
-            parts = max(2, getattr(parallel, "num_ubatches", 2) or 2)
-            least = getattr(parallel, "dbo_decode_token_threshold", parts)
-            for size in [size for size in rows if size >= max(parts, least)]:
-                copies |= {size // parts: parts, size - (parts - 1) * (size // parts): parts}
-        return cls(dict(sorted(copies.items())), getattr(parallel, "data_parallel_size", 1))
-
     @property
     def most_rows(self) -> int:
         """Tokens of the largest captured step."""
@@ -78,14 +60,14 @@ class Steps:
 class Sites:
     """Allocation sites that captured steps went through."""
 
-    captures: int = 0  # CUDA graphs that hold pool buffers; several per batch size where vLLM splits its model
+    captures: int = 0  # CUDA graphs that hold pool buffers; several per batch size where the model is split
     served: int = 0  # sites per step that the pool serves
     fused: int = 0  # of these, sites of a producer that leaves padding unwritten
     grouped: int = 0  # of these, expert quantizers
-    bypassed: Counter[str] = field(default_factory=Counter)  # sites per step that vLLM serves, by reason
+    bypassed: Counter[str] = field(default_factory=Counter)  # sites per step that the framework serves, by reason
     # In the step in which our quantizers save most:
     ours: int = 0  # calls of ours
-    quantizers: int = 0  # of these and of vLLM's
+    quantizers: int = 0  # of these and of the framework's
     saved_us: float = 0.0  # what was measured at start-up, summed up
 
 
@@ -95,6 +77,7 @@ class Site(NamedTuple):
     k: int
     layout: SfLayout
     padded_k: int | None
+    format: ScaleFormat = ScaleFormat.nvfp4
 
 
 class GroupedSite(NamedTuple):
@@ -103,6 +86,7 @@ class GroupedSite(NamedTuple):
     k: int
     experts: int
     topk: int
+    format: ScaleFormat = ScaleFormat.nvfp4
 
 
 class Launch(NamedTuple):
@@ -117,32 +101,39 @@ class Launch(NamedTuple):
 class Engine:
     """One worker's engine; it has a pool from the end of the profile run to the engine's own end."""
 
+    step_under_way: Callable[[], Any] = staticmethod(capture_under_way)
+    """What tells one captured step from another."""
+
     def __init__(self, steps: Steps, device: torch.device, linear_ks: Sequence[int] = ()) -> None:
         self.steps = steps
         self.device = device
         self.pool: ScalePool | None = None
         self.launches: set[Launch] = set()  # of quantizers in the profile run, where ours are asked for
-        # Microseconds that our quantizer takes less for so many rows; ``None`` where vLLM's stays.
+        # Microseconds that our quantizer takes less for so many rows; ``None`` where the framework's stays.
         self.saved: Callable[[Launch, int], float | None] = lambda launch, rows: None
-        self.op_cleans = False  # expert quantizers see to the scales of the previous step themselves
+        self.op_cleans = False  # NVFP4 expert quantizers see to the scales of the previous step themselves
         self._linear_ks = linear_ks  # columns of the input of each layer on our linear kernel
         self._copies: Counter[Site] = Counter()  # tensors of a site that the profile run held at once
         self._grouped: set[GroupedSite] = set()
-        self._vllm_tensors: dict[Site, list[StorageWeakRef]] = {}  # of the profile run, while their storage is alive
+        self._observed: dict[Site, list[StorageWeakRef]] = {}  # of the profile run, while their storage is alive
         self._passes: list[Counter[str]] = []  # per captured step: calls by what was served, or by reason
         self._pass_of: dict[int, tuple[Callable[[], Any], Counter[str]]] = {}  # by id of the forward context or capture
 
     # --- profile run --------------------------------------------------------------------------------------------------
 
     def observe(self, site: Site, tensor: Tensor) -> None:
-        """Note a tensor that vLLM allocated in the profile run."""
-        alive = [storage for storage in self._vllm_tensors.get(site, ()) if not storage.expired()]
-        self._vllm_tensors[site] = [*alive, StorageWeakRef(tensor.untyped_storage())]
+        """Note a tensor that was allocated in the profile run."""
+        alive = [storage for storage in self._observed.get(site, ()) if not storage.expired()]
+        self._observed[site] = [*alive, StorageWeakRef(tensor.untyped_storage())]
         self._copies[site] = max(self._copies[site], len(alive) + 1)
 
     def observe_grouped(self, site: GroupedSite) -> None:
         """Note a call of an expert quantizer in the profile run."""
         self._grouped.add(site)
+
+    def expect(self, site: Site) -> None:
+        """Note a site of the layers, where no profile run shows it."""
+        self._copies[site] = max(1, self._copies[site])
 
     def reserve(self) -> None:
         """Make the pool, with buffers for what was observed; none where nothing was, or nothing is captured.
@@ -150,18 +141,18 @@ class Engine:
         Raises:
             SafeAllocError: as :class:`ScalePool` and :meth:`ScalePool.reserve`.
         """
-        self._vllm_tensors.clear()
+        self._observed.clear()
         linear = {Site(k, layout, None) for k in self._linear_ks for layout in SfLayout if layout.tile.rows > 1}
         sites = self._copies | Counter(dict.fromkeys(linear, 1))
         if not self.steps.copies or not (sites or self._grouped):
             return
         self.pool = pool = ScalePool(self.device, **dataclasses.asdict(settings.watch()))
-        # vLLM captures all its graphs into one memory pool by torch.cuda.graph, and replays one after the other.
+        # All graphs are captured into one memory pool by torch.cuda.graph, and replayed one after the other.
         pool.shared_captures(synchronized=True)
         for site, held in sites.items():
             for copies in set(self.steps.copies.values()):
                 rows = [size for size in self._rows(site) if self.steps.copies[size] == copies]
-                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k)
+                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k, format=site.format)
         for launch in self.launches:
             if launch.op == TRTLLM:
                 held = max(1, self._copies[Site(launch.k, SfLayout.layout_128x4, None)])
@@ -171,7 +162,8 @@ class Engine:
         most = self.steps.most_rows * self.steps.ranks
         for grouped in self._grouped:  # the buffer of the largest step serves all others too
             copies = max(self.steps.copies.values())
-            pool.reserve(most * grouped.topk, grouped.k, SfLayout.layout_128x4, copies, experts=grouped.experts)
+            shape = most * grouped.topk, grouped.k, SfLayout.layout_128x4, copies
+            pool.reserve(*shape, experts=grouped.experts, format=grouped.format)
 
     def _rows(self, site: Site) -> Iterable[int]:
         if site.layout is SfLayout.layout_8x4:  # only our own kernel takes it
@@ -193,7 +185,7 @@ class Engine:
     # --- captures -----------------------------------------------------------------------------------------------------
 
     def bypassed(self, tokens: int) -> str | None:
-        """Why a call in a capture or its warm-up is left to vLLM, or ``None``."""
+        """Why a call in a capture or its warm-up is left to the framework, or ``None``."""
         if tokens < 1:  # a data-parallel rank without a token
             return NO_ROWS
         return ABOVE_MAX_ROWS if tokens > self.steps.most_rows else None
@@ -202,7 +194,7 @@ class Engine:
         """In a capture, count a call by what was served, or by why it was bypassed."""
         if not capturing():
             return
-        context = step_under_way()
+        context = self.step_under_way()
         known = self._pass_of.get(id(context))
         if known is None or known[0]() is not context:
             alive = (lambda: None) if context is None else weakref.ref(context)
