@@ -76,6 +76,7 @@ class NanWatch:
         _never_freed.extend((self._flags, self._table, self._record))
         self._words = (ctypes.c_int32 * 2).from_address(self._flags.data_ptr())
         self._sites: list[_Site] = []
+        self._full = False
         self._eager: dict[tuple[int, int, int, int, bool], int] = {}  # numbers of eager calls
         self._orders: dict[int, int] = {}  # by capture: how many quantizers it has
         self._names: dict[int, str] = {}  # of layers, by the address of a global scale
@@ -188,7 +189,9 @@ class NanWatch:
     def _add(self, site: _Site, counts_live_rows: bool) -> Tensor | None:
         number = len(self._sites)
         if number == MAX_SITES:
-            logger.warning("nan has no room for more than %d quantizers: %s is not watched", MAX_SITES, site.caller)
+            if not self._full:
+                self._full = True
+                logger.warning("nan has no room for more than %d quantizers: %s is not watched", number, site.caller)
             return None
         self._sites.append(site)
         # On the host, where a capture can write too.
