@@ -79,6 +79,7 @@ class NotFinite:
         row, rows: where it was in the quantizer's input, and how many rows that has.
         column: of that input.
         step: how many steps the pool had counted; in vLLM, calls of ``execute_model``.
+        batch: tokens of the batch that its graph was captured for, or the rows.
         order: which quantizer of its graph it was, from 1; 0 in an eager call.
         count: how many elements of this kind entered quantizers since the last look.
     """
@@ -89,14 +90,15 @@ class NotFinite:
     rows: int
     column: int
     step: int
+    batch: int
     order: int
     count: int
 
     def __str__(self) -> str:
-        graph = f"quantizer {self.order} of a graph" if self.order else "eager call"
+        call = f"quantizer {self.order} of its graph of batch {self.batch}" if self.order else "eager call"
         return (
             f"first {self.kind} in {self.layer}, row {self.row} of {self.rows}, column {self.column}, step {self.step}, "
-            f"{graph} of batch {self.rows}; {self.count} such elements since the last look"
+            f"{call}; {self.count} such elements since the last look"
         )
 
 

@@ -1,8 +1,8 @@
 """What is not finite in a quantizer's input: the record of it, and the reference of :mod:`safealloc.kernels.triton_nan`.
 
-A site is a quantizer in a graph, or an eager call of one shape. What it is lies in the host's memory, where a capture can write
-it, int64 ``[SITE_WORDS]``; the record lies on the device, int64 ``[HEAD_WORDS + 2 * sites]``. NaN and infinity, two kinds, are
-recorded apart, each by the first of its kind since the last look::
+A site is a quantizer in a graph, or an eager call of one shape. What it is lies in the host's memory, where a capture can
+write it, int64 ``[SITE_WORDS]``; the record lies on the device, int64 ``[HEAD_WORDS + 2 * sites]``. NaN and infinity, two
+kinds, are recorded apart, each by the first of its kind since the last look::
 
     site    0 address of the record        1 number                 2 whether the live rows of a step are rows of x
             3 columns of x

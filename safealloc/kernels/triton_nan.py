@@ -60,7 +60,7 @@ def _record_both(site, bits, index, INFINITY: tl.constexpr):
 
 @triton.jit
 def _magnitudes(values):
-    """Bits without the sign of bfloat16 or float16, int32: they order as the numbers do, infinity above them, NaN above it."""
+    """Bits without the sign of bfloat16 or float16, int32: finite < infinity < NaN."""
     return values.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
 
 

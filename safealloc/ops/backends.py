@@ -67,7 +67,7 @@ def run_watched(
     valid_rows: Tensor | None,
     arguments: tuple[Any, ...],
     *,
-    counts_live_rows: bool = False,
+    batch: int | None = None,
 ) -> None:
     """Run a quantizer, whose input ``x`` a pool may watch: ours tests it as it goes, beside another runs a kernel of its own.
 
@@ -77,9 +77,9 @@ def run_watched(
         x, global_scale: what it is handed.
         valid_rows: int32, one element; rows at or beyond it do not count where a kernel of its own tests.
         arguments: of the quantizer.
-        counts_live_rows: as in :meth:`NanWatch.site`.
+        batch: as in :meth:`NanWatch.site`.
     """
-    site = None if nan is None else nan.site(x, global_scale, counts_live_rows=counts_live_rows)
+    site = None if nan is None else nan.site(x, global_scale, batch=batch)
     if nan is None or site is None:
         row.run(*arguments)
     elif row.name == "triton":

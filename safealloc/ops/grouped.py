@@ -176,7 +176,19 @@ def _quantize(
     assert spec is not None
     buffer, record = whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    arguments = (x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul, arithmetic)
+    arguments = (
+        x,
+        global_scales,
+        x_fp4,
+        buffer,
+        layout,
+        record,
+        *offsets,
+        valid_rows,
+        row_tokens,
+        silu_and_mul,
+        arithmetic,
+    )
     live_rows = valid_rows
     if pool.nan is not None and (valid_rows is None or row_tokens is not None):
         live_rows = expert_offsets[experts:]  # where the last group ends

@@ -1,8 +1,8 @@
 """The first NaN: which quantizer's input had it, where, and at which step.
 
 Each quantizer in a graph, or eager call of one shape, is a site. A kernel that finds something in its input which is not
-finite records that on the device, with the site (:mod:`safealloc.kernels.reference_nan`), and sets a word in the host's memory,
-which the next safe point reads. Nothing synchronizes while all is finite.
+finite records that on the device, with the site (:mod:`safealloc.kernels.reference_nan`), and sets a word in the host's
+memory, which the next safe point reads. Nothing synchronizes while all is finite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from torch import Tensor
 from safealloc import _optional, settings
 from safealloc.errors import NanError, NotFinite, SafeAllocError
 from safealloc.kernels import reference_nan
-from safealloc.kernels.reference_nan import COUNT, FIRST, FLAGS, HEAD_WORDS, LIVE_ROWS, NOTHING, SITE_BITS, SITE_WORDS, STEP
+from safealloc.kernels.reference_nan import (
+    COUNT,
+    FIRST,
+    HEAD_WORDS,
+    LIVE_ROWS,
+    NOTHING,
+    SITE_BITS,
+    SITE_WORDS,
+    STEP,
+)
 from safealloc.pool import driver
 
 MAX_SITES = 1 << 16  # 320 quantizers in graphs of 51 batch sizes are a quarter of that
@@ -41,6 +50,7 @@ class _Site:
         address: of the global scale that its quantizer is handed, 0 where there is none.
         caller: who called the quantizer.
         rows, width: of its input.
+        batch: tokens of the batch that its graph was captured for.
         order: which quantizer of its graph it is, from 1; 0 in eager calls.
     """
 
@@ -48,6 +58,7 @@ class _Site:
     caller: str
     rows: int
     width: int
+    batch: int
     order: int
 
 
@@ -77,7 +88,7 @@ class NanWatch:
         self._words = (ctypes.c_int32 * 2).from_address(self._flags.data_ptr())
         self._sites: list[_Site] = []
         self._full = False
-        self._eager: dict[tuple[int, int, int, int, bool], int] = {}  # numbers of eager calls
+        self._eager: dict[tuple[int, int, int, int, int | None], int] = {}  # numbers of eager calls
         self._orders: dict[int, int] = {}  # by capture: how many quantizers it has
         self._names: dict[int, str] = {}  # of layers, by the address of a global scale
         self._named: set[tuple[int, str]] = set()  # what was logged
@@ -91,7 +102,7 @@ class NanWatch:
 
     # --- the path -----------------------------------------------------------------------------------------------------
 
-    def site(self, x: Tensor, global_scale: Tensor | None, *, counts_live_rows: bool = False) -> Tensor | None:
+    def site(self, x: Tensor, global_scale: Tensor | None, *, batch: int | None = None) -> Tensor | None:
         """Where the kernel of one call records, int64 ``[SITE_WORDS]``; ``None`` if the input cannot be watched.
 
         In a capture, each call is a site of its own.
@@ -99,7 +110,8 @@ class NanWatch:
         Args:
             x: input of the quantizer, bfloat16 or float16 ``[rows, columns]``, contiguous.
             global_scale: what the quantizer is handed, by which a model's layers are told apart.
-            counts_live_rows: whether the rows of :meth:`begin_step` are rows of ``x``.
+            batch: tokens of the batch, padding included; where these are the rows of ``x``, those that :meth:`begin_step` was
+                told are dead do not count.
         """
         if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % 16 or not x.is_contiguous():
             return None
@@ -109,14 +121,14 @@ class NanWatch:
         capture = driver.under_way(stream)
         if capture is not None:
             order = self._orders[capture.id] = self._orders.get(capture.id, 0) + 1
-            return self._add(_Site(address, _caller(), rows, width, order), counts_live_rows)
+            return self._add(_Site(address, _caller(), rows, width, batch or rows, order), batch == rows)
         # A global scale that lives in no model may be at the address of an earlier one, in another line of the program.
         line = 0 if address in self._names else hash(_caller())
-        key = (address, rows, width, line, counts_live_rows)
+        key = (address, rows, width, line, batch)
         number = self._eager.get(key)
         if number is not None:
             return self._table[number]
-        site = self._add(_Site(address, _caller(), rows, width, 0), counts_live_rows)
+        site = self._add(_Site(address, _caller(), rows, width, batch or rows, 0), batch == rows)
         if site is not None:
             self._eager[key] = len(self._sites) - 1
         return site
@@ -179,7 +191,7 @@ class NanWatch:
             site = self._sites[number]
             row, column = divmod(int(self._record[HEAD_WORDS + 2 * number + kind]), site.width)
             layer = self._names.get(site.address) or site.caller
-            yield NotFinite(name, layer, row, site.rows, column, step, site.order, head[COUNT + kind])
+            yield NotFinite(name, layer, row, site.rows, column, step, site.batch, site.order, head[COUNT + kind])
         self._record[FIRST : FIRST + 2] = NOTHING
         self._record[COUNT : COUNT + 2] = 0
         self._record[HEAD_WORDS:] = NOTHING

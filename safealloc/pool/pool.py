@@ -58,7 +58,8 @@ class ScalePool(PoolState):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
-        SafeAllocError: ``verify_every`` or ``nan`` on CUDA without Triton, or in a capture; another allocator than PyTorch's native one.
+        SafeAllocError: ``verify_every`` or ``nan`` on CUDA without Triton, or in a capture; another allocator
+            than PyTorch's native one.
     """
 
     # --- acquire: the hit path ----------------------------------------------------------------------------------------

@@ -118,8 +118,8 @@ class PoolState(OfOneProcess):
     def safe_point(self) -> None:
         """Raise what the checks of ``verify_every`` have found since the last call, or repair it; log the first NaN.
 
-        Each acquire is one for padding, and so are both ends of a :func:`safealloc.capture`. A program that only replays graphs calls it
-        once per step: it reads one word of the host's memory, and synchronizes only where something was found. In a capture,
+        Both ends of a :func:`safealloc.capture` are one, and for padding each acquire. A program that only replays graphs
+        calls it once per step: it reads one word of the host's memory, and synchronizes only where something was found. In a capture,
         and without ``verify_every`` and ``nan``, it does nothing.
 
         Raises:

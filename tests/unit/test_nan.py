@@ -93,13 +93,14 @@ def test_live_rows_of_a_step(nan_pool: ScalePool) -> None:
     nan = nan_pool.nan
     assert nan is not None
     nan.begin_step(3)
-    for rows, counts in ((2, True), (3, False)):
+    for batch in (8, 4):  # 4: other rows than those of the batch, as of experts
         x = planted((3, 1))
-        site = nan.site(x, None, counts_live_rows=counts)
+        site = nan.site(x, None, batch=batch)
         assert site is not None
         nan.note(x, site)
-        assert nan.alarmed == (rows == 3)
-    assert first_of(nan_pool).row == 3
+        assert nan.alarmed == (batch == 4)
+    first = first_of(nan_pool)
+    assert (first.row, first.batch) == (3, 4)
 
 
 def test_infinity_is_told_apart_and_never_raised(nan_pool: ScalePool, caplog: pytest.LogCaptureFixture) -> None:
