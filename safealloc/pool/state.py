@@ -119,8 +119,8 @@ class PoolState(OfOneProcess):
         """Raise what the checks of ``verify_every`` have found since the last call, or repair it; log the first NaN.
 
         Both ends of a :func:`safealloc.capture` are one, and for padding each acquire. A program that only replays graphs
-        calls it once per step: it reads one word of the host's memory, and synchronizes only where something was found. In a capture,
-        and without ``verify_every`` and ``nan``, it does nothing.
+        calls it once per step: it reads a word of the host's memory, and synchronizes only where something was found. In
+        a capture, and without ``verify_every`` and ``nan``, it does nothing.
 
         Raises:
             PaddingCorruptionError: padding is not zero, without ``verify_repair``; names the last caller that was handed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,8 +38,10 @@ CONFIG = SimpleNamespace(
     speculative_config=None,
     lora_config=None,
 )
-Place = tuple[int, int, int, int]
-"""Step, layer, row and column."""
+
+
+class Context(SimpleNamespace):
+    """A forward context, of which there are weak references."""
 
 
 class Model(nn.Module):
@@ -50,7 +52,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList()
         self.kernels = []
         for _ in range(4):
-            kernel, layer = kernel_and_layer("cutlass", K, K)
+            kernel, layer = kernel_and_layer.__wrapped__("cutlass", K, K)  # not the same one for all
             layer.input_global_scale_inv = nn.Parameter(GLOBAL_SCALE.clone().reshape(()), requires_grad=False)
             self.kernels.append(kernel)
             self.layers.append(nn.ModuleDict({"down_proj": layer}))
@@ -61,7 +63,7 @@ class Model(nn.Module):
             for (of, row, column), value in places.items():
                 if of == number:
                     x[row, column] = value
-            with override_forward_context(SimpleNamespace(batch_descriptor=SimpleNamespace(num_tokens=BATCH))):
+            with override_forward_context(Context(batch_descriptor=SimpleNamespace(num_tokens=BATCH))):
                 kernel.apply_weights(layer["down_proj"], x)
 
 
@@ -84,23 +86,13 @@ class Runner:
 class StandIn(SimpleNamespace):
     """A worker."""
 
-    use_v2_model_runner = False
-
-    def annotate_profile(self, scheduler_output: Any) -> Any:
-        return torch.inference_mode()
-
     def step(self, places: dict[tuple[int, int, int], float] | None = None, tokens: int = BATCH) -> None:
         self.model_runner.places = places or {}
-        Worker.execute_model(self, SimpleNamespace(total_num_scheduled_tokens=0, **{}) if not tokens else _Output(tokens))
-
-
-class _Output(SimpleNamespace):
-    def __init__(self, tokens: int) -> None:
-        super().__init__(total_num_scheduled_tokens=tokens)
+        Worker.execute_model(self, SimpleNamespace(total_num_scheduled_tokens=tokens))
 
 
 @pytest.fixture(params=["vllm", "safealloc"])
-def start(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+def start(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Starts a worker whose captures run ``plan``; with vLLM's quantizers, and with ours."""
     monkeypatch.setenv("SAFEALLOC_NAN", "1")
     monkeypatch.setenv("SAFEALLOC_QUANTIZER", request.param)
@@ -120,7 +112,7 @@ def start(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         Worker.compile_or_warm_up_model(worker)
         return worker
 
-    yield run
+    return run
 
 
 def execute_model(self: Any, scheduler_output: Any) -> None:
@@ -135,13 +127,9 @@ def our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(x: Tensor, *given: Any, nan: Tensor | None = None) -> None:
         row.run(x, *given)
         if nan is not None:
-            watched.append(nan)
             watching().note(x, nan)
 
     monkeypatch.setitem(quantizer_ops.QUANTIZERS, "triton", quantizer_ops.Backend("triton", lambda call: None, run))
-
-
-watched: list[Tensor] = []
 
 
 def watching() -> Any:
@@ -158,7 +146,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("places", "said"),
     [
         ({(2, 3, 17): math.nan}, "first NaN in layers.2.down_proj, row 3 of 8, column 17, step 5, "),
-        ({(1, 4, column): math.nan for column in range(K)}, "first NaN in layers.1.down_proj, row 4 of 8, column 0, step 5, "),
+        (
+            {(1, 4, column): math.nan for column in range(K)},
+            "first NaN in layers.1.down_proj, row 4 of 8, column 0, step 5, ",
+        ),
         ({(3, 0, 0): math.nan, (1, 5, 9): math.nan}, "first NaN in layers.1.down_proj, row 5 of 8, column 9, step 5, "),
         ({(0, 6, 2): -math.inf}, "first infinity in layers.0.down_proj, row 6 of 8, column 2, step 5, "),
     ],
@@ -191,7 +182,8 @@ def test_clean_steps_and_dead_rows_name_nothing(start: Callable[..., Any], caplo
 
     worker = start(plan)
     engine = engine_of(worker)
-    assert engine is not None and nan.of(engine) is not None
+    assert engine is not None
+    assert nan.of(engine) is not None
     assert warnings_of(caplog) == []
 
 
@@ -221,12 +213,15 @@ def test_global_scales_of_experts_name_their_layer() -> None:
     assert [named.get(one.data_ptr()) for one in (a1, a2)] == ["experts"] * 2
 
 
-def test_without_it_nothing_is_overridden(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]) -> None:
+def test_without_it_nothing_is_overridden(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
+) -> None:
     monkeypatch.delenv("SAFEALLOC_NAN")
     before = registrations()
     inside = []
     worker = start(lambda worker: inside.append(registrations()))
     engine = engine_of(worker)
-    assert engine is not None and nan.of(engine) is None
+    assert engine is not None
+    assert nan.of(engine) is None
     if not engine.launches:
         assert inside == [before]
