@@ -17,6 +17,7 @@ CONTRACT = "SAFEALLOC_CONTRACT"
 VERIFY = "SAFEALLOC_VERIFY"
 VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
 POISON = "SAFEALLOC_POISON"
+NAN = "SAFEALLOC_NAN"
 
 MEANINGS = {
     ENABLED: "0 keeps the vLLM plugin off",
@@ -27,6 +28,7 @@ MEANINGS = {
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
+    NAN: "1 names the layer, row and step of the first NaN that enters a quantizer",
 }
 """What each variable does, in one line."""
 
@@ -38,6 +40,7 @@ class WatchSettings:
     verify_every: int = 0
     verify_repair: bool = False
     poison: bool = False
+    nan: bool = False
 
 
 def enabled() -> bool:
@@ -80,8 +83,8 @@ def contract() -> str:
 
 
 def watching() -> bool:
-    """Whether ``SAFEALLOC_VERIFY`` is set to anything but 0; :func:`watch` checks its value."""
-    return os.environ.get(VERIFY, "") not in ("", "0")
+    """Whether ``SAFEALLOC_VERIFY`` or ``SAFEALLOC_NAN`` is set to anything but 0; :func:`watch` checks the values."""
+    return any(os.environ.get(name, "") not in ("", "0") for name in (VERIFY, NAN))
 
 
 def watch() -> WatchSettings:
@@ -94,7 +97,7 @@ def watch() -> WatchSettings:
     # Kernels count handouts and replays in int32.
     if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 2**31:
         raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
-    return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON))
+    return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON), _switch(NAN))
 
 
 def given() -> Iterator[tuple[str, str | None, str]]:
