@@ -13,6 +13,7 @@ ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
 QUANTIZER = "SAFEALLOC_QUANTIZER"
+CONTRACT = "SAFEALLOC_CONTRACT"
 VERIFY = "SAFEALLOC_VERIFY"
 VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
 POISON = "SAFEALLOC_POISON"
@@ -23,6 +24,7 @@ MEANINGS = {
     STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
     LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
     QUANTIZER: "safealloc runs our kernels behind vLLM's quantization ops where they are equal and faster (default: vllm)",
+    CONTRACT: "warn logs, error raises, where vLLM reads scales in another layout than they were written in (default: off)",
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
@@ -66,6 +68,18 @@ def quantizer() -> bool:
     if text not in ("vllm", "safealloc"):
         raise ValueError(f"{QUANTIZER} must be vllm or safealloc, got {text!r}")
     return text == "safealloc"
+
+
+def contract() -> str:
+    """``off``, ``warn`` or ``error``: what is done where vLLM reads scales otherwise than they were written.
+
+    Raises:
+        ValueError: it is set to anything else.
+    """
+    text = os.environ.get(CONTRACT, "") or "off"
+    if text not in ("off", "warn", "error"):
+        raise ValueError(f"{CONTRACT} must be off, warn or error, got {text!r}")
+    return text
 
 
 def watching() -> bool:

@@ -29,6 +29,7 @@ NGRAM = {"mode": 0, "cudagraph_mode": "FULL", "engine": SHARED_GPU["engine"] | {
 
 VENDOR = {"vendor": True, "intermediate": 2816} | MIXED  # an intermediate size that vLLM does not pad
 OURS = {"SAFEALLOC_QUANTIZER": "safealloc"}
+CONTRACT = {"SAFEALLOC_CONTRACT": "warn"}
 NAN = {
     "batches": [3],
     "tokens": 12,
@@ -64,6 +65,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "PIECEWISE, vLLM's quantizers": (PIECEWISE | VENDOR, {}),
     "PIECEWISE, our quantizers": (PIECEWISE | VENDOR | {"adversary": True}, OURS),
     "FULL, other bits": (FULL | MIXED | {"intermediate": 2816}, OURS),
+    "FULL, contract": (FULL | MIXED, CONTRACT),
+    "PIECEWISE, contract": (PIECEWISE | MIXED, CONTRACT),
     "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
     "our kernel, eager": (EAGER | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
 }
@@ -252,6 +255,16 @@ def test_inductor_neither_clones_merges_nor_reuses_buffers(results, mode):
 def test_no_warnings_or_errors_are_logged(results):
     for name in ("FULL, pool", "PIECEWISE, pool", "eager, pool"):
         assert [line for line in results[name]["logged"] if line.startswith(("WARNING", "ERROR"))] == []
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_the_contract_of_scale_layouts_is_checked_without_an_alarm_and_changes_no_token(results, mode):
+    run = results[f"{mode}, contract"]
+    on = "INFO safealloc: the contract of scale layouts is checked (warn)"
+    assert [line for line in run["logged"] if line.startswith(("WARNING", "ERROR"))] == []
+    assert run["logged"].count(on) == 1
+    assert "scale layout:" not in run["output"]
+    assert run["tokens"] == results[f"{mode}, vLLM's own"]["tokens"]
 
 
 @pytest.mark.parametrize("level", [1, 2])
