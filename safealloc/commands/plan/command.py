@@ -1,4 +1,4 @@
-"""``safealloc plan``: every buffer that a pool will hold for a model in vLLM, from its Hugging Face configuration."""
+"""``safealloc plan``: every buffer that a pool will hold for a model in vLLM or SGLang, from its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from safealloc.commands import report
-from safealloc.commands.plan import architectures, checkpoint
+from safealloc.commands.plan import architectures, checkpoint, sglang
 from safealloc.commands.plan.architectures import ExpertSite, Site
 from safealloc.commands.plan.deployment import (
     CUTLASS,
@@ -28,7 +28,7 @@ from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm.sizes import MAX_TOKENS_PER_EXPERT, capture_sizes
 
-SUMMARY = "every buffer that a pool will hold on each rank for a model in vLLM, and its bytes"
+SUMMARY = "every buffer that a pool will hold on each rank for a model in vLLM or SGLang, and its bytes"
 
 _LARGEST_BATCH = 1 << 20  # rows
 
@@ -124,9 +124,12 @@ class Result:
         return max((spec.nbytes for spec in self.buffers), default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        others = [(scheme, site) for scheme, site in self.layers if scheme != checkpoint.NVFP4]
+        others = [
+            (scheme, site) for scheme, site in self.layers if scheme != checkpoint.NVFP4 and site not in self.sites
+        ]
         return {
             "command": "safealloc plan",
+            "engine": self.deployment.engine,
             "model": self.model,
             "tensor_parallel": self.deployment.tensor,
             "data_parallel": self.deployment.data,
@@ -166,6 +169,9 @@ def run(config: Path, deployment: Deployment, *, as_nvfp4: bool = False) -> Resu
         sites, experts, remarks = _served(nvfp4, deployment)
         shapes = {(site.k, -(-rows // site.row_ranks)) for site in sites for rows in deployment.sizes}
         buffers = [ScaleSpec.checked(rows, k, _layout(rows, deployment)) for k, rows in sorted(shapes)]
+        if deployment.engine == sglang.ENGINE:
+            experts = None
+            sites, buffers, remarks = sglang.served(fields, placed, deployment)
         name = architectures.architecture(fields)
         method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
         return Result(name, deployment, method, placed, sites, buffers, experts, remarks)
@@ -229,11 +235,11 @@ def show(result: Result, out: Console) -> None:
     ranks = f"TP {deployment.tensor}" + (f", DP {deployment.data}" if deployment.data > 1 else "")
     title = f"{result.model}, {ranks}, {result.quantization}: linear layers and experts"
     report.table(out, title, ("", "k", "n", "layers", "scheme"), report.fine(layers))
-    groups: dict[tuple[int, SfLayout], list[ScaleSpec]] = {}
+    groups: dict[tuple[int, SfLayout, str], list[ScaleSpec]] = {}
     for spec in result.buffers:
-        groups.setdefault((spec.k, spec.layout), []).append(spec)
+        groups.setdefault((spec.k, spec.layout, spec.format.name), []).append(spec)
     rows = []
-    for (k, layout), specs in groups.items():
+    for (k, layout, _), specs in groups.items():
         batches = str(specs[0].rows) if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}"
         size = _size(sum(spec.nbytes for spec in specs))
         rows.append((str(k), batches, short(layout), _shape(specs[-1]), str(len(specs)), size))
@@ -243,7 +249,8 @@ def show(result: Result, out: Console) -> None:
         out.print(
             f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank; layers use them in turn."
         )
-        once = f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill per call."
+        fill = "" if deployment.engine == sglang.ENGINE else ", and a fill per call"
+        once = f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once{fill}."
         out.print(once, end="\n\n" if result.experts or result.remarks else "\n")
     if result.experts is not None:
         _show_experts(result.experts, out)
@@ -320,9 +327,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(map(rows, text.split(",")))
 
-    def gpu(text: str) -> int:
+    def gpu(text: str) -> str:
         try:
-            return capability(text)
+            capability(text)
+            return text.lower()
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -336,8 +344,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help=about)
     about = "compute capability (10.0) or name (b200): decides the default batch sizes, and what runs experts"
     parser.add_argument("--gpu", type=gpu, metavar="GPU", help=about)
+    about = "what serves the model (%(default)s)"
+    parser.add_argument("--engine", choices=("vllm", sglang.ENGINE), default="vllm", help=about)
     for names, about in (
-        (("--tensor-parallel-size", "-tp", "--tensor-parallel", "--tp"), "ranks a layer is split over (%(default)s)"),
+        (
+            ("--tensor-parallel-size", "-tp", "--tensor-parallel", "--tp", "--tp-size"),
+            "ranks a layer is split over (%(default)s)",
+        ),
         (("--data-parallel-size", "-dp"), "engines that share the routed experts (%(default)s)"),
     ):
         parser.add_argument(*names, type=rank, default=1, metavar="N", help=about)
@@ -357,25 +370,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("128x4", "trtllm"), default="128x4", help=about)
     about = "as if every linear layer and expert were NVFP4, whatever the checkpoint says"
     parser.add_argument("--as-nvfp4", action="store_true", help=about)
+    options = parser.add_argument_group("with --engine sglang")
+    graphs = options.add_mutually_exclusive_group()
+    about = "requests of the largest decode graph, instead of what the GPU's memory allows"
+    graphs.add_argument("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode", type=rows, metavar="N", help=about)
+    about = "requests of each decode graph, instead of SGLang's default; N,N,... too"
+    graphs.add_argument("--cuda-graph-bs", "--cuda-graph-bs-decode", type=sizes, nargs="+", metavar="N", help=about)
+    about = "requests at once, which bound the decode graphs"
+    options.add_argument("--max-running-requests", type=rows, metavar="N", help=about)
+    about = "rows of a request in a step of speculative decoding"
+    options.add_argument("--speculative-num-draft-tokens", type=report.integer(1, 1024), metavar="N", help=about)
 
 
 def main(given: argparse.Namespace) -> int:
     """Plan and print."""
     report.check_writable(given.json)
+    try:
+        sglang.check_options(given)
+        deployment = _deployment(given)
+    except ValueError as error:
+        raise report.UsageError(str(error)) from error
+    result = run(given.config, deployment, as_nvfp4=given.as_nvfp4)
+    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
+    return 0
+
+
+def _deployment(given: argparse.Namespace) -> Deployment:
+    major = None if given.gpu is None else capability(given.gpu)
+    if given.engine == sglang.ENGINE:
+        return sglang.deployment(given, major)
     if given.cudagraph_capture_sizes or given.max_cudagraph_capture_size:
         sizes = [size for sizes in given.cudagraph_capture_sizes or () for size in sizes]
         sizes = sizes or [*capture_sizes(given.max_cudagraph_capture_size)]
     else:
-        sizes = [*default_sizes(given.gpu, given.spec_tokens, given.max_num_seqs)]
-    deployment = Deployment(
+        sizes = [*default_sizes(major, given.spec_tokens, given.max_num_seqs)]
+    return Deployment(
         with_decode_sizes(sizes, given.spec_tokens, given.max_num_seqs),
         given.tensor_parallel_size,
         given.data_parallel_size,
         given.enable_expert_parallel,
-        given.gpu,
+        major,
         given.moe_backend,
         given.layout,
     )
-    result = run(given.config, deployment, as_nvfp4=given.as_nvfp4)
-    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
-    return 0
