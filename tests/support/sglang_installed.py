@@ -32,6 +32,8 @@ REAL = (
     "sglang.srt.layers.moe.flashinfer_cutedsl_moe",
     "sglang.srt.models.qwen2_moe",
     "sglang.srt.model_executor.model_runner",
+    "sglang.srt.arg_groups.cuda_graph_hook",
+    "sglang.srt.arg_groups.memory_hook",
 )
 """Modules whose code is SGLang's own."""
 
