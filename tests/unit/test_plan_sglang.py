@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from safealloc.commands.plan import sglang
 from safealloc.commands.plan.deployment import GPUS
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
+from safealloc.integrations.sglang import runner
 
 MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 DOWN_ONLY = {"quantization_config": MODELOPT["quantization_config"] | {"ignore": ["*gate_proj*", "*up_proj*"]}}
@@ -115,6 +117,14 @@ def test_sizes_follow_gpu_ranks_and_speculation(tmp_path: Path) -> None:
     assert rows("--gpu", "b200", "--speculative-num-draft-tokens", "4")[-2:] == [176, 192]  # of 48 requests
     drafts = rows("--gpu", "b200", "--speculative-num-draft-tokens", "4", "--max-running-requests", "512")
     assert drafts[-2:] == [1984, 2048]
+
+
+def test_rows_are_those_that_the_plugin_reserves(tmp_path: Path) -> None:
+    options = ("--speculative-num-draft-tokens", "4", "--max-running-requests", "100")
+    planned = plan(tmp_path, LLAMA_3_70B | MODELOPT, "--gpu", "b200", *options)["sizes"]
+    graphs = {"decode": {"bs": list(sglang.batch_sizes(100, speculative=True))}}
+    given = SimpleNamespace(cuda_graph_config=graphs, speculative_algorithm="EAGLE", speculative_num_draft_tokens=4)
+    assert planned == list(runner.steps(SimpleNamespace(server_args=given)).copies)
 
 
 def test_memory_is_known_of_every_gpu_but_one() -> None:
