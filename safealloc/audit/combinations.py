@@ -1,7 +1,7 @@
 """Producers and consumers together: which pairs are safe on memory with any contents, and which in a pool.
 
-A pair is a producer and a consumer of one layout and format that can both run here. vLLM would choose it if vLLM uses both in that
-layout: which of them a model gets depends on the model, on vLLM's options and on its version, so that all of them count.
+A pair is a producer and a consumer of one layout and format that can both run here. vLLM would choose it if vLLM uses both
+in that layout: which of them a model gets depends on the model, on vLLM's options and on its version, so that all count.
 
 Outside a pool a pair is unsafe if the producer does not zero a kind of padding that the consumer reads; in a pool, only if it
 writes something other than zero there. Bytes outside the buffer, wrong values and a wrong layout are unsafe either way.

@@ -183,8 +183,9 @@ def _one(
     if noise:
         words.append(f"identical calls differ by {noise / scale:.2g}")
     numbers = (tuple(changes), seen.reads, error / scale, noise / scale)
-    formats = {"format": format, "found_format": seen.read_format}
-    return ConsumerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers, **formats)
+    return ConsumerFinding(
+        name, layout, rows, k, verdict, "; ".join(words), *numbers, format=format, found_format=seen.read_format
+    )
 
 
 def _change(kind: str, byte: int, out: Tensor, clean: Tensor, noise: float, scale: float) -> Change:

@@ -20,7 +20,7 @@ from safealloc.formats.format import NAN_SCALE, ScaleFormat
 from safealloc.formats.layout import SfLayout, short
 
 Consumer = Callable[..., Tensor]
-"""``fn(a, b, a_descale, b_descale, alpha, layout) -> out``, of MX without alpha; see :func:`safealloc.audit.audit_consumer`."""
+"""``fn(a, b, a_descale, b_descale, alpha, layout) -> out``, of MX without alpha; :func:`safealloc.audit.audit_consumer`."""
 
 ALPHABET = tuple(range(0x08, NAN_SCALE))
 """Bytes of all normal positive e4m3 values, 2**-6 to 448."""

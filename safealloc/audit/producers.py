@@ -161,9 +161,17 @@ def _one(
             writes, found_format = _written(runs, quantized, global_scale, format)
             if writes:
                 why = f"the scales are in {named(writes, found_format)}: {why}"
-            formats = {"format": format, "found_format": found_format}
             return ProducerFinding(
-                name, layout, rows, k, findings.WRONG_SCALES, why, returned=returned, writes=writes, **formats
+                name,
+                layout,
+                rows,
+                k,
+                findings.WRONG_SCALES,
+                why,
+                returned=returned,
+                writes=writes,
+                format=format,
+                found_format=found_format,
             )
     data, linear = encoded(quantized, global_scale, format)
     allowed = 1 if is_nvfp4 else 0
@@ -194,8 +202,9 @@ def _one(
         verdict = findings.BEYOND
         words[:0] = next(run.beyond for run in runs if run.outside)
     numbers = (rows_state, columns_state, outside, scales_off, data_off, returned, writes)
-    formats = {"format": format, "found_format": found_format}
-    return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers, **formats)
+    return ProducerFinding(
+        name, layout, rows, k, verdict, "; ".join(words), *numbers, format=format, found_format=found_format
+    )
 
 
 def encoded(x: Tensor, global_scale: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor]:
