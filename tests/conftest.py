@@ -6,6 +6,7 @@ for them, or where they are named (``file.py::test``).
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -31,6 +32,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     parallel = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
     if parallel and config.option.numprocesses is None and not _names_tests(config) and not torch.cuda.is_available():
         config.option.numprocesses = "auto"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Tests collect garbage hundreds of times: what pytest, Inductor and earlier modules hold is left out of that."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries complain at exit that their objects were leaked
 
 
 def _names_tests(config: pytest.Config) -> bool:
@@ -72,15 +84,16 @@ def _refusal(marker: str) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < needed:
         return f"{wanted}: {torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
-    if marker == "vllm_engine" and importlib.util.find_spec("vllm") is None:
-        return "starts the vLLM engine: vllm is not installed"
+    for framework, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        if marker == f"{framework}_engine" and importlib.util.find_spec(framework) is None:
+            return f"starts the {name} engine: {framework} is not installed"
     return None
 
 
 def _skip_what_cannot_run(items: list[pytest.Item]) -> None:
     reasons: dict[str, str | None] = {}
     for item in items:
-        for marker in ("gpu", "vllm_engine", "sm100"):
+        for marker in ("gpu", "vllm_engine", "sglang_engine", "sm100"):
             if item.get_closest_marker(marker) is None:
                 continue
             if marker not in reasons:

@@ -16,6 +16,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton.language as tl  # noqa: E402
 
+from safealloc.formats.format import ScaleFormat  # noqa: E402
 from safealloc.formats.layout import SfLayout  # noqa: E402
 from safealloc.kernels import reference, reference_grouped, triton_grouped  # noqa: E402
 
@@ -24,6 +25,7 @@ pytestmark = MARKS
 SHAPES = (
     ((6, 40, 80), (1, 30, 528)) if INTERPRETED else ((6, 40, 80), (1, 300, 528), (100, 700, 1040), (256, 512, 2048))
 )
+MX_SHAPES = ((6, 40), (1, 30)) if INTERPRETED else ((6, 40), (1, 300), (128, 2048))
 STEPS = 6 if INTERPRETED else 40
 
 shapes = pytest.mark.parametrize(("experts", "most", "k"), SHAPES)
@@ -49,8 +51,10 @@ class Groups:
 class Buffer:
     """Scales and record, with bytes behind each that nobody may touch."""
 
-    def __init__(self, experts: int, most: int, k: int, layout: SfLayout) -> None:
-        padded_rows, padded_cols = layout.padded_shape(layout.grouped_rows(most, experts), k)
+    def __init__(
+        self, experts: int, most: int, k: int, layout: SfLayout, format: ScaleFormat = ScaleFormat.nvfp4
+    ) -> None:
+        padded_rows, padded_cols = layout.padded_shape(layout.grouped_rows(most, experts), k, format=format)
         self.memory = torch.zeros(padded_rows * padded_cols + GUARD, dtype=torch.uint8, device=DEVICE)
         self.scales = self.memory[:-GUARD].view(padded_rows, padded_cols)
         self.noted = torch.zeros(most + GUARD, dtype=torch.int32, device=DEVICE)
@@ -121,7 +125,7 @@ class TestGrouped:
             data = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
 
             def clean(rows: int = rows, offsets: tuple[Tensor, Tensor] = offsets) -> None:
-                triton_grouped.clean(ours.scales, layout, k, ours.record, *offsets, rows)
+                triton_grouped.clean(ours.scales, layout, k // 16, ours.record, *offsets, rows)
 
             if step % 2:
                 clean()
@@ -131,6 +135,29 @@ class TestGrouped:
             reference_grouped.quantize(x, global_scales, data, theirs.scales, layout, theirs.record, *offsets)
             ours.check(theirs, f"step {step}")
             assert ours.scales.any() or not sum(groups.counts)
+
+    @layouts
+    @pytest.mark.parametrize(("experts", "most"), MX_SHAPES)
+    def test_cleaning_mx_scales(self, layout: SfLayout, experts: int, most: int) -> None:
+        """MX scales of k = 2880, gpt-oss's: 90 columns in 92. The producer writes valid scales only."""
+        k, format = 2880, ScaleFormat.mxfp4
+        ours, theirs = (Buffer(experts, most, k, layout, format) for _ in range(2))
+        at = layout.offsets(len(ours.scales), k, DEVICE, format=format)
+        for step in range(STEPS // 2):
+            rows, groups, rng = self.draw(layout, experts, most, step)
+            offsets = groups.expert_offsets, groups.blockscale_offsets
+            place = reference_grouped.places(rows, *offsets, len(ours.scales))[1]
+            place = place[place >= 0]
+            written = torch.randint(1, 256, (len(place), k // 32), dtype=torch.uint8, generator=rng).to(DEVICE)
+            for clean, buffer in ((triton_grouped.clean, ours), (reference_grouped.clean, theirs)):
+                if step % 2:
+                    clean(buffer.scales, layout, k // 32, buffer.record, *offsets, rows)
+                buffer.scales.view(-1)[at[place]] = written
+                if step % 2 == 0:
+                    clean(buffer.scales, layout, k // 32, buffer.record, *offsets, rows)
+            ours.check(theirs, f"step {step}")
+            assert int(ours.scales.count_nonzero()) == written.numel(), f"step {step}: stale scales"
+            assert torch.equal(ours.scales.view(-1)[at[place]], written)
 
     def test_without_a_record_nothing_is_cleaned(self) -> None:
         layout, k = SfLayout.layout_8x4, 80
@@ -143,7 +170,7 @@ class TestGrouped:
             triton_grouped.quantize(x, one, data, buffer.scales, layout, None, *offsets)
             assert int((buffer.scales != 0).sum()) == scales * 5
         assert not buffer.noted.any()
-        triton_grouped.clean(buffer.scales, layout, k, buffer.record, *offsets, 8)
+        triton_grouped.clean(buffer.scales, layout, k // 16, buffer.record, *offsets, 8)
         assert buffer.record[:8].tolist() == [1] + 7 * [-1]
 
     @layouts
@@ -170,7 +197,7 @@ class TestGrouped:
         buffer.record.copy_(torch.tensor([1 << 30, -(1 << 30), 257, 256], dtype=torch.int32))
         groups = Groups([2, 2], layout)
         triton_grouped.clean(
-            buffer.scales, layout, k, buffer.record, groups.expert_offsets, groups.blockscale_offsets, rows
+            buffer.scales, layout, k // 16, buffer.record, groups.expert_offsets, groups.blockscale_offsets, rows
         )
         assert not buffer.memory.any()
         assert buffer.noted[:rows].tolist() == [1, 2, 129, 130]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import textwrap
 
 from safealloc.integrations.vllm import targets
@@ -97,6 +99,19 @@ _SILU_EXPERTS = _EXPERTS.replace("scaled_fp4", "silu_and_mul_scaled_fp4").replac
         assert k_times_2 % 2 == 0, "input width must be even (gate || up layout)"
         k = k_times_2 // 2""",
 )
+_MX = {
+    "scaled_fp4": "mxfp4",
+    "moe_fp4": "moe_mxfp4",
+    "input_global_scale, expert_offsets, blockscale_offsets": "expert_offsets, blockscale_offsets, n_experts",
+    ', f"input.ndim needs to be == 2, but got {input_tensor.ndim}."': "",
+    "k // 16": "k // 32",
+    "float8_e4m3fn": "uint8",
+}
+_MX_EXPERTS, _MX_SILU_EXPERTS = (
+    functools.reduce(lambda source, old: source.replace(old, _MX[old]), _MX, source)
+    for source in (_EXPERTS, _SILU_EXPERTS)
+)
+_MX_SILU_EXPERTS = re.sub(r"( \* topk), \(\n.*?\n +\)\n", r"\1\n", _MX_SILU_EXPERTS, count=1, flags=re.DOTALL)
 _FLASHINFER = """
     if has_flashinfer():
         @torch.library.custom_op("vllm::flashinfer_mm_fp4", mutates_args=[], device_types="cuda")
@@ -146,12 +161,13 @@ _WORKER = """
 
         def shutdown(self) -> None: ...
 """
+_CUSTOM_OPS = _QUANTIZE, _SCALES, _OUTPUTS, _EXPERTS, _SILU_EXPERTS, _MX_EXPERTS, _MX_SILU_EXPERTS
 
 
 def stand_in() -> dict[str, str]:
     """The sources of a small vLLM that every hook fits, by module."""
     sources = {
-        targets.SCALES.module: "".join(map(textwrap.dedent, (_QUANTIZE, _SCALES, _OUTPUTS, _EXPERTS, _SILU_EXPERTS))),
+        targets.SCALES.module: "".join(map(textwrap.dedent, _CUSTOM_OPS)),
         targets.MM.module: textwrap.dedent(_FLASHINFER),
         targets.ATTENTION_FUSION.module: "class AttnQuantFusionPass(VllmPatternMatcherPass): ...\n",
         targets.MLA_FUSION.module: "class MLAAttnQuantFusionPass(VllmPatternMatcherPass): ...\n",

@@ -16,6 +16,7 @@ from torch import Tensor
 from safealloc import (
     PaddingCorruptionError,
     SafeAllocError,
+    ScaleFormat,
     ScalePool,
     ScaleSpec,
     SfLayout,
@@ -223,6 +224,29 @@ def test_cleaning_before_or_after_the_producer(pool: ScalePool, layout: SfLayout
         assert not found[len(wanted) :].any()
         assert pool.verify() == 1
         del scales, view  # so that the next step gets the same buffer
+
+
+@layouts
+@pytest.mark.parametrize("format", [ScaleFormat.mxfp8, ScaleFormat.mxfp4], ids=lambda format: format.name)
+def test_cleaning_scales_of_another_format(pool: ScalePool, layout: SfLayout, format: ScaleFormat) -> None:
+    """90 columns of scales in 92, as gpt-oss has them; the producer writes valid scales only."""
+    k, experts = 2880, 3
+    pool.reserve(24, k, layout, experts=experts, format=format)
+    for counts in ([3, 0, 9], [9, 3, 0], [0, 0, 1], [8, 8, 8], [1, 1, 1]):
+        scales = pool.acquire_grouped(sum(counts), k, experts, layout, format=format)
+        given_offsets = offsets(counts, layout)
+        _, place = reference_grouped.places(sum(counts), *given_offsets, len(scales))
+        padded_rows, padded_cols = scales.shape
+        assert padded_cols == (90 if layout is SfLayout.layout_linear else 92)
+        valid = torch.zeros(padded_rows, padded_cols, dtype=torch.bool)
+        valid[place, : k // 32] = True
+        scales.view(-1)[layout.offsets(padded_rows, k, format=format)[place]] = 0xFF
+        clean_grouped_scales(scales.view(torch.float8_e8m0fnu), *given_offsets, sum(counts))
+        assert torch.equal(layout.logical(scales, padded_rows, k, format=format) == 0xFF, valid)
+        assert torch.equal(scales != 0, scales == 0xFF)
+        assert pool.verify() == 1
+        del scales  # so that the next step gets the same buffer
+    assert pool.misses == 0
 
 
 def test_a_step_without_cleaning_is_detected(pool: ScalePool) -> None:

@@ -31,7 +31,7 @@ def test_names_are_unique():
 
 
 def test_every_hook_that_answers_with_scales_serves_a_site():
-    serving = {targets.SCALES, targets.FUSED_ACT_QUANT, targets.ATTENTION_FUSION, targets.EXPERTS}
+    serving = {targets.SCALES, targets.FUSED_ACT_QUANT, targets.ATTENTION_FUSION, targets.EXPERTS, targets.MX_EXPERTS}
     assert {site.hook for site in sites.SITES} == {*serving, None}
 
 
@@ -45,7 +45,7 @@ def test_every_hook_that_answers_with_scales_serves_a_site():
         ("all-reduce + RMSNorm + FP4", "0.33.0", "nobody", "safety"),
         ("SiLU + FP4, function", "0.30.0", "nobody", "safety"),
         ("NVFP4 expert quantizers", "0.28.0", "nobody", "safety, memory"),
-        ("MXFP4 expert quantizers", "0.33.0", "nobody", "nothing: no hook"),
+        ("MXFP4 expert quantizers", "0.33.0", "nobody", "safety, memory"),
         ("linear NVFP4 scales", "0.28.0", "no padding", "nothing"),
         ("8x4 NVFP4", "0.33.0", "kernel", "nothing: no hook"),
     ],

@@ -107,6 +107,7 @@ REPLACED = {
     "scales of another dtype": (targets.SCALES, "dtype=torch.int32", "dtype=torch.uint8"),
     "scales in other tiles": (targets.SCALES, "round_up(m, 128)", "round_up(m, 256)"),
     "another rule for the layout that a GEMM reads": (targets.MM, "a.shape[0] <= 32", "a.shape[0] <= 64"),
+    "another allocation of MX experts": (targets.MX_EXPERTS, "scales_k = k // 32", "scales_k = k // 16"),
     "another allocation of experts": (targets.EXPERTS, "MAX_TOKENS_PER_EXPERT * topk, padded_k", "topk, padded_k"),
 }
 

