@@ -86,6 +86,16 @@ def test_the_quantizer_is_vllms_unless_ours_is_asked_for(monkeypatch: pytest.Mon
         settings.quantizer()
 
 
+def test_the_contract_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.contract() == "off"
+    for text, mode in {"": "off", "off": "off", "warn": "warn", "error": "error"}.items():
+        monkeypatch.setenv("SAFEALLOC_CONTRACT", text)
+        assert settings.contract() == mode
+    monkeypatch.setenv("SAFEALLOC_CONTRACT", "1")
+    with pytest.raises(ValueError, match="SAFEALLOC_CONTRACT must be off, warn or error, got '1'"):
+        settings.contract()
+
+
 def test_given_lists_every_variable_with_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFEALLOC_STRICT", "1")
     given = {name: value for name, value, _ in settings.given()}

@@ -87,6 +87,7 @@ def quantize(
     tiling: triton_quantize.Tiling,
     arithmetic: str = "exact",
     silu: bool = False,
+    nan: bool = False,
 ) -> str:
     types = {
         "x": f"*{dtype}",
@@ -106,10 +107,11 @@ def quantize(
         "ARITHMETIC": arithmetic,
         "DEPENDENT": architecture >= 90,
     }
-    if valid_rows:
-        types["valid_rows"] = "*i32"
-    else:
-        constants["valid_rows"] = None
+    for name, kind, given in (("valid_rows", "*i32", valid_rows), ("site", "*i64", nan)):
+        if given:
+            types[name] = kind
+        else:
+            constants[name] = None
     options = {"launch_pdl": True} if architecture >= 90 else {}
     return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=4, **options)
 
@@ -209,12 +211,16 @@ def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: t
 def test_mx_quantize(architecture: int, mxfp4: bool, valid_rows: bool) -> None:
     types = {"data": "*u8", "scales": "*u8", "cols": "i32", "col_tiles": "i32"}
     types |= {"valid_rows": "*i32"} if valid_rows else {}
-    constants: dict[str, Any] = {
-        "MXFP4": mxfp4,
-        "HARDWARE_E2M1": architecture >= 100,
-        "HARDWARE_E4M3": True,
-        "DEPENDENT": architecture >= 90,
-    } | ({} if valid_rows else {"valid_rows": None})
+    constants: dict[str, Any] = (
+        {
+            "MXFP4": mxfp4,
+            "HARDWARE_E2M1": architecture >= 100,
+            "HARDWARE_E4M3": True,
+            "DEPENDENT": architecture >= 90,
+        }
+        | ({} if valid_rows else {"valid_rows": None})
+        | {"site": None}
+    )
     options = {"launch_pdl": True} if architecture >= 90 else {}
     for layout, dtype, blocks in itertools.product(SfLayout, ("bf16", "fp16"), (16, 32)):
         sizes = {"LAYOUT": int(layout), "BLOCKS": blocks}
@@ -367,7 +373,7 @@ def test_grouped(architecture: int, silu: bool, blocks: int, arithmetic: str) ->
         "SILU": silu,
         "ARITHMETIC": arithmetic,
     }
-    constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90}
+    constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90, "site": None}
     options = {"launch_pdl": True} if architecture >= 90 else {}
     ptx = compiled(triton_grouped._quantize_grouped, architecture, types, constants, num_warps=4, **options)
     check_waits(ptx, architecture)
