@@ -171,17 +171,18 @@ def _quantize_grouped(
             bits = tl.where((first <= row) & (row < end), g.to(tl.int32, bitcast=True), 0)
             g = tl.sum(bits, 0).to(tl.float32, bitcast=True)
         BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-        live = tl.where(valid, place, 0) > 0
         if site is not None:
+            noted = tl.where(valid, place, 0) > 0
             if SILU:
-                note_blocks(site, gate, gate, block + row.to(tl.int64) * cols, live, False, BFLOAT16)
-                note_blocks(site, up, up, block + (row + 1).to(tl.int64) * cols, live, False, BFLOAT16)
+                note_blocks(site, gate, gate, block + row.to(tl.int64) * cols, noted, False, BFLOAT16)
+                note_blocks(site, up, up, block + (row + 1).to(tl.int64) * cols, noted, False, BFLOAT16)
             else:
-                note_blocks(site, head, tail, block, live, WORDS, BFLOAT16)
+                note_blocks(site, head, tail, block, noted, WORDS, BFLOAT16)
         if SILU:
             head = silu_and_mul(gate, up, BFLOAT16, HARDWARE_E4M3, ARITHMETIC)
             tail = head
         packed, scale_code = encode_blocks(head, tail, g, BFLOAT16, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, ARITHMETIC)
+        live = tl.where(valid, place, 0) > 0
         packed = tl.where(live, packed, 0)
         scale_code = tl.where(live, scale_code.to(tl.uint8), 0).to(tl.uint8)
         tl.store(x_fp4 + (block * 8 + tl.arange(0, 8)[None, :]), packed.to(tl.uint8), mask=inside[:, None])

@@ -261,9 +261,9 @@ def look_on(monkeypatch, capability):
 @pytest.mark.parametrize(
     ("capability", "dense", "all_reduce", "in_table"),
     [
-        (None, "SM10x SM12x", "SM10x", 7),
-        ((10, 3), "default", "default", 6),
-        ((12, 0), "default", "by option", 6),
+        (None, "SM10x SM12x", "SM10x", 8),
+        ((10, 3), "default", "default", 7),
+        ((12, 0), "default", "by option", 7),
         ((9, 0), "never", "never", 0),
     ],
 )

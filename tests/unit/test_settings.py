@@ -11,7 +11,7 @@ import safealloc
 from safealloc import ScalePool, default_pool, settings
 from safealloc.pool import default
 
-WATCH = ("SAFEALLOC_VERIFY", "SAFEALLOC_VERIFY_REPAIR", "SAFEALLOC_POISON")
+WATCH = ("SAFEALLOC_VERIFY", "SAFEALLOC_VERIFY_REPAIR", "SAFEALLOC_POISON", "SAFEALLOC_NAN")
 
 
 @pytest.fixture(autouse=True)

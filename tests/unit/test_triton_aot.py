@@ -24,6 +24,7 @@ from safealloc.kernels import (  # noqa: E402
     triton_grouped,
     triton_guard,
     triton_mx,
+    triton_nan,
     triton_padding,
     triton_quantize,
 )
@@ -380,6 +381,26 @@ def test_grouped(architecture: int, silu: bool, blocks: int, arithmetic: str) ->
     assert "bar.sync" in ptx, "no barrier between reading the record and writing it"
     if arithmetic == "exact":
         assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_tells_nan(architecture: int, dtype: str) -> None:
+    """Alone, in 16 bytes a lane; and in the quantizer, which without it has nothing of it."""
+    types = {"x": f"*{dtype}", "site": "*i64", "cols": "i32"}
+    constants = {"valid_rows": None, "BLOCKS": triton_nan._BLOCKS, "DEPENDENT": architecture >= 90}
+    ptx = compiled(triton_nan._note, architecture, types, constants, num_warps=4)
+    check_waits(ptx, architecture)
+    assert re.search(r"ld\.global\.v4\.b32", ptx), "x is not read 16 bytes at a time"
+    first, after = ptx.partition("atom.global")[::2]
+    assert "bra" in first
+    assert "min.s64" in first[-9:] + after
+    layout = SfLayout.layout_128x4
+    for tiling in TILINGS:
+        without, with_it = (quantize(architecture, dtype, layout, False, tiling, nan=nan) for nan in (False, True))
+        assert "atom" not in without
+        assert "atom" in with_it
+        check_waits(with_it, architecture)
 
 
 @hopper_and_slow_others
