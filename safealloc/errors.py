@@ -98,7 +98,7 @@ class NotFinite:
         call = f"quantizer {self.order} of its graph of batch {self.batch}" if self.order else "eager call"
         return (
             f"first {self.kind} in {self.layer}, row {self.row} of {self.rows}, column {self.column}, step {self.step}, "
-            f"{call}; {self.count} such elements since the last look"
+            f"{call}; {self.count} in all since the last look"
         )
 
 

@@ -68,6 +68,7 @@ def run_watched(
     arguments: tuple[Any, ...],
     *,
     batch: int | None = None,
+    by_expert: bool = False,
 ) -> None:
     """Run a quantizer, whose input ``x`` a pool may watch: ours tests it as it goes, beside another runs a kernel of its own.
 
@@ -77,9 +78,9 @@ def run_watched(
         x, global_scale: what it is handed.
         valid_rows: int32, one element; rows at or beyond it do not count where a kernel of its own tests.
         arguments: of the quantizer.
-        batch: as in :meth:`NanWatch.site`.
+        batch, by_expert: as in :meth:`NanWatch.site`.
     """
-    site = None if nan is None else nan.site(x, global_scale, batch=batch)
+    site = None if nan is None else nan.site(x, global_scale, batch=batch, by_expert=by_expert)
     if nan is None or site is None:
         row.run(*arguments)
     elif row.name == "triton":

@@ -192,7 +192,7 @@ def _quantize(
     live_rows = valid_rows
     if pool.nan is not None and (valid_rows is None or row_tokens is not None):
         live_rows = expert_offsets[experts:]  # where the last group ends
-    run_watched(row, pool.nan, x, global_scales, live_rows, arguments)
+    run_watched(row, pool.nan, x, global_scales, live_rows, arguments, by_expert=True)
     return x_fp4, scales
 
 

@@ -101,6 +101,57 @@ def test_live_rows_of_a_step(nan_pool: ScalePool) -> None:
         assert nan.alarmed == (batch == 4)
     first = first_of(nan_pool)
     assert (first.row, first.batch) == (3, 4)
+    site = nan.site(planted(), None, batch=8, by_expert=True)  # as many as the batch, in another order
+    assert site is not None
+    nan.note(planted((3, 1)), site)
+    assert first_of(nan_pool).row == 3
+
+
+def test_batches_between_steps_are_dummies(nan_pool: ScalePool) -> None:
+    nan = nan_pool.nan
+    assert nan is not None
+    nan.begin_step()
+    nan.end_step()
+    site = nan.site(planted(), None, batch=8)
+    assert site is not None
+    nan.note(planted((0, 0)), site)
+    assert not nan.alarmed
+    nan.begin_step(1)
+    nan.note(planted((0, 0)), site)
+    assert first_of(nan_pool).row == 0
+
+
+def test_looks_that_tell_nothing_new_become_rare(nan_pool: ScalePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infinity at every step would synchronize at every step."""
+    looks = []
+    nan = nan_pool.nan
+    assert nan is not None
+    monkeypatch.setattr(nan, "_take", lambda take=nan._take: looks.append(1) or list(take()))
+    for _ in range(100):
+        safealloc.nvfp4_quantize(planted((1, 2), value=math.inf), G, pool=nan_pool)
+        nan_pool.safe_point()
+    assert len(looks) == 7
+    safealloc.nvfp4_quantize(planted((1, 2)), G, pool=nan_pool)
+    with pytest.raises(NanError):  # SAFEALLOC_STRICT=1 waits for nothing
+        nan_pool.safe_point()
+
+
+def test_what_a_warm_up_left_is_forgotten(nan_pool: ScalePool) -> None:
+    safealloc.nvfp4_quantize(planted((1, 2)), G, pool=nan_pool)
+    assert nan_pool.nan is not None
+    nan_pool.nan.forget()
+    nan_pool.safe_point()
+
+
+def test_a_pool_made_in_inference_mode_counts_outside_of_it() -> None:
+    with torch.inference_mode():
+        pool = ScalePool("cpu", nan=True)
+    assert pool.nan is not None
+    pool.nan.begin_step(2)
+    with torch.inference_mode():
+        pool.nan.begin_step(2)
+    safealloc.nvfp4_quantize(planted((1, 2)), G, pool=pool)
+    assert pool.nan.alarmed
 
 
 def test_infinity_is_told_apart_and_never_raised(nan_pool: ScalePool, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,10 +172,12 @@ def test_without_strict_a_layer_is_logged_once(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_what_cannot_be_watched_is_left_alone(nan_pool: ScalePool) -> None:
+def test_what_cannot_be_watched_is_left_alone(nan_pool: ScalePool, caplog: pytest.LogCaptureFixture) -> None:
     assert nan_pool.nan is not None
     for x in (torch.ones(4), torch.ones(4, 32), planted()[:, ::2], planted(k=8)):
         assert nan_pool.nan.site(x, None) is None
+    (record,) = caplog.records
+    assert "a quantizer's input is not watched (logged once): torch.float32 [4]" in record.getMessage()
 
 
 def test_a_pool_without_it_watches_nothing() -> None:
@@ -141,7 +194,9 @@ def test_a_full_table_is_logged(nan_pool: ScalePool, caplog: pytest.LogCaptureFi
         patch.setattr(nan, "MAX_SITES", 1)
         for rows in (1, 2, 3, 1):
             safealloc.nvfp4_quantize(planted(rows=rows), G, pool=nan_pool)
-    assert [record.getMessage().startswith("nan has no room") for record in caplog.records] == [True]  # once
+    assert [
+        record.getMessage().startswith("nan: what follows the first 1 quantizers") for record in caplog.records
+    ] == [True]  # once
 
 
 INTERPRETED = """

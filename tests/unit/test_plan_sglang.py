@@ -69,6 +69,7 @@ def test_mxfp8_layers_have_scales_of_32_columns(tmp_path: Path) -> None:
     assert (len(found["buffers"]), found["bytes"]) == (2, pool.stats().bytes)
     assert [site["name"] for site in found["sites"]] == ["self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]
     assert [site["name"] for site in found["others"]] == ["self_attn.o_proj"]
+    assert found["mx"] == []  # none that FlashInfer allocates
     assert {buffer["format"] for buffer in found["buffers"]} == {"mxfp8"}
 
 

@@ -41,9 +41,9 @@ def test_variables_that_are_empty_or_not_set_are_off(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, "")
     assert settings.watch() == settings.WatchSettings(0, False, False)
     assert not settings.watching()
-    for name, text in zip(WATCH, ("100", "1", "1"), strict=True):
+    for name, text in zip(WATCH, ("100", "1", "1", "1"), strict=True):
         monkeypatch.setenv(name, text)
-    assert settings.watch() == settings.WatchSettings(100, True, True)
+    assert settings.watch() == settings.WatchSettings(100, True, True, True)
     assert settings.watching()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safealloc.commands.plan.deployment import (
     default_sizes,
     with_decode_sizes,
 )
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm.sizes import MAX_TOKENS_PER_EXPERT, capture_sizes
@@ -112,6 +113,8 @@ class Result:
     buffers: Sequence[ScaleSpec]  # of those sites, one per number of rows and k
     # what it also holds for routed experts, which no other number includes; ``None`` where there is nothing
     experts: Experts | None
+    # by site with its format and layers: MX scales of the largest batch, which no other number includes
+    mx: Sequence[tuple[str, int, ScaleSpec]]
     remarks: Sequence[str]  # what the numbers leave out, and why
 
     @property
@@ -144,6 +147,10 @@ class Result:
             "bytes": self.nbytes,
             "per_call_bytes": self.per_call_nbytes,
             "experts": None if self.experts is None else self.experts.as_dict(),
+            "mx": [
+                {"name": name, "layers": layers, "experts": spec.experts} | _buffer(spec)
+                for name, layers, spec in self.mx
+            ],
             "remarks": list(self.remarks),
         }
 
@@ -165,16 +172,17 @@ def run(config: Path, deployment: Deployment, *, as_nvfp4: bool = False) -> Resu
         placed = [(scheme, replace(site, layers=tuple(layers))) for (scheme, site), layers in found.items()]
         if deployment.expert_parallel and not any(isinstance(site, ExpertSite) for _, site in placed):
             raise ValueError("vLLM refuses --enable-expert-parallel: the configuration has no routed experts")
+        name = architectures.architecture(fields)
+        method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
+        if deployment.engine == sglang.ENGINE:
+            sites, buffers, remarks = sglang.served(fields, placed, deployment)
+            return Result(name, deployment, method, placed, sites, buffers, None, (), remarks)
         nvfp4 = [site for scheme, site in placed if scheme == checkpoint.NVFP4]
         sites, experts, remarks = _served(nvfp4, deployment)
         shapes = {(site.k, -(-rows // site.row_ranks)) for site in sites for rows in deployment.sizes}
         buffers = [ScaleSpec.checked(rows, k, _layout(rows, deployment)) for k, rows in sorted(shapes)]
-        if deployment.engine == sglang.ENGINE:
-            experts = None
-            sites, buffers, remarks = sglang.served(fields, placed, deployment)
-        name = architectures.architecture(fields)
-        method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
-        return Result(name, deployment, method, placed, sites, buffers, experts, remarks)
+        mx = _mx(placed, deployment)
+        return Result(name, deployment, method, placed, sites, buffers, experts, mx, [*remarks, *_mx_remarks(mx)])
     except ValueError as error:
         raise report.UsageError(str(error)) from error
 
@@ -213,7 +221,42 @@ def _served(
     return sites, None, [f"{kernel} runs the experts; a pool holds no scales for them"]
 
 
-def expert_buffers(sites: Sequence[ExpertSite], largest: int) -> dict[str, ScaleSpec]:
+def _mx(
+    placed: Sequence[tuple[str, Site | ExpertSite]], deployment: Deployment
+) -> Sequence[tuple[str, int, ScaleSpec]]:
+    """Activations that are quantized to MXFP8 or MXFP4 in tiles, in the largest batch.
+
+    Of routed experts those of MXFP4, as vLLM's CUTLASS_MXFP4_MXFP4 quantizes them; other kernels take linear scales.
+    """
+    found = []
+    for scheme, site in placed:
+        format = checkpoint.MX.get(scheme)
+        if format is not None and isinstance(site, Site):
+            rows = -(-deployment.sizes[-1] // site.row_ranks)
+            spec = ScaleSpec.checked(rows, site.k, SfLayout.layout_128x4, None, format)
+            found.append((site.name, len(site.layers), spec))
+        elif format is ScaleFormat.mxfp4 and isinstance(site, ExpertSite):
+            buffers = expert_buffers([site], deployment.sizes[-1] * deployment.data, format)
+            found += [(name, len(site.layers), spec) for name, spec in buffers.items()]
+    return found
+
+
+def _mx_remarks(mx: Sequence[tuple[str, int, ScaleSpec]]) -> Iterator[str]:
+    if any(spec.experts is None for _, _, spec in mx):
+        yield (
+            "FlashInfer's quantizers allocate the MX scales of linear layers at each call and write their padding: a pool "
+            "holds none of them"
+        )
+    if any(spec.experts is not None for _, _, spec in mx):
+        yield (
+            "a pool holds the MX scales of experts where vLLM runs them with CUTLASS_MXFP4_MXFP4, one buffer for each k; "
+            "other kernels take linear scales"
+        )
+
+
+def expert_buffers(
+    sites: Sequence[ExpertSite], largest: int, format: ScaleFormat = ScaleFormat.nvfp4
+) -> dict[str, ScaleSpec]:
     """By weight, for up to ``largest`` tokens of all data-parallel ranks. Raises: ValueError: too many for vLLM."""
     if largest > MAX_TOKENS_PER_EXPERT:
         raise ValueError(
@@ -224,7 +267,7 @@ def expert_buffers(sites: Sequence[ExpertSite], largest: int) -> dict[str, Scale
     for site in sites:
         width = site.width if site.gated else -(-site.width // 128) * 128  # vLLM pads what is not gated
         for name, k in ((f"{site.name}.w13", site.k), (f"{site.name}.w2", width)):
-            found[name] = ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts)
+            found[name] = ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts, format)
     return found
 
 
@@ -251,9 +294,16 @@ def show(result: Result, out: Console) -> None:
         )
         fill = "" if deployment.engine == sglang.ENGINE else ", and a fill per call"
         once = f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once{fill}."
-        out.print(once, end="\n\n" if result.experts or result.remarks else "\n")
+        out.print(once, end="\n\n" if result.experts or result.mx or result.remarks else "\n")
     if result.experts is not None:
         _show_experts(result.experts, out)
+    if result.mx:
+        cells = [
+            (name, str(layers), spec.format.name, str(spec.k), str(spec.rows), _shape(spec), _size(spec.nbytes))
+            for name, layers, spec in result.mx
+        ]
+        headings = ("", "layers", "format", "k", "rows", "padded shape", "bytes")
+        report.table(out, "MX scales in 128x4 of the largest batch", headings, report.fine(cells))
     for remark in result.remarks:
         out.print(f"{remark[0].upper()}{remark[1:]}.")
 

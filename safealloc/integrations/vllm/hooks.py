@@ -302,6 +302,7 @@ def _warm_up(original: Callable[..., Any], worker: Any) -> Any:
 
     with around(worker.model_runner, "capture_model", capture_model):
         result = original(worker)
+    log_errors(nan.forget, engine)
     log_errors(_log_sites, worker, engine)
     return result
 
@@ -312,7 +313,10 @@ def _step(original: Callable[..., Any], worker: Any, scheduler_output: Any) -> A
     if engine is not None and engine.pool is not None:
         log_errors(engine.pool.safe_point)
         log_errors(nan.begin_step, engine, scheduler_output)
-    return original(worker, scheduler_output)
+    result = original(worker, scheduler_output)
+    if engine is not None:
+        log_errors(nan.end_step, engine)
+    return result
 
 
 def _shutdown(original: Callable[..., Any], worker: Any) -> Any:

@@ -34,12 +34,12 @@ def batch() -> int | None:
 
 
 def note(engine: Engine, x: Tensor, global_scale: Tensor | None, live_rows: Tensor | None = None) -> None:
-    """Capture what watches the input of a quantizer that is about to run."""
+    """Capture what watches the input of a quantizer that is about to run; with ``live_rows`` it is sorted by expert."""
     watch = of(engine)
     if watch is None:
         return
     try:
-        site = watch.site(x, global_scale, batch=batch())
+        site = watch.site(x, global_scale, batch=batch(), by_expert=live_rows is not None)
         if site is not None:
             watch.note(x, site, live_rows)
     except Exception as error:
@@ -51,6 +51,21 @@ def begin_step(engine: Engine, scheduler_output: Any) -> None:
     watch = of(engine)
     if watch is not None:
         watch.begin_step(getattr(scheduler_output, "total_num_scheduled_tokens", None))
+
+
+def end_step(engine: Engine) -> None:
+    """After a step: what follows, as dummy batches of data parallelism and a drafter's passes, has rows of its own."""
+    watch = of(engine)
+    if watch is not None:
+        watch.end_step()
+
+
+def forget(engine: Engine) -> None:
+    """Forget what the dummy batches of captures and warm-ups held."""
+    watch = of(engine)
+    if watch is not None:
+        watch.forget()
+        watch.end_step()
 
 
 def name_layers(engine: Engine, runner: Any) -> None:

@@ -146,7 +146,8 @@ class Call(NamedTuple):
         buffer, record = whole_buffer(spec, scales)
         row = GROUPED_QUANTIZERS.choose("triton", call)
         arguments = (self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
-        run_watched(row, watch, self.x, self.global_scale, self.live_rows, arguments, batch=nan.batch())
+        given = (self.x, self.global_scale, self.live_rows, arguments)
+        run_watched(row, watch, *given, batch=nan.batch(), by_expert=True)
 
     @property
     def live_rows(self) -> Tensor | None:
