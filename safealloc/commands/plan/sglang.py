@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safealloc.commands.plan.architectures import ExpertSite, Site, architecture
-from safealloc.commands.plan.checkpoint import MX, NVFP4
+from safealloc.commands.plan.checkpoint import NVFP4
 from safealloc.commands.plan.deployment import FIRST_WITH_NVFP4, Deployment
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
@@ -32,7 +32,7 @@ GIBIBYTES = {
 
 _MOST = ((20, 8, 8), (35, 48, 160), (60, 32, 160), (160, 256, 512))  # below so many GiB: with up to 3 ranks, with more
 
-_FORMATS = {NVFP4: ScaleFormat.nvfp4, "MXFP8": MX["MXFP8"]}  # by scheme
+_FORMATS = {NVFP4: ScaleFormat.nvfp4, "MXFP8": ScaleFormat.mxfp8}  # by scheme
 
 _VLLM = {
     "data_parallel_size": (1, None),
@@ -101,7 +101,7 @@ def _option(name: str) -> str:
 
 def served(
     fields: Mapping[str, Any], placed: Sequence[tuple[str, Site | ExpertSite]], deployment: Deployment
-) -> tuple[list[Site], list[ScaleSpec], list[str]]:
+) -> tuple[Sequence[Site], Sequence[ScaleSpec], Sequence[str]]:
     """The sites a pool serves, its buffers, and what they give; ``placed`` has the scheme of each."""
     if deployment.capability is not None and deployment.capability < FIRST_WITH_NVFP4:
         return [], [], ["SGLang quantizes no activation to NVFP4 or MXFP8 for this GPU: a pool holds nothing"]
