@@ -128,7 +128,9 @@ def _nan(step: decode.Step, device: torch.device, seconds: float, seed: int) -> 
         times = timing.interleaved(graphs, rounds, replays, seed=seed)
         graphs.clear()
         torch.cuda.synchronize()
-    return {"rounds": rounds, "replays": replays} | _against_off(times)
+        assert watching.nan is not None
+        finite = not watching.nan.alarmed  # else what was timed is the recording
+    return {"rounds": rounds, "replays": replays, "finite": finite} | _against_off(times)
 
 
 def _node(model: Model, extent: Extent, device: torch.device) -> dict[str, Any]:

@@ -26,11 +26,17 @@ def of(engine: Engine) -> NanWatch | None:
     return None if engine.pool is None else engine.pool.nan
 
 
-def batch() -> int | None:
-    """Tokens of the batch that is captured, padding included; ``None`` outside of vLLM's language model."""
+def batch(engine: Engine, rows: int) -> int | None:
+    """Tokens of the batch that is captured, padding included; ``None`` outside of vLLM's language model.
+
+    Model runner V2 does not tell while it captures a graph of a whole step: there, rows as many as a captured batch has
+    tokens are its tokens.
+    """
     descriptor = getattr(forward_context(), "batch_descriptor", None)
     tokens = getattr(descriptor, "num_tokens", None)
-    return tokens if isinstance(tokens, int) else None
+    if isinstance(tokens, int):
+        return tokens
+    return rows if rows in engine.steps.copies else None
 
 
 def note(engine: Engine, x: Tensor, global_scale: Tensor | None, live_rows: Tensor | None = None) -> None:
@@ -39,7 +45,7 @@ def note(engine: Engine, x: Tensor, global_scale: Tensor | None, live_rows: Tens
     if watch is None:
         return
     try:
-        site = watch.site(x, global_scale, batch=batch(), by_expert=live_rows is not None)
+        site = watch.site(x, global_scale, batch=batch(engine, x.shape[0]), by_expert=live_rows is not None)
         if site is not None:
             watch.note(x, site, live_rows)
     except Exception as error:

@@ -131,15 +131,18 @@ class Call(NamedTuple):
             and all(one.is_contiguous() and one.device == x.device and one.data_ptr() % 16 == 0 for one in tensors)
         )
 
-    def run(self, watch: NanWatch | None = None) -> None:
-        """Run our kernel, with the arithmetic of the original; its input is watched, if at all, as it goes."""
+    def run(self, watch: NanWatch | None = None, batch: int | None = None) -> None:
+        """Run our kernel, with the arithmetic of the original; its input is watched, if at all, as it goes.
+
+        ``batch`` is as in :meth:`NanWatch.site`.
+        """
         scales, global_scale = self.scales.view(torch.uint8), self.global_scale.reshape(-1)
         call = call_for(self.x.device, self.op.layout, silu_and_mul=self.op.silu, arithmetic=self.op.arithmetic)
         further = (None, self.op.silu, self.op.arithmetic)
         if not self.op.grouped:
             row = QUANTIZERS.choose("triton", call)
             arguments: tuple[Any, ...] = (self.x, global_scale, self.data, scales, self.op.layout, *further)
-            run_watched(row, watch, self.x, self.global_scale, None, arguments, batch=nan.batch())
+            run_watched(row, watch, self.x, self.global_scale, None, arguments, batch=batch)
             return
         spec = pool_spec_of(scales)
         assert spec is not None
@@ -147,7 +150,7 @@ class Call(NamedTuple):
         row = GROUPED_QUANTIZERS.choose("triton", call)
         arguments = (self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
         given = (self.x, self.global_scale, self.live_rows, arguments)
-        run_watched(row, watch, *given, batch=nan.batch(), by_expert=True)
+        run_watched(row, watch, *given, batch=batch, by_expert=True)
 
     @property
     def live_rows(self) -> Tensor | None:
@@ -329,7 +332,7 @@ def _serve(engine: Engine, call: Call) -> bool:
     saved = engine.saved(call.launch, call.x.shape[0]) if call.ours else None
     if saved is not None:
         try:
-            call.run(nan.of(engine))
+            call.run(nan.of(engine), nan.batch(engine, call.x.shape[0]))
         except Exception as error:
             allocator.log_error(error, "vLLM's kernel quantizes instead")
             saved = None
