@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from safealloc import settings
@@ -23,19 +24,23 @@ _REGISTRY = "sglang.srt.plugins.hook_registry"
 
 _lock = threading.RLock()
 _patches = Patches()
+_imports = Patches()  # only waits for the module of the model runner
 _placed: dict[str, tuple[object, object]] = {}  # by dotted name: the original and what stands in its place
 _waiting = False
 _hooked: tuple[str, ...] | None = None
 
 
 def load() -> None:
-    """The entry point, which SGLang calls in each of its processes; it never raises, and ``SAFEALLOC=0`` keeps it off."""
+    """The entry point, which SGLang calls in each of its processes; it never raises, and ``SAFEALLOC=0`` keeps it off.
+
+    Some releases import the model runner only when they make one.
+    """
     global _waiting
     try:
         with _lock:
-            if settings.enabled() and not _waiting and targets.LOAD.module in sys.modules:
-                _place(targets.LOAD.path(targets.LOAD.attributes[0]), _load_model)
+            if settings.enabled() and not _waiting:
                 _waiting = True
+                _imports.when_imported(targets.LOAD.module, _wait_for_a_model)
     except Exception as error:
         logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
 
@@ -65,6 +70,7 @@ def unregister() -> None:
     global _waiting, _hooked
     with _lock:
         was, _hooked, _waiting = _hooked, None, False
+        _imports.restore()
         registry = sys.modules.get(_REGISTRY)
         for path, (original, wrapped) in list(_placed.items()):
             _restore(path, original, wrapped)
@@ -149,6 +155,13 @@ def _restore(path: str, original: object, wrapped: object) -> None:
     if isinstance(holder, type) and vars(holder).get(name) is wrapped:
         setattr(holder, name, original)
     _patches.rebind(wrapped, original)
+
+
+def _wait_for_a_model(module: ModuleType) -> None:
+    try:
+        _place(targets.LOAD.path(targets.LOAD.attributes[0]), _load_model)
+    except Exception as error:  # in the import of SGLang's module
+        logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
 
 
 def _load_model(original: Callable[..., Any], model_runner: Any, *given: Any, **named: Any) -> Any:
