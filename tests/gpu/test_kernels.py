@@ -122,10 +122,13 @@ class TestQuantize:
     @pytest.mark.parametrize("rows", ROWS)
     @pytest.mark.usefixtures("wide_tiles")
     def test_shapes(self, rows: int, layout: SfLayout, dtype: torch.dtype) -> None:
-        for k in (80,) if INTERPRETED and rows > 33 else K:  # a program is a row
+        for number, k in enumerate((80,) if INTERPRETED and rows > 33 else K):  # a program is a row
             x = activations(rows, k, dtype)
-            check_quantize(x, 448 * 6 / x.float().abs().max().clamp(min=1).reshape(1), layout)
-            check_quantize(x, scalar(37.25), layout)
+            global_scales = [448 * 6 / x.float().abs().max().clamp(min=1).reshape(1), scalar(37.25)]
+            if INTERPRETED:  # one of them, in turn
+                del global_scales[(number + (dtype is torch.float16)) % 2]
+            for global_scale in global_scales:
+                check_quantize(x, global_scale, layout)
 
     @layouts
     @tilings
@@ -147,7 +150,8 @@ class TestQuantize:
     @pytest.mark.parametrize("rows", [1, 8, 17] if INTERPRETED else [1, 8, 33, 130])
     @pytest.mark.usefixtures("wide_tiles")
     def test_valid_rows(self, layout: SfLayout, dtype: torch.dtype, rows: int) -> None:
-        for valid in {-1, 0, 1, rows // 2, rows - 1, rows, rows + 5, 2**31 - 1}:
+        least_and_most = {-1, 2**31 - 1} if not INTERPRETED or rows < 17 else set()
+        for valid in {0, 1, rows // 2, rows - 1, rows, rows + 5} | least_and_most:
             x = activations(rows, 80, dtype)
             x[max(valid, 0) :] = float("nan")
             check_quantize(x, scalar(20.0), layout, valid_rows=valid)
@@ -288,7 +292,7 @@ class TestInKernel:
     def test_all_padding_is_zero(self, layout: SfLayout, kernel: Callable[..., None]) -> None:
         row_by_row = kernel is in_kernel.row_by_row
         for rows, k in ((1, 1088), (3, 2112), (9, 80 if row_by_row else 64), (130, 64), (128, 64)):
-            if INTERPRETED and row_by_row and rows > 9:
+            if INTERPRETED and row_by_row and (rows > 9 or k == 1088):
                 continue
             x, g = activations(rows, k, torch.bfloat16), scalar(20.0)
             expected = torch.empty(rows, k // 2, dtype=torch.uint8, device=DEVICE)
