@@ -6,6 +6,7 @@ that in a process of its own), over fewer and smaller shapes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -46,17 +47,23 @@ TILINGS = sorted(
     }
 )
 
+WIDE_TILINGS = [TILINGS[0]._replace(blocks=512)] if INTERPRETED else TILINGS  # its time follows the number of programs
 tilings = pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: "-".join(str(int(part)) for part in tiling))
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
+
+GLOBAL_SCALES = [1.0, 50.0, 2.0**-130, 3e-30, 3e30, 0.0, -0.0, -7.0, float("inf"), float("nan")]
+SPECIAL = list(itertools.product(GLOBAL_SCALES, SfLayout))
+if INTERPRETED:
+    SPECIAL = [(g, SfLayout(number % 3)) for number, g in enumerate(GLOBAL_SCALES)]
 
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer, wider programs in the interpreter, whose time follows their number (test_tilings has the real tilings)."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: TILINGS[0]._replace(blocks=512))
+        monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: WIDE_TILINGS[0])
 
 
 def check_quantize(
@@ -158,15 +165,14 @@ class TestQuantize:
         for g in (float("nan"), float("inf"), -2.0):  # none of which makes zeros of zeros
             check_quantize(activations(rows, 80, dtype), scalar(g), layout, valid_rows=rows // 2)
 
-    @layouts
     @dtypes
     @tilings
-    @pytest.mark.parametrize("g", [1.0, 50.0, 2.0**-130, 3e-30, 3e30, 0.0, -0.0, -7.0, float("inf"), float("nan")])
+    @pytest.mark.parametrize(("g", "layout"), SPECIAL, ids=lambda value: getattr(value, "name", None))
     def test_special_values(
         self,
-        layout: SfLayout,
         dtype: torch.dtype,
         g: float,
+        layout: SfLayout,
         tiling: triton_quantize.Tiling,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -195,14 +201,12 @@ class TestQuantize:
 
     @pytest.mark.slow
     @dtypes
-    @tilings
+    @pytest.mark.parametrize("tiling", WIDE_TILINGS)
     @pytest.mark.parametrize("g", [1.0, 0.37, 1000.0, 2.0**-115, 1e-45, 3e30])
     def test_every_value(
         self, dtype: torch.dtype, g: float, tiling: triton_quantize.Tiling, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """All bit patterns, in blocks of neighbors and in shuffled blocks."""
-        if INTERPRETED:
-            tiling = tiling._replace(blocks=512)  # its time follows the number of programs
         monkeypatch.setattr(triton_quantize, "tiling_for", lambda *given: tiling)
         bits = torch.arange(1 << 16, dtype=torch.int32, device=DEVICE)
         if INTERPRETED and dtype is torch.bfloat16:  # the interpreter does not convert its subnormals right
