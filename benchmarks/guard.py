@@ -2,7 +2,7 @@
 
 A captured graph has one more node. It counts replays, and at every N-th it checks all padding that any graph was given.
 Both are measured: counting with an N that is never reached, checking with N = 1. For any other N, a step costs the first
-plus an N-th of the difference, on average.
+plus an N-th of the difference, on average. What ``SAFEALLOC_NAN=1`` costs is measured beside it (:mod:`benchmarks.nan`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, timing
+from benchmarks import decode, nan, timing
 from benchmarks.baselines import POOL, baselines
 from benchmarks.host import LAYOUT, ROWS, Candidate, K, alternate
 from benchmarks.models import MODELS, Model
@@ -81,6 +81,7 @@ def measure(device: torch.device, extent: Extent, progress: Progress) -> dict[st
                 progress(f"{model.title}, batch {batch}", share)
                 step = decode.Step(model, weights, batch, device)
                 found = _step(step, device, extent.seconds, batch)
+                found["nan"] = _nan(step, device, extent.seconds, batch)
                 steps.append({"model": model.name, "tensor_parallel": model.tensor_parallel, "batch": batch, **found})
                 del step
             del weights
@@ -117,6 +118,19 @@ def _step(step: decode.Step, device: torch.device, seconds: float, seed: int) ->
         graphs.clear()
         torch.cuda.synchronize()
     return {"rounds": rounds, "replays": replays, "buffers": stats.buffers, "bytes": stats.bytes} | _against_off(times)
+
+
+def _nan(step: decode.Step, device: torch.device, seconds: float, seed: int) -> dict[str, Any]:
+    """The same step with what tells the first NaN, in both ways."""
+    with ScalePool(device) as plain, ScalePool(device, nan=True) as watching:
+        graphs = nan.graphs_of(step, plain, watching)
+        rounds, replays = decode.rounds_of(timing.interleaved(graphs, 1, 1), seconds)
+        times = timing.interleaved(graphs, rounds, replays, seed=seed)
+        graphs.clear()
+        torch.cuda.synchronize()
+        assert watching.nan is not None
+        finite = not watching.nan.alarmed  # else what was timed is the recording
+    return {"rounds": rounds, "replays": replays, "finite": finite} | _against_off(times)
 
 
 def _node(model: Model, extent: Extent, device: torch.device) -> dict[str, Any]:

@@ -152,6 +152,14 @@ def _show_guard(found: Mapping[str, Any], out: Console) -> None:
         out, "A decode step: microseconds, and what a node that counts replays or checks padding adds", headings, rows
     )
     rows = [
+        (_title(row), str(row["batch"]), f"{row['nan']['off']['us']:.1f}", *_over_off(row["nan"]))
+        for row in found["steps"]
+        if "nan" in row  # not in results of earlier versions
+    ]
+    if rows:
+        headings = ("", "batch", "off", *_nan_ways(found))
+        _table(out, "A decode step: microseconds, and what SAFEALLOC_NAN=1 adds", headings, rows)
+    rows = [
         (
             _title(row),
             str(row["buffers"]),
@@ -164,6 +172,19 @@ def _show_guard(found: Mapping[str, Any], out: Console) -> None:
     _table(out, title, ("", "buffers", "KiB", "counts", "checks"), rows)
     _table(out, "Host time: microseconds per call", ("", "median", "quartiles"), _calls(found["host"]))
     _show_not_measured_and_targets(found, out)
+
+
+def _nan_ways(found: Mapping[str, Any]) -> list[str]:
+    first = next(row["nan"] for row in found["steps"] if "nan" in row)
+    return [name for name, way in first.items() if isinstance(way, dict) and "over_off" in way]
+
+
+def _over_off(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{way['over_off']['us']:+.2f} ({way['ratio_to_off'] - 1:+.1%})"
+        for way in found.values()
+        if isinstance(way, dict) and "over_off" in way
+    ]
 
 
 def _calls(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ from safealloc._version import __version__
 from safealloc.errors import (
     CaptureGrowthError,
     LayoutMismatchError,
+    NanError,
     PaddingCorruptionError,
     PoolClosedError,
     PoolExhaustedError,
@@ -29,6 +30,7 @@ __all__ = [
     "CaptureGrowthWarning",
     "GraphReport",
     "LayoutMismatchError",
+    "NanError",
     "PaddingCorruptionError",
     "PoolClosedError",
     "PoolExhaustedError",

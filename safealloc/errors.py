@@ -69,6 +69,51 @@ class PaddingCorruptionError(SafeAllocError):
         super().__init__("\n".join(map(str, self.corruptions)))
 
 
+@dataclass(frozen=True, slots=True)
+class NotFinite:
+    """The first NaN, or infinity, that entered a quantizer since the last look.
+
+    Attributes:
+        kind: ``"NaN"`` or ``"infinity"``.
+        layer: the layer whose global scale the quantizer was handed, or who called it where no model is known.
+        row, rows: where it was in the quantizer's input, and how many rows that has.
+        column: of that input.
+        step: how many steps the pool had counted; in vLLM, calls of ``execute_model``.
+        batch: tokens of the batch that its graph was captured for, or the rows.
+        order: which quantizer of its graph it was, from 1; 0 in an eager call.
+        count: how many elements of this kind entered quantizers since the last look.
+    """
+
+    kind: str
+    layer: str
+    row: int
+    rows: int
+    column: int
+    step: int
+    batch: int
+    order: int
+    count: int
+
+    def __str__(self) -> str:
+        call = f"quantizer {self.order} of its graph of batch {self.batch}" if self.order else "eager call"
+        return (
+            f"first {self.kind} in {self.layer}, row {self.row} of {self.rows}, column {self.column}, step {self.step}, "
+            f"{call}; {self.count} in all since the last look"
+        )
+
+
+class NanError(SafeAllocError):
+    """A NaN entered a quantizer, and ``SAFEALLOC_STRICT=1``.
+
+    Attributes:
+        first: where the first one was, a :class:`NotFinite`.
+    """
+
+    def __init__(self, first: NotFinite) -> None:
+        self.first = first
+        super().__init__(str(first))
+
+
 class CaptureGrowthError(SafeAllocError):
     """A CUDA graph capture needs a buffer that does not exist yet."""
 

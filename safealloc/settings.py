@@ -13,18 +13,22 @@ ENABLED = "SAFEALLOC"
 STRICT = "SAFEALLOC_STRICT"
 LINEAR = "SAFEALLOC_LINEAR"
 QUANTIZER = "SAFEALLOC_QUANTIZER"
+CONTRACT = "SAFEALLOC_CONTRACT"
 VERIFY = "SAFEALLOC_VERIFY"
 VERIFY_REPAIR = "SAFEALLOC_VERIFY_REPAIR"
 POISON = "SAFEALLOC_POISON"
+NAN = "SAFEALLOC_NAN"
 
 MEANINGS = {
     ENABLED: "0 keeps the vLLM plugin off",
     STRICT: "1 raises pool errors in vLLM instead of logging them and letting vLLM allocate",
     LINEAR: "1 runs vLLM's NVFP4 linear layers through nvfp4_linear",
     QUANTIZER: "safealloc runs our kernels behind vLLM's quantization ops where they are equal and faster (default: vllm)",
+    CONTRACT: "warn logs, error raises, where vLLM reads scales in another layout than they were written in (default: off)",
     VERIFY: "N checks a buffer's padding at every N-th handout and every N-th graph replay (default 0: never)",
     VERIFY_REPAIR: "1 zeroes and logs dirty padding instead of raising",
     POISON: "1 fills the valid bytes of new buffers with NaN",
+    NAN: "1 names the layer, row and step of the first NaN that enters a quantizer",
 }
 """What each variable does, in one line."""
 
@@ -36,6 +40,7 @@ class WatchSettings:
     verify_every: int = 0
     verify_repair: bool = False
     poison: bool = False
+    nan: bool = False
 
 
 def enabled() -> bool:
@@ -65,9 +70,21 @@ def quantizer() -> bool:
     return text == "safealloc"
 
 
+def contract() -> str:
+    """``off``, ``warn`` or ``error``: what is done where vLLM reads scales otherwise than they were written.
+
+    Raises:
+        ValueError: it is set to anything else.
+    """
+    text = os.environ.get(CONTRACT, "") or "off"
+    if text not in ("off", "warn", "error"):
+        raise ValueError(f"{CONTRACT} must be off, warn or error, got {text!r}")
+    return text
+
+
 def watching() -> bool:
-    """Whether ``SAFEALLOC_VERIFY`` is set to anything but 0; :func:`watch` checks its value."""
-    return os.environ.get(VERIFY, "") not in ("", "0")
+    """Whether ``SAFEALLOC_VERIFY`` or ``SAFEALLOC_NAN`` is set to anything but 0; :func:`watch` checks the values."""
+    return any(os.environ.get(name, "") not in ("", "0") for name in (VERIFY, NAN))
 
 
 def watch() -> WatchSettings:
@@ -80,7 +97,7 @@ def watch() -> WatchSettings:
     # Kernels count handouts and replays in int32.
     if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) >= 2**31:
         raise ValueError(f"{VERIFY} must be a whole number below 2**31 (0 is off), got {text!r}")
-    return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON))
+    return WatchSettings(int(text), _switch(VERIFY_REPAIR), _switch(POISON), _switch(NAN))
 
 
 def given() -> Iterator[tuple[str, str | None, str]]:

@@ -1,7 +1,7 @@
 """Producers and consumers together: which pairs are safe on memory with any contents, and which in a pool.
 
-A pair is a producer and a consumer of one layout that can both run here. vLLM would choose it if vLLM uses both in that
-layout: which of them a model gets depends on the model, on vLLM's options and on its version, so that all of them count.
+A pair is a producer and a consumer of one layout and format that can both run here. vLLM would choose it if vLLM uses both
+in that layout: which of them a model gets depends on the model, on vLLM's options and on its version, so that all count.
 
 Outside a pool a pair is unsafe if the producer does not zero a kind of padding that the consumer reads; in a pool, only if it
 writes something other than zero there. Bytes outside the buffer, wrong values and a wrong layout are unsafe either way.
@@ -17,11 +17,12 @@ import torch
 
 from safealloc.audit import findings
 from safealloc.audit.consumers import TOLERANCE, product, weight
-from safealloc.audit.findings import ConsumerFinding, Finding, ProducerFinding, first_line
+from safealloc.audit.findings import ConsumerFinding, Finding, ProducerFinding, first_line, named
 from safealloc.audit.known import Known
+from safealloc.audit.probing import call, data_for_gemm
 from safealloc.audit.producers import activation, synchronize
 from safealloc.errors import PaddingCorruptionError
-from safealloc.formats.format import NAN_SCALE
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, short
 from safealloc.pool.pool import ScalePool
 
@@ -38,6 +39,7 @@ class Combination:
     vllm: bool  # whether vLLM would choose it
     why: str  # it is unsafe, in words; empty where it is safe
     tried: tuple[tuple[int, int], ...] = ()  # shapes (rows, k) at which both ran through a pool buffer
+    format: ScaleFormat = ScaleFormat.nvfp4  # of the scales between them
 
     @property
     def safe(self) -> bool:
@@ -46,10 +48,10 @@ class Combination:
     def cells(self) -> tuple[str, ...]:
         """Producer, consumer, layout, whether vLLM would choose it, whether it is safe, and why not."""
         vllm, safe = "yes" if self.vllm else "-", "yes" if self.safe else "NO"
-        return self.producer, self.consumer, short(self.layout), vllm, safe, self.why
+        return self.producer, self.consumer, named((self.layout,), self.format), vllm, safe, self.why
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layout": short(self.layout), "safe": self.safe}
+        return {**asdict(self), "layout": short(self.layout), "format": self.format.name, "safe": self.safe}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,11 @@ AuditedConsumer = Audited[ConsumerFinding]
 def pairs(
     producers: Sequence[AuditedProducer], consumers: Sequence[AuditedConsumer]
 ) -> Iterator[tuple[AuditedProducer, AuditedConsumer]]:
-    """Those of one layout that can run at some shape, vLLM's with vLLM's and others with others."""
+    """Those of one layout and format that can run at some shape, vLLM's with vLLM's and others with others."""
     for producer in producers:
         for consumer in consumers:
-            if producer.layout is consumer.layout and producer.vllm == consumer.vllm and producer.ran and consumer.ran:
+            fit = producer.layout is consumer.layout and producer.known.format is consumer.known.format
+            if fit and producer.vllm == consumer.vllm and producer.ran and consumer.ran:
                 yield producer, consumer
 
 
@@ -102,8 +105,8 @@ def combine(producer: AuditedProducer, consumer: AuditedConsumer, pool: ScalePoo
             if wrong and not why:
                 why = f"at {rows}x{k}: {wrong}"
         why = why if tried else "there is no shape at which both run"
-    vllm = producer.vllm and consumer.vllm
-    return Combination(producer.known.name, consumer.known.name, producer.layout, vllm, why, tuple(tried))
+    names, vllm = (producer.known.name, consumer.known.name), producer.vllm and consumer.vllm
+    return Combination(*names, producer.layout, vllm, why, tuple(tried), producer.known.format)
 
 
 def _defects(producer: AuditedProducer, consumer: AuditedConsumer, *, in_pool: bool) -> str:
@@ -112,7 +115,7 @@ def _defects(producer: AuditedProducer, consumer: AuditedConsumer, *, in_pool: b
         if made.verdict in (findings.BEYOND, findings.WRONG_SCALES, findings.WRONG_DATA):
             return f"the producer: {made.verdict}"
     for read in consumer.ran:
-        if read.verdict in (findings.WRONG_LAYOUT, findings.WRONG_RESULT):
+        if read.verdict in (findings.WRONG_LAYOUT, findings.WRONG_FORMAT, findings.WRONG_RESULT):
             return f"the consumer: {read.verdict}"
     not_zero = {kind for made in producer.ran for kind in (made.dirties if in_pool else made.leaves | made.dirties)}
     reads = {kind for read in consumer.ran for kind in read.reads_padding}
@@ -126,27 +129,29 @@ def _run(producer: AuditedProducer, consumer: AuditedConsumer, rows: int, k: int
 
     Returns what is wrong with the product or, afterwards, with the pool; ``None`` if the producer refuses the shape.
     """
-    layout = producer.layout
+    layout, format = producer.layout, producer.known.format
+    is_nvfp4 = format is ScaleFormat.nvfp4
     x, global_scale = activation(rows, k, pool.device)
-    x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=pool.device)
-    scales = pool.acquire(rows, k, layout)
-    offsets = layout.offsets(rows, k, pool.device)
-    scales.view(-1)[offsets] = NAN_SCALE
+    data = torch.empty(format.data_shape(rows, k), dtype=torch.uint8, device=pool.device)
+    scales = pool.acquire(rows, k, layout, format=format)
+    offsets = layout.offsets(rows, k, pool.device, format=format)
+    scales.view(-1)[offsets] = format.nan_bytes[0]
     try:
-        returned = producer.known.fn(x, global_scale, x_fp4, scales, layout)
+        returned = producer.known.fn(x, *([global_scale] if is_nvfp4 else []), data, scales, layout)
         synchronize(pool.device)
     except Exception:
         return None
     if returned is not None:  # copy its valid scales, as safealloc's own backend "flashinfer" does
         data, their_scales = (tensor.view(torch.uint8) for tensor in returned)
-        x_fp4 = data.reshape(rows, -1)
+        data = data.reshape(rows, -1)
         scales.view(-1)[offsets] = their_scales.reshape(-1)[offsets]
-    b, b_descale, b_global_scale = weight(k, pool.device)
-    alpha = 1 / (global_scale * b_global_scale)
-    out = consumer.known.fn(x_fp4, b, scales, b_descale, alpha, layout).float()
+    a = data_for_gemm(data, format)
+    b, b_descale, b_global_scale = weight(k, pool.device, format)
+    alpha = 1 / (global_scale * b_global_scale) if is_nvfp4 else None
+    out = call(consumer.known.fn, a, b, scales, b_descale, alpha, layout, format).float()
     synchronize(pool.device)
-    clean = layout.swizzle(layout.unswizzle(scales, rows, k))
-    right = product(x_fp4, b, clean, b_descale, alpha, layout)
+    clean = layout.swizzle(layout.unswizzle(scales, rows, k, format=format))
+    right = product(a, b, clean, b_descale, alpha, layout, format)
     try:
         pool.verify()
     except PaddingCorruptionError as error:

@@ -23,6 +23,7 @@ WRONG_DATA = "wrong data"
 ISOLATES = "isolates"
 READS = "reads padding"
 WRONG_LAYOUT = "wrong layout"
+WRONG_FORMAT = "wrong format"
 WRONG_RESULT = "wrong result"
 
 CANNOT_RUN = "cannot run"
@@ -33,11 +34,12 @@ LEGEND = {
     LEAVES: "padding bytes keep their old contents; a pool keeps them at zero",
     DIRTIES: "writes nonzero bytes into padding, where a pool does not help",
     BEYOND: "writes outside the buffers that it was given",
-    WRONG_SCALES: "scales are over one e4m3 step off the reference, or misplaced",
-    WRONG_DATA: "values are over one e2m1 step off the reference",
+    WRONG_SCALES: "scales are over one e4m3 step off the reference (MX: not equal), or misplaced",
+    WRONG_DATA: "values are over one step off the reference",
     ISOLATES: "no padding byte changes a valid output",
     READS: "padding bytes change valid outputs; safe where they are zero",
     WRONG_LAYOUT: "reads the scales in another layout than it was told",
+    WRONG_FORMAT: "reads the scales as another format than it was told",
     WRONG_RESULT: "the result is wrong even with zero padding",
     CANNOT_RUN: "for the reason in the details",
 }
@@ -63,10 +65,17 @@ class Finding:
     k: int
     verdict: str  # one of LEGEND, the worst that applies
     details: str  # why, in words
-    format: ScaleFormat = field(default=ScaleFormat.nvfp4, kw_only=True)  # of the scales
+    format: ScaleFormat = field(default=ScaleFormat.nvfp4, kw_only=True)  # that it was told
+    found_format: ScaleFormat | None = field(default=None, kw_only=True)  # that it wrote or read; None: not known
+
+    @property
+    def found_layouts(self) -> tuple[SfLayout, ...]:
+        """Layouts that it wrote or read: more than one where they are the same bytes at this shape, none where not known."""
+        return ()
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layout": short(self.layout), "format": self.format.name}
+        found_format = None if self.found_format is None else self.found_format.name
+        return {**asdict(self), "layout": short(self.layout), "format": self.format.name, "found_format": found_format}
 
     def __str__(self) -> str:
         details = f" ({self.details})" if self.details else ""
@@ -93,6 +102,8 @@ class ProducerFinding(Finding):
         scales_off: valid scales that are one e4m3 step off the reference's; more than a step is a verdict.
         data_off: e2m1 values that are one step off.
         returned: whether it allocated its results by itself.
+        writes: layouts in which its scales lie, as far as this shape tells them apart; empty: no known one, or ``None``
+            where it could not run.
     """
 
     padding_rows: PaddingState | None = None
@@ -101,6 +112,14 @@ class ProducerFinding(Finding):
     scales_off: int = 0
     data_off: int = 0
     returned: bool = False
+    writes: tuple[SfLayout, ...] | None = None
+
+    @property
+    def found_layouts(self) -> tuple[SfLayout, ...]:
+        return self.writes or ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**Finding.as_dict(self), "writes": None if self.writes is None else [short(one) for one in self.writes]}
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -146,6 +165,10 @@ class ConsumerFinding(Finding):
     noise: float = 0.0
 
     @property
+    def found_layouts(self) -> tuple[SfLayout, ...]:
+        return self.reads or ()
+
+    @property
     def reads_padding(self) -> frozenset[str]:
         """Kinds of padding that reach a valid output."""
         return frozenset(change.kind for change in self.changes)
@@ -162,24 +185,40 @@ def assert_verdicts(found: Iterable[Finding], fine: Sequence[str]) -> None:
 
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[tuple[str, ...], bool]]:
-    """Rows of name, layout, shapes, verdict and details, each with whether it is safe on memory with any contents.
+    """Rows of name, scales told and found, shapes, verdict and details, each with whether it is safe on any memory.
 
-    Findings of the same name, layout and verdict are one row, with the longest of their details.
+    Findings of the same name, layout, format and verdict are one row, with the longest of their details. Where these shapes
+    do not tell two layouts apart, both are found.
     """
-    merged: dict[tuple[str, SfLayout, str, str], list[Finding]] = {}
+    merged: dict[tuple[str, str, str, str], list[Finding]] = {}
     for found in findings:
         reason = found.details if found.verdict == CANNOT_RUN else ""
-        merged.setdefault((found.name, found.layout, found.verdict, reason), []).append(found)
+        told = named((found.layout,), found.format)
+        merged.setdefault((found.name, told, found.verdict, reason), []).append(found)
     rows: list[tuple[tuple[str, ...], bool]] = []
-    for (name, layout, verdict, _), same in merged.items():
+    for (name, told, verdict, _), same in merged.items():
         longest = max(same, key=lambda found: len(found.details))
         details = longest.details
         if any(found.details != details for found in same):
             details = f"{longest.rows}x{longest.k}: {details}"
         shapes = ", ".join(f"{found.rows}x{found.k}" for found in same)
         fine = verdict in (*SAFE_PRODUCER, *SAFE_CONSUMER, CANNOT_RUN)
-        rows.append(((name, short(layout), shapes, verdict, details), fine))
+        rows.append(((name, told, _found(same), shapes, verdict, details), fine))
     return rows
+
+
+def named(layouts: Iterable[SfLayout], format: ScaleFormat | None) -> str:
+    """``"128x4 or 8x4 mxfp8"``; ``"-"`` for no layout."""
+    words = " or ".join(map(short, layouts))
+    return f"{words} {format.name}" if words and format is not None else words or "-"
+
+
+def _found(same: Sequence[Finding]) -> str:
+    """What was written or read at all these shapes, or, where they differ, at each."""
+    layouts = [layout for layout in SfLayout if all(layout in found.found_layouts for found in same)]
+    if layouts and len({found.found_format for found in same}) == 1:
+        return named(layouts, same[0].found_format)
+    return ", ".join(dict.fromkeys(named(found.found_layouts, found.found_format) for found in same))
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from safealloc._checks import checked_device
 from safealloc.audit import findings
-from safealloc.audit.findings import KINDS, PaddingState, ProducerFinding, assert_verdicts, first_line, indices, spans
+from safealloc.audit.findings import (
+    KINDS,
+    PaddingState,
+    ProducerFinding,
+    assert_verdicts,
+    first_line,
+    indices,
+    named,
+    spans,
+)
 from safealloc.formats.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, NAN_SCALE, ScaleFormat, checked_format
 from safealloc.formats.layout import SfLayout, checked_layout, short
 from safealloc.kernels import reference, reference_mx
@@ -79,7 +88,7 @@ def audit_producer(
     format = checked_format(format)
     name = str(getattr(fn, "__name__", fn)) if name is None else name
     if shapes is None:
-        shapes = [(rows, k // BLOCK_SIZE * format.block_size) for rows, k in PRODUCER_SHAPES]
+        shapes = scaled(PRODUCER_SHAPES, format)
     found = []
     for rows, k in shapes:
         layout.padded_shape(rows, k, format=format)  # raises for an invalid shape, which is the caller's mistake
@@ -114,6 +123,11 @@ def assert_producer(
     assert_verdicts(found, findings.POOL_PRODUCER if with_pool else findings.SAFE_PRODUCER)
 
 
+def scaled(shapes: Sequence[tuple[int, int]], format: ScaleFormat) -> list[tuple[int, int]]:
+    """Shapes with as many scales of a format as these have of NVFP4."""
+    return [(rows, k // BLOCK_SIZE * format.block_size) for rows, k in shapes]
+
+
 def activation(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """bfloat16 ``[rows, k]`` whose rows differ in size, and a global scale for the full range."""
     generator = torch.Generator().manual_seed(rows * 8191 + k)
@@ -139,16 +153,27 @@ def _one(
     runs = [_run(fn, x, before, layout, format, sentinel, first=sentinel == _SENTINELS[0]) for sentinel in _SENTINELS]
     returned = runs[0].returned
     nbytes, data_shape = layout.nbytes(rows, k, format=format), format.data_shape(rows, k)
+    quantized = x if of is None else of(x)
     for run in runs:
         if run.scales.numel() != nbytes or run.data.shape != data_shape:
             got = f"returned {run.scales.numel()} scale bytes and data {tuple(run.data.shape)}"
             why = f"{got}, where {short(layout)} has {nbytes} and {data_shape}"
-            return ProducerFinding(name, layout, rows, k, findings.WRONG_SCALES, why, returned=returned, format=format)
-    quantized = x if of is None else of(x)
-    if is_nvfp4:
-        data, linear = reference.encode(quantized, global_scale.reshape(()))
-    else:
-        data, linear = reference_mx.encode(quantized, format)
+            writes, found_format = _written(runs, quantized, global_scale, format)
+            if writes:
+                why = f"the scales are in {named(writes, found_format)}: {why}"
+            return ProducerFinding(
+                name,
+                layout,
+                rows,
+                k,
+                findings.WRONG_SCALES,
+                why,
+                returned=returned,
+                writes=writes,
+                format=format,
+                found_format=found_format,
+            )
+    data, linear = encoded(quantized, global_scale, format)
     allowed = 1 if is_nvfp4 else 0
     scale_steps = _scale_steps(runs, layout, format, linear)
     data_steps = torch.stack([(_ordered(run.data, format) - _ordered(data, format)).abs() for run in runs]).amax(0)
@@ -158,6 +183,7 @@ def _one(
         off = f"{scales_off} of {linear.numel()} scales and {data_off} of {rows * k} values"
         words.append(f"{off} are one step off the reference")
     outside = max(run.outside for run in runs)
+    writes, found_format = _same_order(layout, rows, k, format), format
     verdict = findings.NO_PADDING if nbytes == linear.numel() else findings.ZEROES
     if rows_state.left or columns_state.left:
         verdict = findings.LEAVES
@@ -168,12 +194,24 @@ def _one(
         words.insert(0, f"{int((data_steps > 1).sum())} of {rows * k} values are more than a step off the reference")
     if bool((scale_steps > allowed).any()):
         verdict = findings.WRONG_SCALES
-        words.insert(0, _wrong_scales(scale_steps > allowed, runs, layout, format, linear))
+        writes, found_format = _written(runs, quantized, global_scale, format)
+        words.insert(0, _wrong_scales(scale_steps > allowed, linear))
+        if writes:
+            words[0] = f"the scales are in {named(writes, found_format)}: {words[0]}"
     if outside:
         verdict = findings.BEYOND
         words[:0] = next(run.beyond for run in runs if run.outside)
-    numbers = (rows_state, columns_state, outside, scales_off, data_off, returned)
-    return ProducerFinding(name, layout, rows, k, verdict, "; ".join(words), *numbers, format=format)
+    numbers = (rows_state, columns_state, outside, scales_off, data_off, returned, writes)
+    return ProducerFinding(
+        name, layout, rows, k, verdict, "; ".join(words), *numbers, format=format, found_format=found_format
+    )
+
+
+def encoded(x: Tensor, global_scale: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """The reference's data in bytes, and its scales in matrix order."""
+    if format is ScaleFormat.nvfp4:
+        return reference.encode(x, global_scale.reshape(()))
+    return reference_mx.encode(x, format)
 
 
 def _run(
@@ -279,14 +317,38 @@ def _ordered(packed: Tensor, format: ScaleFormat) -> Tensor:
     return torch.where(codes >= 8, 8 - codes, codes)
 
 
-def _wrong_scales(wrong: Tensor, runs: Sequence[_Run], layout: SfLayout, format: ScaleFormat, linear: Tensor) -> str:
+def _wrong_scales(wrong: Tensor, linear: Tensor) -> str:
     row, column = (int(index) for index in wrong.nonzero()[0])
-    text = f"{int(wrong.sum())} of {linear.numel()} scales are not the reference's, first at row {row}, column {column}"
-    for other in SfLayout:
-        fits = math.prod(other.round_up(*linear.shape)) <= runs[0].scales.numel()
-        if other is not layout and fits and bool((_scale_steps(runs, other, format, linear) <= 1).all()):
-            return f"the scales are in {short(other)}: {text}"
-    return text
+    return f"{int(wrong.sum())} of {linear.numel()} scales are not the reference's, first at row {row}, column {column}"
+
+
+def _written(
+    runs: Sequence[_Run], x: Tensor, global_scale: Tensor, told: ScaleFormat
+) -> tuple[tuple[SfLayout, ...], ScaleFormat | None]:
+    """In which layouts of which format wrong scales lie; none where they are nowhere the reference's."""
+    for format in sorted(ScaleFormat, key=lambda format: format is not told):
+        if x.shape[1] % format.block_size:
+            continue
+        # To MX no global scale is given: a quantizer to NVFP4 takes its own.
+        global_scales = [global_scale] if told is format else [global_scale, torch.ones_like(global_scale)]
+        for one in global_scales:
+            _, linear = encoded(x, one, format)
+            layouts = tuple(layout for layout in SfLayout if _lie_in(runs, layout, format, linear))
+            if layouts:
+                return layouts, format
+    return (), None
+
+
+def _lie_in(runs: Sequence[_Run], layout: SfLayout, format: ScaleFormat, linear: Tensor) -> bool:
+    fits = math.prod(layout.round_up(*linear.shape)) <= runs[0].scales.numel()
+    allowed = 1 if format is ScaleFormat.nvfp4 else 0
+    return fits and bool((_scale_steps(runs, layout, format, linear) <= allowed).all())
+
+
+def _same_order(layout: SfLayout, rows: int, k: int, format: ScaleFormat) -> tuple[SfLayout, ...]:
+    """Layouts in which the valid scales are the same bytes."""
+    offsets = layout.offsets(rows, k, format=format)
+    return tuple(other for other in SfLayout if torch.equal(other.offsets(rows, k, format=format), offsets))
 
 
 def _padding(

@@ -21,7 +21,7 @@ from safealloc import ScalePool, _optional
 from safealloc._checks import checked_device
 from safealloc.audit.combinations import Audited, AuditedConsumer, AuditedProducer, Combination, combine, pairs
 from safealloc.audit.findings import CANNOT_RUN, LEGEND, Finding, table_rows
-from safealloc.audit.known import CONSUMERS, PRODUCERS, KnownConsumer, KnownProducer
+from safealloc.audit.known import CONSUMERS, PRODUCERS, Known, KnownConsumer, KnownProducer
 from safealloc.audit.producers import synchronize
 from safealloc.commands import machine, report
 from safealloc.formats.layout import SfLayout, short
@@ -61,8 +61,8 @@ class Side:
     """All producers, or all consumers."""
 
     audited: list[Audited[Any]] = field(default_factory=list)  # what ran
-    # a name and the reason why it was not run, to the layouts for which that is so
-    refusals: dict[tuple[str, str], list[SfLayout]] = field(default_factory=dict)
+    # a known one and the reason why it was not run, to the layouts for which that is so
+    refusals: dict[tuple[Known, str], list[SfLayout]] = field(default_factory=dict)
 
     @property
     def findings(self) -> list[Finding]:
@@ -71,13 +71,22 @@ class Side:
     def rows(self) -> list[tuple[tuple[str, ...], bool]]:
         """The table's: what ran first, and whether a row is fine."""
         refused = self.refusals.items()
-        not_run = [(name, ", ".join(map(short, layouts)), "-", CANNOT_RUN, why) for (name, why), layouts in refused]
+        not_run = [
+            (known.name, f"{', '.join(map(short, layouts))} {known.format.name}", "-", "-", CANNOT_RUN, why)
+            for (known, why), layouts in refused
+        ]
         return table_rows(self.findings) + [(cells, True) for cells in not_run]
 
     def as_dicts(self) -> list[dict[str, Any]]:
         refused = [
-            {"name": name, "layout": short(layout), "verdict": CANNOT_RUN, "details": reason}
-            for (name, reason), layouts in self.refusals.items()
+            {
+                "name": known.name,
+                "layout": short(layout),
+                "format": known.format.name,
+                "verdict": CANNOT_RUN,
+                "details": reason,
+            }
+            for (known, reason), layouts in self.refusals.items()
             for layout in layouts
         ]
         return [finding.as_dict() for finding in self.findings] + refused
@@ -120,7 +129,7 @@ class Result:
         unsafe = sum(not combination.safe for combination in self.chosen)
         verdict = f"UNSAFE {where}: {unsafe} of the {chosen}." if unsafe else f"All {chosen} are safe {where}."
         if self.safe is None:
-            verdict = "No producer and consumer that vLLM would choose for NVFP4 can run here: nothing to judge."
+            verdict = "No producer and consumer that vLLM would choose can run here: nothing to judge."
         return f"{verdict} Not judged: {'; '.join(self.not_judged)}." if self.not_judged else verdict
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,7 +174,7 @@ def run(
             elif refusal is None and loss is not None:
                 reason = f"not tried: {device} is unusable since {loss.name}"
             if reason is not None:
-                side.refusals.setdefault((known.name, reason), []).append(layout)
+                side.refusals.setdefault((known, reason), []).append(layout)
             else:
                 one: Audited[Any] = Audited(known, layout, known.audit(layout, shapes, device))
                 side.audited.append(one)
@@ -314,15 +323,16 @@ def _tables(result: Result) -> list[_Table]:
         (_cells(names[found.launch.op], found), not found.differs) for found in result.compared
     ]
     compared += [((name, *"-----", CANNOT_RUN, why), True) for name, why in result.not_compared.items()]
-    for title, side in (("Producers", result.producers), ("Consumers", result.consumers)):
+    for title, side, found in (("Producers", result.producers, "wrote"), ("Consumers", result.consumers, "read")):
         rows = side.rows()
-        verdicts = {cells[3] for cells, _ in rows}
+        verdicts = {cells[4] for cells, _ in rows}
         legend = {verdict: meaning for verdict, meaning in LEGEND.items() if verdict in verdicts}
-        tables.append(_Table(title, ("name", "layout", "shapes", "verdict", "details"), rows, legend, (0, 1, 3)))
+        headings = ("name", "scales", found, "shapes", "verdict", "details")
+        tables.append(_Table(title, headings, rows, legend, (0, 1, 4)))
     if result.combinations:
         title = f"Combinations, {'in a pool' if result.with_pool else 'without a pool'}"
-        headings = ("producer", "consumer", "layout", "vLLM", "safe", "why not")
-        rows = [(found.cells(), found.safe) for found in result.combinations]
+        headings = ("producer", "consumer", "scales", "vLLM", "safe", "why not")
+        rows = [(pair.cells(), pair.safe) for pair in result.combinations]
         legend = {"vLLM": "whether vLLM would choose the pair here for some model"}
         tables.append(_Table(title, headings, rows, legend, (4, 0, 1)))
     if compared:
@@ -351,10 +361,10 @@ def _title(result: Result) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Which NVFP4 producers on this machine leave the padding of scale buffers dirty, which GEMMs read it and in which "
-        "layout they read scales. Exit code 0: all combinations that vLLM would choose here are safe; 1: one is unsafe, or "
-        "a kernel made the device unusable; 2: bad arguments; 3: nothing that vLLM would choose can run here, so that "
-        "nothing was judged."
+        "Which producers of NVFP4 and MX scales on this machine leave the padding of scale buffers dirty, which GEMMs read "
+        "it, and in which layout and format scales are written and read. Exit code 0: all combinations that vLLM would "
+        "choose here are safe; 1: one is unsafe, or a kernel made the device unusable; 2: bad arguments; 3: nothing that "
+        "vLLM would choose can run here, so that nothing was judged."
     )
     report.add_device(parser)
     about = "judge combinations in pool buffers, and run each of them there"

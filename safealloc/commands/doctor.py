@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from safealloc import ScalePool, _optional, _torch, capture, settings
-from safealloc.commands import doctor_vllm, machine, report
+from safealloc.commands import doctor_sglang, doctor_vllm, machine, report
 from safealloc.errors import SafeAllocError
 from safealloc.formats.layout import SfLayout, short
 from safealloc.ops.backends import GEMMS, QUANTIZERS, Call, Table
@@ -68,6 +68,7 @@ class Result:
     devices: Sequence[DeviceFinding]  # the CPU and every CUDA device
     inductor: str | None  # why Inductor cannot be told to leave pool buffers alone, or ``None``
     vllm: doctor_vllm.VllmFinding  # which hooks would be registered with it, and the state of the plugin
+    sglang: doctor_sglang.SGLangFinding  # the same of SGLang
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -81,6 +82,7 @@ class Result:
             "inductor": self.inductor,
             "private_torch": dict(_torch.REASONS),
             "vllm": asdict(self.vllm),
+            "sglang": asdict(self.sglang),
         }
 
 
@@ -98,7 +100,7 @@ def run(progress: report.Progress) -> Result:
         inductor = _inductor()
         progress("vLLM", 0.75)
         vllm = doctor_vllm.look(_optional.missing("vllm"))
-        return Result(versions, list(settings.given()), _bad_settings(), found, inductor, vllm)
+        return Result(versions, list(settings.given()), _bad_settings(), found, inductor, vllm, doctor_sglang.look())
 
 
 def show(result: Result, out: Console) -> None:
@@ -122,6 +124,7 @@ def show(result: Result, out: Console) -> None:
         )
         out.print(f"Graph lifetimes on {device.device}: {device.graph_lifetimes or 'tracked by the CUDA driver'}.\n")
     doctor_vllm.show(result.vllm, out)
+    doctor_sglang.show(result.sglang, out)
     out.print(f"Inductor: {result.inductor or 'leaves pool buffers alone'}.")
     for name, reason in _torch.REASONS.items():
         out.print(f"torch {torch.__version__} has no usable {name}: {reason}.")

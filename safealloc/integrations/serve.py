@@ -8,12 +8,17 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from safealloc import settings
 from safealloc.errors import PaddingCorruptionError, PoolClosedError, SafeAllocError
+from safealloc.formats.format import BLOCK_SIZE
+from safealloc.formats.layout import SfLayout
 from safealloc.integrations import startup
 from safealloc.integrations.startup import Engine
 from safealloc.pool.default import use_pool
 
+_LAYOUT_128X4 = SfLayout.layout_128x4
 ENGINE = "_safealloc_engine"
 """Attribute of a worker: its :class:`Engine`."""
 
@@ -111,3 +116,16 @@ def engine_of(worker: Any) -> Engine | None:
 def is_raised(error: Exception) -> bool:
     """Whether an error is raised instead of logged: dirty padding always is, since tokens may be wrong."""
     return settings.strict() or isinstance(error, PaddingCorruptionError)
+
+
+def zero_padding(scales: Tensor, m: int, n: int) -> None:
+    """Zero the tiles with padding rows or columns before a producer writes; int32 ``[rounded_m, rounded_n // 4]`` in 128x4.
+
+    A fill of a slice costs the host a fifth of what a Triton launch costs, and few producers have padding columns.
+    """
+    tile = _LAYOUT_128X4.tile
+    full_rows, full_tiles = m // tile.rows * tile.rows, n // BLOCK_SIZE // tile.cols
+    if full_rows < scales.shape[0]:
+        scales[full_rows:].zero_()
+    if full_tiles < scales.shape[1]:  # one int32 is a row of a tile
+        scales.view(-1, scales.shape[1], tile.rows)[:, full_tiles:].zero_()

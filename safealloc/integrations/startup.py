@@ -77,6 +77,7 @@ class Site(NamedTuple):
     k: int
     layout: SfLayout
     padded_k: int | None
+    format: ScaleFormat = ScaleFormat.nvfp4
 
 
 class GroupedSite(NamedTuple):
@@ -130,6 +131,10 @@ class Engine:
         """Note a call of an expert quantizer in the profile run."""
         self._grouped.add(site)
 
+    def expect(self, site: Site) -> None:
+        """Note a site of the layers, where no profile run shows it."""
+        self._copies[site] = max(1, self._copies[site])
+
     def reserve(self) -> None:
         """Make the pool, with buffers for what was observed; none where nothing was, or nothing is captured.
 
@@ -147,7 +152,7 @@ class Engine:
         for site, held in sites.items():
             for copies in set(self.steps.copies.values()):
                 rows = [size for size in self._rows(site) if self.steps.copies[size] == copies]
-                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k)
+                pool.reserve(rows, site.k, site.layout, held * copies, padded_k=site.padded_k, format=site.format)
         for launch in self.launches:
             if launch.op == TRTLLM:
                 held = max(1, self._copies[Site(launch.k, SfLayout.layout_128x4, None)])

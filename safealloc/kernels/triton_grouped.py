@@ -17,6 +17,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_encode import encode_blocks, load_blocks, silu_and_mul
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
+from safealloc.kernels.triton_nan import note_blocks
 from safealloc.kernels.triton_quantize import FEW_BLOCKS, launch_options, takes_words, tiling_for
 
 _ROWS_CLEANED_ALONE = 1  # by each program, where no other program quantizes
@@ -117,6 +118,7 @@ def _quantize_grouped(
     expert_offsets, blockscale_offsets,  # int32 [experts + 1]
     valid_rows,  # int32 [1] or None
     row_tokens,  # int32 [rows] or None
+    site,  # int64 of a record (triton_nan) or None
     rows, capacity, experts, cols, col_tiles, scale_rows,
     parts,  # of a row, each with a program
     parts_reciprocal,  # for _divide
@@ -169,6 +171,13 @@ def _quantize_grouped(
             bits = tl.where((first <= row) & (row < end), g.to(tl.int32, bitcast=True), 0)
             g = tl.sum(bits, 0).to(tl.float32, bitcast=True)
         BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+        if site is not None:
+            noted = tl.where(valid, place, 0) > 0
+            if SILU:
+                note_blocks(site, gate, gate, block + row.to(tl.int64) * cols, noted, False, BFLOAT16)
+                note_blocks(site, up, up, block + (row + 1).to(tl.int64) * cols, noted, False, BFLOAT16)
+            else:
+                note_blocks(site, head, tail, block, noted, WORDS, BFLOAT16)
         if SILU:
             head = silu_and_mul(gate, up, BFLOAT16, HARDWARE_E4M3, ARITHMETIC)
             tail = head
@@ -194,11 +203,14 @@ def quantize(
     row_tokens: Tensor | None = None,
     silu_and_mul: bool = False,
     arithmetic: str = "exact",
+    *,
+    nan: Tensor | None = None,
 ) -> None:
     """Quantize rows grouped by expert, and clear the scales that only the previous step wrote, in one launch.
 
     Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph. Nothing beyond ``scales`` is touched,
     whatever the offsets. Arguments as :func:`safealloc.kernels.reference_grouped.quantize`, contiguous.
+    ``nan`` is where to record what is not finite in ``x``, as :func:`safealloc.kernels.triton_nan.note` takes it.
     """
     rows, cols = x_fp4.shape[0], 2 * x_fp4.shape[1] // BLOCK_SIZE
     experts = global_scales.shape[0]
@@ -210,7 +222,7 @@ def quantize(
     options = launch_options(x.device, layout, tiling, silu_and_mul, arithmetic)
     with device_of(x):
         _quantize_grouped[grid](
-            x, global_scales, x_fp4, scales, record, expert_offsets, blockscale_offsets, valid_rows, row_tokens,
+            x, global_scales, x_fp4, scales, record, expert_offsets, blockscale_offsets, valid_rows, row_tokens, nan,
             rows, 0 if record is None else record.shape[0], experts, cols, scales.shape[1] // layout.tile.cols,
             scales.shape[0], parts, ((1 << 31) - 1) // parts,
             EXPERTS=triton.next_power_of_2(experts), TILE_COLS=layout.tile.cols, ROWS=rows_cleaned, **options,

@@ -19,6 +19,7 @@ from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_encode import encode_e4m3, pack_e2m1
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
+from safealloc.kernels.triton_nan import note_blocks
 from safealloc.kernels.triton_quantize import converts_e2m1
 
 _INF = tl.constexpr(0x7F800000)  # magnitudes above it are NaN
@@ -32,6 +33,7 @@ def _quantize(
     data,  # uint8, MXFP4: [rows, 16 * cols], else [rows, 32 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
+    site,  # int64 of a record (triton_nan) or None
     cols, col_tiles,
     LAYOUT: tl.constexpr, MXFP4: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -52,6 +54,8 @@ def _quantize(
     values = tl.load(x + (block * 32 + tl.arange(0, 32)[None, :]), mask=live[:, None], other=0)
     if DEPENDENT:
         gdc_launch_dependents()
+    if site is not None:
+        note_blocks(site, values, values, block, True, False, x.dtype.element_ty == tl.bfloat16, 32)
 
     bits = values.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF  # ordered as the numbers are
@@ -77,19 +81,27 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor, data: Tensor, scales: Tensor, layout: SfLayout, format: ScaleFormat, valid_rows: Tensor | None = None
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    layout: SfLayout,
+    format: ScaleFormat,
+    valid_rows: Tensor | None = None,
+    *,
+    nan: Tensor | None = None,
 ) -> None:
     """Quantize ``x`` into ``data`` and the valid scales of ``scales`` in one launch; padding is not touched.
 
     Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph. Arguments as
     :func:`safealloc.kernels.reference_mx.quantize`, contiguous; fewer than ``2**31`` rows, k at most ``2**24``.
+    ``nan`` is where to record what is not finite in ``x``, as :func:`safealloc.kernels.triton_nan.note` takes it.
     """
     rows, cols = x.shape[0], x.shape[1] // format.block_size
     blocks = 16 if rows * cols <= FEW_BLOCKS else 32
     options = _launch_options(x.device, layout, format, blocks)
     with device_of(x):
         _quantize[(rows, -(-cols // blocks))](
-            x, data, scales, valid_rows, cols, scales.shape[-1] // layout.tile.cols, **options
+            x, data, scales, valid_rows, nan, cols, scales.shape[-1] // layout.tile.cols, **options
         )
 
 

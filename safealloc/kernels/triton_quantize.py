@@ -20,6 +20,7 @@ from safealloc.formats.format import BLOCK_SIZE
 from safealloc.formats.layout import SfLayout
 from safealloc.kernels.triton_encode import encode_blocks, load_blocks, silu_and_mul
 from safealloc.kernels.triton_layout import dependent_launch, device_of, gdc_launch_dependents, gdc_wait, scale_offset
+from safealloc.kernels.triton_nan import note_blocks
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def quantize_blocks(
     TRIGGER: tl.constexpr,  # let the next kernel launch once the loads are under way: its programs then share the room fairly
     up,  # number of each block that silu of the first is multiplied with, or None
     ARITHMETIC: tl.constexpr,
+    site=None,  # int64, where to record what is not finite in x, or None
 ):  # fmt: skip
     """Data, uint8 [BLOCKS, 8], and scales, uint8 [BLOCKS], of blocks of x."""
     g = tl.load(global_scale)
@@ -41,6 +43,10 @@ def quantize_blocks(
     if TRIGGER:
         gdc_launch_dependents()
     BFLOAT16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    if site is not None:
+        note_blocks(site, first, second, block, True, WORDS, BFLOAT16)
+        if up is not None:
+            note_blocks(site, factor, factor, up, True, False, BFLOAT16)
     if up is not None:
         first = silu_and_mul(first, factor, BFLOAT16, HARDWARE_E4M3, ARITHMETIC)
         second = first
@@ -55,6 +61,7 @@ def _quantize(
     x_fp4,  # uint8 [rows, 8 * cols]
     scales,  # uint8 [padded_rows, padded_cols] in LAYOUT
     valid_rows,  # int32 [1] or None
+    site,  # int64 of a record (triton_nan) or None
     cols, col_tiles,
     LAYOUT: tl.constexpr, HARDWARE_E2M1: tl.constexpr, HARDWARE_E4M3: tl.constexpr, BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,  # whole blocks in a lane, as words of two columns
@@ -77,7 +84,7 @@ def _quantize(
         gate = block + row.to(tl.int64) * cols
         up = gate + cols
     packed, scale_code = quantize_blocks(
-        x, global_scale, gate, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT, up, ARITHMETIC
+        x, global_scale, gate, live, HARDWARE_E2M1, HARDWARE_E4M3, WORDS, DEPENDENT, up, ARITHMETIC, site
     )
     if valid_rows is not None:  # explicitly: a global scale of NaN, say, does not make zeros of zeros
         packed = tl.where(live[:, None], packed, 0)
@@ -95,11 +102,14 @@ def quantize(
     valid_rows: Tensor | None = None,
     silu_and_mul: bool = False,
     arithmetic: str = "exact",
+    *,
+    nan: Tensor | None = None,
 ) -> None:
     """Quantize ``x`` into ``x_fp4`` and the valid scales of ``scales`` in one launch; padding is not touched.
 
     Nothing is allocated and nothing synchronizes: it can be captured in a CUDA graph. Arguments as
     :func:`safealloc.kernels.reference.quantize`, contiguous; fewer than ``2**31`` rows, k at most ``2**24``.
+    ``nan`` is where to record what is not finite in ``x``, as :func:`safealloc.kernels.triton_nan.note` takes it.
     """
     rows, width = x.shape
     cols = width // (2 * BLOCK_SIZE) if silu_and_mul else width // BLOCK_SIZE
@@ -108,7 +118,7 @@ def quantize(
     options = launch_options(x.device, layout, tiling, silu_and_mul, arithmetic)
     with device_of(x):
         _quantize[(rows, -(-cols // tiling.blocks))](
-            x, global_scale, x_fp4, scales, valid_rows, cols, scales.shape[-1] // layout.tile.cols, **options
+            x, global_scale, x_fp4, scales, valid_rows, nan, cols, scales.shape[-1] // layout.tile.cols, **options
         )
 
 

@@ -123,18 +123,23 @@ TRTLLM_TILE_ROWS = 128
 """Rows of a weight that trtllm's kernels want shuffled together: one tile of their epilogue."""
 
 
-def shuffle_for_trtllm(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def shuffle_for_trtllm(
+    weight: Tensor, scales: Tensor, format: ScaleFormat = ScaleFormat.nvfp4
+) -> tuple[Tensor, Tensor]:
     """A weight as FlashInfer's trtllm GEMM takes it, which is how vLLM prepares it.
 
     Args:
-        weight: uint8 ``[n, k // 2]``, n a multiple of 128.
+        weight: uint8 ``[n, k // 2]``, n a multiple of 128; of MXFP8 float8_e4m3fn ``[n, k]``.
         scales: uint8 in layout_128x4 for ``[n, k]``.
+        format: NVFP4 or MXFP8.
 
     Returns:
         Both with their rows shuffled, shapes unchanged.
     """
     flashinfer = require("flashinfer")
-    n, k = weight.shape[0], 2 * weight.shape[1]
-    linear = SfLayout.layout_128x4.unswizzle(scales, n, k)
-    shuffled = flashinfer.shuffle_matrix_sf_a(linear, TRTLLM_TILE_ROWS).view(torch.uint8).reshape(scales.shape)
-    return flashinfer.shuffle_matrix_a(weight, TRTLLM_TILE_ROWS), shuffled
+    n, k = weight.shape[0], weight.shape[1] * format.values_per_byte
+    linear = SfLayout.layout_128x4.unswizzle(scales, n, k, format=format)
+    block = {} if format is ScaleFormat.nvfp4 else {"num_elts_per_sf": format.block_size}
+    shuffled = flashinfer.shuffle_matrix_sf_a(linear, TRTLLM_TILE_ROWS, **block).view(torch.uint8)
+    rows = flashinfer.shuffle_matrix_a(weight.view(torch.uint8), TRTLLM_TILE_ROWS)
+    return rows.view(weight.dtype), shuffled.reshape(scales.shape)

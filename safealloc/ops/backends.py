@@ -10,7 +10,7 @@ import os
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import reference, reference_grouped, reference_mx, vendors
+from safealloc.pool.nan import NanWatch
 
 
 class Call(NamedTuple):
@@ -56,6 +57,37 @@ class Backend:
         if call.format not in self.formats:
             return f"it does not read scales of blocks of {call.format.block_size} columns ({call.format.name})"
         return self.refusal(call)
+
+
+def run_watched(
+    row: Backend,
+    nan: NanWatch | None,
+    x: Tensor,
+    global_scale: Tensor | None,
+    valid_rows: Tensor | None,
+    arguments: tuple[Any, ...],
+    *,
+    batch: int | None = None,
+    by_expert: bool = False,
+) -> None:
+    """Run a quantizer, whose input ``x`` a pool may watch: ours tests it as it goes, beside another runs a kernel of its own.
+
+    Args:
+        row: the quantizer.
+        nan: of the pool, or ``None``.
+        x, global_scale: what it is handed.
+        valid_rows: int32, one element; rows at or beyond it do not count where a kernel of its own tests.
+        arguments: of the quantizer.
+        batch, by_expert: as in :meth:`NanWatch.site`.
+    """
+    site = None if nan is None else nan.site(x, global_scale, batch=batch, by_expert=by_expert)
+    if nan is None or site is None:
+        row.run(*arguments)
+    elif row.name == "triton":
+        row.run(*arguments, nan=site)
+    else:
+        nan.note(x, site, valid_rows)
+        row.run(*arguments)
 
 
 class Table(UserDict[str, Backend]):

@@ -11,7 +11,7 @@ from torch import Tensor
 from safealloc._checks import BYTES, check_contiguous, check_scalar, check_tensor
 from safealloc.formats.layout import SfLayout, checked_integer, checked_layout
 from safealloc.formats.spec import ScaleSpec
-from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for, checked_arithmetic
+from safealloc.ops.backends import CLEANERS, GROUPED_QUANTIZERS, call_for, checked_arithmetic, run_watched
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
 from safealloc.ops.quantize import check_matrix
@@ -176,7 +176,23 @@ def _quantize(
     assert spec is not None
     buffer, record = whole_buffer(spec, scales)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    row.run(x, global_scales, x_fp4, buffer, layout, record, *offsets, valid_rows, row_tokens, silu_and_mul, arithmetic)
+    arguments = (
+        x,
+        global_scales,
+        x_fp4,
+        buffer,
+        layout,
+        record,
+        *offsets,
+        valid_rows,
+        row_tokens,
+        silu_and_mul,
+        arithmetic,
+    )
+    live_rows = valid_rows
+    if pool.nan is not None and (valid_rows is None or row_tokens is not None):
+        live_rows = expert_offsets[experts:]  # where the last group ends
+    run_watched(row, pool.nan, x, global_scales, live_rows, arguments, by_expert=True)
     return x_fp4, scales
 
 

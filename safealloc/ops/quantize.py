@@ -8,7 +8,7 @@ from torch import Tensor
 from safealloc._checks import check_contiguous, check_scalar, check_tensor
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, checked_layout
-from safealloc.ops.backends import QUANTIZERS, Backend, call_for, checked_arithmetic
+from safealloc.ops.backends import QUANTIZERS, Backend, call_for, checked_arithmetic, run_watched
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
 from safealloc.pool.default import checked_pool, default_pool
@@ -126,7 +126,11 @@ def quantize_into(
         k //= 2
     scales = pool.acquire(rows, k, layout)
     x_fp4 = torch.empty((rows, k // 2), dtype=torch.uint8, device=x.device)
-    row.run(x, global_scale, x_fp4, scales, layout, valid_rows, silu_and_mul, arithmetic)
+    arguments = (x, global_scale, x_fp4, scales, layout, valid_rows, silu_and_mul, arithmetic)
+    if pool.nan is None:
+        row.run(*arguments)
+    else:
+        run_watched(row, pool.nan, x, global_scale, valid_rows, arguments)
     return x_fp4, scales
 
 

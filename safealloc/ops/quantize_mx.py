@@ -8,7 +8,7 @@ from torch import Tensor
 from safealloc._checks import check_scalar
 from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout, checked_layout
-from safealloc.ops.backends import MX_QUANTIZERS, call_for
+from safealloc.ops.backends import MX_QUANTIZERS, call_for, run_watched
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.ops.library import empty_scales, register
 from safealloc.ops.quantize import check_matrix
@@ -96,7 +96,7 @@ def _quantize(
     row = MX_QUANTIZERS.choose(backend, call_for(x.device, layout, valid_rows=valid_rows is not None, format=format))
     scales = pool.acquire(rows, k, layout, format=format)
     data = torch.empty(format.data_shape(rows, k), dtype=torch.uint8, device=x.device)
-    row.run(x, data, scales, layout, format, valid_rows)
+    run_watched(row, pool.nan, x, None, valid_rows, (x, data, scales, layout, format, valid_rows))
     return data.view(_data_dtype(format)), scales
 
 

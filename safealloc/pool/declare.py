@@ -54,7 +54,7 @@ def declare(
         LayoutMismatchError: the tensor is a pool's, which says otherwise.
         TypeError, ValueError: an argument is wrong, or the tensor has not the bytes of such scales.
     """
-    if _traced():
+    if traced():
         return tensor
     spec = ScaleSpec.checked(rows, k, layout, padded_k, format)
     check_tensor("tensor", tensor, _DTYPES[format], None)
@@ -126,7 +126,7 @@ def check(
 def known(tensor: Tensor) -> Note | None:
     """What is known of the memory of a tensor; ``None`` in traced code. Raises TypeError: not a tensor."""
     check_is_tensor(tensor)
-    return None if _traced() or not tensor.numel() else note_of(tensor)
+    return None if traced() or not tensor.numel() else note_of(tensor)
 
 
 def contradiction(note: Note, held: ScaleSpec | None, asked: ScaleSpec, with_layout: bool = True) -> str | None:
@@ -154,5 +154,6 @@ def contradiction(note: Note, held: ScaleSpec | None, asked: ScaleSpec, with_lay
     return None
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether this runs while code is traced, or with fake tensors."""
     return torch.compiler.is_compiling() or (_torch.dispatch_modes() > 0 and active_fake_mode() is not None)

@@ -54,10 +54,12 @@ class ScalePool(PoolState):
             never.
         verify_repair: zero and log dirty padding that such a check finds, instead of raising.
         poison: fill the valid bytes of new buffers with NaN of the format, so that a scale which a producer forgets shows.
+        nan: tell the first NaN that enters a quantizer which uses this pool, asynchronously: :meth:`safe_point` logs it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
-        SafeAllocError: ``verify_every`` on CUDA without Triton, or in a capture; another allocator than PyTorch's native one.
+        SafeAllocError: ``verify_every`` or ``nan`` on CUDA without Triton, or in a capture; another allocator
+            than PyTorch's native one.
     """
 
     # --- acquire: the hit path ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from safealloc.pool.driver import Capture
 from safealloc.pool.graphs import GraphUses
 from safealloc.pool.inventory import Inventory
 from safealloc.pool.memory import check_allocator
+from safealloc.pool.nan import NanWatch
 from safealloc.pool.process import Entrance, OfOneProcess
 from safealloc.pool.reports import GraphReport, PoolStats
 from safealloc.pool.watch import Watch
@@ -40,6 +41,7 @@ class PoolState(OfOneProcess):
         verify_every: int = 0,
         verify_repair: bool = False,
         poison: bool = False,
+        nan: bool = False,
     ) -> None:
         self.device = checked_device(device)
         self.max_bytes = None if max_bytes is None else checked_bytes(max_bytes, "max_bytes")
@@ -62,7 +64,11 @@ class PoolState(OfOneProcess):
         self._inventory = Inventory(
             self.device, *limits, self._number, poison=poison, red_zones=debug, ready=not watched
         )
-        self._watch = Watch(self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair)
+        self.nan = NanWatch(self.device) if nan else None
+        """What watches the inputs of quantizers, with ``nan=True``."""
+        self._watch = Watch(
+            self._inventory, debug=debug, verify_every=verify_every, verify_repair=verify_repair, nan=self.nan
+        )
         self._graphs = GraphUses(self._number)
         self._warned: set[ScaleSpec] = set()
         self._ticks = itertools.count(1)  # requests and looks, in an order that all threads agree on
@@ -110,15 +116,16 @@ class PoolState(OfOneProcess):
             return self._watch.verify(repair)
 
     def safe_point(self) -> None:
-        """Raise what the checks of ``verify_every`` have found since the last call, or repair it.
+        """Raise what the checks of ``verify_every`` have found since the last call, or repair it; log the first NaN.
 
-        Each acquire is one, and so are both ends of a :func:`safealloc.capture`. A program that only replays graphs calls it
-        once per step: it reads one word of the host's memory, and synchronizes only where something was found. In a capture,
-        and without ``verify_every``, it does nothing.
+        Both ends of a :func:`safealloc.capture` are one, and for padding each acquire. A program that only replays graphs
+        calls it once per step: it reads a word of the host's memory, and synchronizes only where something was found. In
+        a capture, and without ``verify_every`` and ``nan``, it does nothing.
 
         Raises:
             PaddingCorruptionError: padding is not zero, without ``verify_repair``; names the last caller that was handed
                 the buffer.
+            NanError: with ``nan``, a NaN entered a quantizer, and ``SAFEALLOC_STRICT=1``.
             PoolClosedError: the pool was closed.
         """
         if not self._watch.alarmed:

@@ -19,6 +19,7 @@ from safealloc.pool.buffer import Buffer
 from safealloc.pool.driver import Capture
 from safealloc.pool.guard import Guard
 from safealloc.pool.inventory import Inventory
+from safealloc.pool.nan import NanWatch
 from safealloc.pool.verify import find_corruptions, find_written_red_zones, repair_padding, repair_red_zones
 
 logger = logging.getLogger("safealloc.pool")
@@ -32,20 +33,28 @@ class Watch:
         debug: verify before each handout.
         verify_every: handouts or replays between two checks of a buffer by the guard; 0 is no guard.
         verify_repair: zero and log what the guard finds, instead of raising.
+        nan: what watches the inputs of quantizers.
     """
 
     def __init__(
-        self, inventory: Inventory, *, debug: bool = False, verify_every: int = 0, verify_repair: bool = False
+        self,
+        inventory: Inventory,
+        *,
+        debug: bool = False,
+        verify_every: int = 0,
+        verify_repair: bool = False,
+        nan: NanWatch | None = None,
     ) -> None:
         self._inventory = inventory
         self._debug = debug
         self._repair = verify_repair
         self._guard = Guard(inventory.device, verify_every) if verify_every else None
+        self._nan = nan
 
     @property
     def alarmed(self) -> bool:
-        """Whether the guard found something that was not reported yet."""
-        return self._guard is not None and self._guard.alarmed
+        """Whether the guard, or what watches for NaN, found something that was not reported yet."""
+        return (self._guard is not None and self._guard.alarmed) or (self._nan is not None and self._nan.alarmed)
 
     def before_handout(self, capture: Capture | None) -> None:
         """Raise or repair what is known to be dirty; with ``debug``, look at everything.
@@ -58,8 +67,8 @@ class Watch:
             if capture is not None:
                 raise SafeAllocError("debug=True verifies at each acquire, which a CUDA graph capture forbids")
             self.verify()
-        if capture is None and self.alarmed:
-            self.report_alarms()
+        if capture is None and self._guard is not None and self._guard.alarmed:
+            self._report_padding(self._guard)
 
     def handed_out(self, tensor: Tensor, capture: Capture | None) -> None:
         """A tensor is about to be returned to a caller of the pool, in a capture or not."""
@@ -83,14 +92,20 @@ class Watch:
         return count
 
     def report_alarms(self) -> None:
-        """Raise or repair what the guard has found since the last call.
+        """Raise or repair what the guard has found since the last call, and log the first NaN.
 
         Raises:
             PaddingCorruptionError: padding is not zero, without ``verify_repair``.
+            NanError: a NaN, with ``SAFEALLOC_STRICT=1``.
         """
-        assert self._guard is not None
+        if self._guard is not None and self._guard.alarmed:
+            self._report_padding(self._guard)
+        if self._nan is not None and self._nan.alarmed:
+            self._nan.report()
+
+    def _report_padding(self, guard: Guard) -> None:
         self._synchronize()
-        alarmed = [(buffer.spec, buffer.base) for buffer in self._guard.alarms()]
+        alarmed = [(buffer.spec, buffer.base) for buffer in guard.alarms()]
         if not self._raise_or_repair(alarmed, self._repair):
             logger.warning("a check found padding that was not zero, and that is zero now")
 

@@ -40,6 +40,7 @@ DEFAULTS = {
     "adversary": False,
     "corrupt": False,
     "guard": False,  # dirty what graphs hold, with SAFEALLOC_VERIFY_REPAIR=1 and then as if without it
+    "nan": False,  # plant NaN in steps of replays, with SAFEALLOC_NAN=1
     "sleep": [],
     "restart": False,  # shut the engine down and start another one in this process
     "layers": 4,
@@ -190,6 +191,63 @@ def dirty_padding(buffers: list) -> None:
     torch.cuda.synchronize()
 
 
+def plant_nan(engine: Engine, pool) -> dict:
+    """What is logged where a replay of the graph for 4 tokens, with 3 requests, meets NaN; the step, by our own count."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    plants, execute = vllm_gpu_ops.plants, Worker.execute_model
+    steps, planted, decoding = [0], [], [0]
+    todo: list = []
+
+    def execute_model(self, scheduler_output, *given, **named):
+        steps[0] += 1
+        decoding[0] = decoding[0] + 1 if scheduler_output.total_num_scheduled_tokens == 3 else 0
+        now = todo and decoding[0] == 4
+        if now:
+            planted.append(steps[0])
+            for which, layer, row in todo:
+                getattr(plants, which)[layer, row] = float("nan")
+        result = execute(self, scheduler_output, *given, **named)
+        if now:
+            plants.clear()
+            todo.clear()
+        return result
+
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Collect()
+    logging.getLogger("safealloc.pool").addHandler(handler)
+    pool.nan.begin_step()  # where its count stands
+    torch.cuda.synchronize()
+    steps[0] = int(pool.nan._record[0])
+    found = {}
+    Worker.execute_model = execute_model
+    try:
+        for name, places in {
+            "none": [],
+            "dead row": [("elements", 1, 3)],
+            "element": [("elements", 2, 1)],
+            "row": [("rows", 1, 2)],
+            "two layers": [("elements", 3, 0), ("elements", 0, 1)],
+        }.items():
+            todo[:] = places
+            lines.clear()
+            planted.clear()
+            pool.nan._named.clear()
+            engine.generate()
+            torch.cuda.synchronize()
+            pool.safe_point()
+            found[name] = {"step": planted[0] if planted else None, "logged": list(lines)}
+    finally:
+        Worker.execute_model = execute
+        logging.getLogger("safealloc.pool").removeHandler(handler)
+    return found
+
+
 def generated_code() -> dict[str, int]:
     """Inductor's use of the scale buffers: quantizations, those that write a pool buffer, and buffers that it reuses."""
     found = {"quantizations": 0, "into a pool buffer": 0, "reused": 0}
@@ -244,6 +302,8 @@ def run(request: dict) -> dict:
 
         allocator.scales = count(allocator.scales)
     before = dispatcher()
+    if request["nan"]:
+        vllm_gpu_ops.plants = vllm_gpu_ops.Plants(2 * request["intermediate"])
     engine = Engine(request)
     answers = engine.generate()
     flat = [token for batch in answers for tokens in batch for token in tokens]
@@ -274,6 +334,8 @@ def run(request: dict) -> dict:
     result["stats"] = {name: getattr(pool.stats(), name) for name in pool.stats().__slots__}
     result["verified"] = pool.verify()
     result["addresses"] = sorted(buffer.address for buffer in buffers_of(pool))
+    if request["nan"]:
+        result["nan"] = plant_nan(engine, pool)
     for level in request["sleep"]:
         saved = [weight.detach().cpu() for weight in engine.weights()]
         engine.llm.sleep(level=level)

@@ -10,7 +10,6 @@ from support.audit_faults import SHAPES
 from support.audits import sensitivity, sentence
 
 from safealloc import SfLayout
-from safealloc.audit import audit_consumer, audit_producer
 from safealloc.audit.findings import CANNOT_RUN, ISOLATES, LEAVES, NO_PADDING, READS
 from safealloc.audit.known import CONSUMERS, PRODUCERS
 from safealloc.cli import main
@@ -26,30 +25,37 @@ def test_all_planted_faults_are_named_and_no_correct_kernel_gives_an_alarm(capsy
 
 
 @pytest.mark.parametrize("layout", SfLayout)
-@pytest.mark.parametrize("name", ["safealloc triton", "safealloc reference"])
-def test_our_quantizers_leave_padding(name, layout):
-    known = next(known for known in PRODUCERS if known.name == name)
-    for found in audit_producer(known.fn, layout=layout, shapes=SHAPES, device="cuda"):
-        padding = layout.nbytes(found.rows, found.k) > found.rows * found.k // 16
+@pytest.mark.parametrize(
+    "known", [known for known in PRODUCERS if known.name.startswith("safealloc")], ids=lambda known: known.name
+)
+def test_our_quantizers_leave_padding(known, layout):
+    for found in known.audit(layout, SHAPES, torch.device("cuda", torch.cuda.current_device())):
+        padding = (
+            layout.nbytes(found.rows, found.k, format=known.format) > found.rows * found.k // known.format.block_size
+        )
+        assert (layout in found.writes, found.found_format) == (True, known.format)
         assert found.verdict == (LEAVES if padding else NO_PADDING), str(found)
         assert (found.scales_off, found.data_off, found.dirties) == (0, 0, set())
 
 
 @pytest.mark.parametrize("layout", SfLayout)
-@pytest.mark.parametrize("name", ["safealloc triton", "safealloc reference"])
-def test_our_gemms_read_padding_columns_and_no_padding_rows(name, layout):
-    known = next(known for known in CONSUMERS if known.name == name)
-    for found in audit_consumer(known.fn, layout=layout, shapes=SHAPES, device="cuda"):
-        columns = layout is not SfLayout.layout_linear and found.k % 64 != 0
+@pytest.mark.parametrize(
+    "known", [known for known in CONSUMERS if known.name.startswith("safealloc ")], ids=lambda known: known.name
+)
+def test_our_gemms_read_padding_columns_and_no_padding_rows(known, layout):
+    for found in known.audit(layout, SHAPES, torch.device("cuda", torch.cuda.current_device())):
+        columns = layout is not SfLayout.layout_linear and found.k % (4 * known.format.block_size) != 0
         assert found.verdict == (READS if columns else ISOLATES), str(found)
         assert found.reads_padding == ({"columns"} if columns else set())
-        assert layout in found.reads
+        assert (layout in found.reads, found.found_format) == (True, known.format)
 
 
-def test_mm_fp4_isolates_foreign_scales():
-    known = next(known for known in CONSUMERS if known.name.startswith("safealloc.mm_fp4"))
+@pytest.mark.parametrize(
+    "known", [known for known in CONSUMERS if known.name.startswith("safealloc.")], ids=lambda known: known.name
+)
+def test_our_calls_isolate_foreign_scales(known):
     for layout in (SfLayout.layout_128x4, SfLayout.layout_8x4):
-        for found in audit_consumer(known.fn, layout=layout, shapes=[(5, 512), (40, 480)], device="cuda"):
+        for found in known.audit(layout, [(5, 512), (40, 480)], torch.device("cuda", torch.cuda.current_device())):
             assert found.verdict == ISOLATES, str(found)
 
 

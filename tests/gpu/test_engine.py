@@ -29,11 +29,29 @@ NGRAM = {"mode": 0, "cudagraph_mode": "FULL", "engine": SHARED_GPU["engine"] | {
 
 VENDOR = {"vendor": True, "intermediate": 2816} | MIXED  # an intermediate size that vLLM does not pad
 OURS = {"SAFEALLOC_QUANTIZER": "safealloc"}
+CONTRACT = {"SAFEALLOC_CONTRACT": "warn"}
+NAN = {
+    "batches": [3],
+    "tokens": 12,
+    "nan": True,
+    "engine": SHARED_GPU["engine"] | {"enable_prefix_caching": False},
+}
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager, vLLM's own": (EAGER | MIXED, OFF),
     "eager, pool": (EAGER | MIXED | {"adversary": True}, {}),
     "eager, torch.empty": (EAGER | MIXED | {"adversary": True, "control": "empty"}, OFF),
+    **{
+        f"{name}, nan": (
+            mode | request | NAN,
+            {"SAFEALLOC_NAN": "1", "SAFEALLOC_STRICT": "0"} | environment,
+        )
+        for name, mode, request, environment in (
+            ("FULL", FULL, {}, {}),
+            ("PIECEWISE", PIECEWISE, {}, {}),
+            ("FULL, our quantizers", FULL, {"vendor": True, "intermediate": 2816}, OURS),
+        )
+    },
     "FULL, vLLM's own": (FULL | MIXED, OFF),
     "FULL, pool": (FULL | MIXED | {"adversary": True, "corrupt": True}, {}),
     "PIECEWISE, vLLM's own": (PIECEWISE | MIXED, OFF),
@@ -47,6 +65,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "PIECEWISE, vLLM's quantizers": (PIECEWISE | VENDOR, {}),
     "PIECEWISE, our quantizers": (PIECEWISE | VENDOR | {"adversary": True}, OURS),
     "FULL, other bits": (FULL | MIXED | {"intermediate": 2816}, OURS),
+    "FULL, contract": (FULL | MIXED, CONTRACT),
+    "PIECEWISE, contract": (PIECEWISE | MIXED, CONTRACT),
     "our kernel": (FULL | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
     "our kernel, eager": (EAGER | MIXED | {"linear": "safealloc"}, {"SAFEALLOC_LINEAR": "1"}),
 }
@@ -237,6 +257,16 @@ def test_no_warnings_or_errors_are_logged(results):
         assert [line for line in results[name]["logged"] if line.startswith(("WARNING", "ERROR"))] == []
 
 
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_the_contract_of_scale_layouts_is_checked_without_an_alarm_and_changes_no_token(results, mode):
+    run = results[f"{mode}, contract"]
+    on = "INFO safealloc: the contract of scale layouts is checked (warn)"
+    assert [line for line in run["logged"] if line.startswith(("WARNING", "ERROR"))] == []
+    assert run["logged"].count(on) == 1
+    assert "scale layout:" not in run["output"]
+    assert run["tokens"] == results[f"{mode}, vLLM's own"]["tokens"]
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_buffers_stay_in_place_while_the_engine_sleeps(results, level):
     run = results["both, sleep"]
@@ -302,3 +332,21 @@ def test_quantizers_with_other_bits_stay_and_are_named(results):
     (line,) = [line for line in run["logged"] if "sites per step" in line]
     assert "quantizers: ours in 0 of 16 sites" in line
     assert run["dispatcher as before"]
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL, our quantizers"])
+def test_the_first_nan_of_a_replayed_step_is_named(results, mode):
+    """Planted behind the gate-and-up projection of a layer: the input of the fused quantizer of its down projection.
+
+    The batch of three is padded to the graph of four.
+    """
+    run = results[f"{mode}, nan"]
+    assert run["nan"]["none"]["logged"] == []
+    assert run["nan"]["dead row"]["step"] is not None
+    assert run["nan"]["dead row"]["logged"] == []
+    for name, layer, row, column in (("element", 2, 1, 100), ("row", 1, 2, 0), ("two layers", 0, 1, 100)):
+        found = run["nan"][name]
+        assert found["logged"][0].startswith(
+            f"first NaN in model.layers.{layer}.mlp.down_proj, row {row} of 4, column {column}, step {found['step']}, "
+        ), found
+        assert " of its graph of batch 4; " in found["logged"][0]

@@ -13,6 +13,37 @@ from torch import Tensor
 _libraries: list[torch.library.Library] = []
 
 
+class Plants:
+    """NaN that a replay adds to what the gate-and-up projections return, the input of the fused quantizer that follows.
+
+    Args:
+        width: columns of that, by which the layers are told.
+    """
+
+    COLUMN, ROWS, LAYERS = 100, 32, 8
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        shape = (self.LAYERS, self.ROWS, 1)
+        self.elements, self.rows = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        self.layers: dict[int, int] = {}  # by the address of the weight, in the order of their calls
+
+    def add(self, out: Tensor, b: Tensor) -> None:
+        rows = out.shape[0]
+        if out.shape[1] != self.width or rows > self.ROWS:
+            return
+        layer = self.layers.setdefault(b.data_ptr(), len(self.layers))
+        out[:, self.COLUMN : self.COLUMN + 1] += self.elements[layer, :rows]
+        out += self.rows[layer, :rows]
+
+    def clear(self) -> None:
+        self.elements.zero_()
+        self.rows.zero_()
+
+
+plants: Plants | None = None
+
+
 def install(*, simple: bool = False, vendor: bool = False) -> None:
     """Replace the CUDA kernels of vLLM's ops.
 
@@ -46,6 +77,8 @@ def install(*, simple: bool = False, vendor: bool = False) -> None:
         out: Tensor, a: Tensor, b: Tensor, block_scale_a: Tensor, block_scale_b: Tensor, alpha: Tensor
     ) -> None:
         multiply(out, a, b, block_scale_a, block_scale_b, alpha)
+        if plants is not None:
+            plants.add(out, b)
 
     for name, kernel in (
         ("scaled_fp4_quant.out", scaled_fp4_quant),

@@ -230,6 +230,6 @@ def test_spans_shows_four_at_most():
 def test_table_rows_keep_the_longest_details():
     found = audit_producer(reference.quantize, shapes=[(40, 512), (5, 480)], device="cpu")
     ((cells, fine),) = table_rows(found)
-    assert cells[2:4] == ("40x512, 5x480", LEAVES)
-    assert cells[4].startswith("5x480: padding rows 5-127 left; padding columns")
+    assert cells[1:5] == ("128x4 nvfp4", "128x4 nvfp4", "40x512, 5x480", LEAVES)
+    assert cells[5].startswith("5x480: padding rows 5-127 left; padding columns")
     assert not fine

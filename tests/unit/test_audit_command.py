@@ -94,7 +94,13 @@ def test_json_and_markdown_files_hold_the_result(unsafe_pair, tmp_path, capsys):
     assert found["consumers"][0]["changes"][0]["rows"] == [0, 1, 2, 3, 4]
     assert found["combinations"][0]["safe"] is False
     lines = files[1].read_text().splitlines()
-    assert sum(line.startswith(f"| {VALID_ONLY} | 128x4 | 5x480, 40x512 | leaves padding |") for line in lines) == 1
+    assert (
+        sum(
+            line.startswith(f"| {VALID_ONLY} | 128x4 nvfp4 | 128x4 nvfp4 | 5x480, 40x512 | leaves padding |")
+            for line in lines
+        )
+        == 1
+    )
     assert all(line.count("|") == lines[lines.index("### Producers") + 2].count("|") for line in lines[4:6])
 
 
@@ -127,9 +133,14 @@ def test_no_name_is_cut_or_wrapped_at_80_columns(known):
     of_one_layout = [known for known in (*PRODUCERS, *CONSUMERS) if known.name.startswith("safealloc reference")]
     known(*of_one_layout, *VENDORS)
     result = command.run(CPU, lambda what, done: None, with_pool=False, quick=True)
+    made_and_read = [
+        (producer.name, consumer.name)
+        for producer in PRODUCERS
+        for consumer in CONSUMERS
+        if producer.format is consumer.format
+    ]
     longest = Combination(
-        producer=max((known.name for known in PRODUCERS), key=len),
-        consumer=max((known.name for known in CONSUMERS), key=len),
+        *max(made_and_read, key=lambda names: sum(map(len, names))),
         layout=SfLayout.layout_128x4,
         vllm=True,
         why="a long explanation of what is wrong with this pair " * 3,

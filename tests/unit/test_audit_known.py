@@ -10,8 +10,7 @@ from support.audit_faults import (
     quantize_and_write,
 )
 
-from safealloc import SfLayout, _optional
-from safealloc.audit import audit_consumer, audit_producer
+from safealloc import ScaleFormat, SfLayout, _optional
 from safealloc.audit import known as known_module
 from safealloc.audit.consumers import product
 from safealloc.audit.findings import (
@@ -21,7 +20,7 @@ from safealloc.audit.findings import (
     ZEROES,
 )
 from safealloc.audit.known import CONSUMERS, PRODUCERS
-from safealloc.kernels import reference
+from safealloc.kernels import reference, reference_mx
 
 CPU = torch.device("cpu")
 
@@ -38,8 +37,13 @@ class TestKnown:
             "flashinfer add_rmsnorm_fp4quant",
             "vllm scaled_fp4_quant",
             "vllm silu_and_mul_nvfp4_quant",
+            "flashinfer mxfp8_quantize cuda",
+            "flashinfer mxfp4_quantize cute-dsl",
         }
-        assert {known.name for known in CONSUMERS if SfLayout.layout_8x4 in known.vllm} == {"flashinfer mm_fp4 trtllm"}
+        assert {known.name for known in CONSUMERS if SfLayout.layout_8x4 in known.vllm} == {
+            "flashinfer mm_fp4 trtllm",
+            "flashinfer mm_mxfp8 trtllm",
+        }
 
     def test_a_cpu_is_refused_by_vendors_with_a_reason(self):
         for known in (*PRODUCERS, *CONSUMERS):
@@ -73,10 +77,13 @@ class TestVendors:
             nvfp4_quantize=self.nvfp4_quantize,
             rmsnorm_fp4quant=self.rmsnorm_fp4quant,
             add_rmsnorm_fp4quant=self.add_rmsnorm_fp4quant,
+            mxfp8_quantize=self.mxfp8_quantize,
+            mxfp4_quantize=self.mxfp4_quantize,
             mm_fp4=self.mm_fp4,
+            mm_mxfp8=self.mm_mxfp8,
             shuffle_matrix_a=lambda weight, tile: self.called.append(f"a{tile}") or weight,
-            shuffle_matrix_sf_a=lambda scales, tile: (
-                self.called.append(f"sf_a{tile}") or SfLayout.layout_128x4.swizzle(scales)
+            shuffle_matrix_sf_a=lambda scales, tile, num_elts_per_sf=16: (
+                self.called.append(f"sf_a{tile} of {num_elts_per_sf}") or SfLayout.layout_128x4.swizzle(scales)
             ),
         )
         operators = SimpleNamespace(
@@ -125,7 +132,22 @@ class TestVendors:
             SfLayout.layout_128x4,
         )
 
+    def mxfp8_quantize(self, x, *, sf_swizzle_layout, backend):
+        return self.mx_quantize(x, sf_swizzle_layout, backend, ScaleFormat.mxfp8)
+
+    def mxfp4_quantize(self, x, *, sfLayout, backend):
+        return self.mx_quantize(x, sfLayout, backend, ScaleFormat.mxfp4)
+
+    def mx_quantize(self, x, layout, backend, format):
+        self.called.append(backend)
+        data = torch.empty(format.data_shape(*x.shape), dtype=torch.uint8)
+        scales = torch.zeros(layout.nbytes(*x.shape, format=format), dtype=torch.uint8)
+        reference_mx.quantize(x, data, scales.view(layout.padded_shape(*x.shape, format=format)), layout, format)
+        return data.view(torch.float8_e4m3fn) if format is ScaleFormat.mxfp8 else data, scales
+
     def mm_fp4(self, a, b, a_descale, b_descale, alpha, out_dtype, out, *, use_8x4_sf_layout, backend, **rest):
+        mx = rest.pop("block_size", 16) == 32
+        assert rest.pop("use_nvfp4", True) is not mx
         assert (out_dtype, out.dtype, rest) == (
             torch.bfloat16,
             torch.bfloat16,
@@ -133,7 +155,15 @@ class TestVendors:
         )
         self.called.append(backend)
         layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-        return out.copy_(product(a, b, a_descale, b_descale, alpha, layout))
+        format = ScaleFormat.mxfp4 if mx else ScaleFormat.nvfp4
+        return out.copy_(product(a, b, a_descale, b_descale, alpha, layout, format))
+
+    def mm_mxfp8(self, a, b, a_descale, b_descale, out, out_dtype, *, use_8x4_sf_layout, backend, skip_check):
+        assert (out_dtype, out.dtype, a.dtype, b.dtype) == (*[torch.bfloat16] * 2, *[torch.float8_e4m3fn] * 2)
+        assert (a_descale.ndim, b_descale.ndim, skip_check) == (1, 1, False)
+        self.called.append(backend)
+        layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
+        return out.copy_(product(a, b, a_descale, b_descale, None, layout, ScaleFormat.mxfp8))
 
     def cutlass_scaled_fp4_mm(self, out, a, b, a_descale, b_descale, alpha):
         assert (a_descale.dtype, b_descale.dtype) == (torch.float8_e4m3fn, torch.float8_e4m3fn)
@@ -148,16 +178,20 @@ class TestVendors:
             ("flashinfer add_rmsnorm_fp4quant", LEAVES),
             ("vllm scaled_fp4_quant", ZEROES),
             ("vllm silu_and_mul_nvfp4_quant", LEAVES),
+            ("flashinfer mxfp8_quantize cuda", ZEROES),
+            ("flashinfer mxfp4_quantize cuda", ZEROES),
+            ("flashinfer mxfp4_quantize cute-dsl", ZEROES),
         ],
     )
     def test_producers_are_called_with_their_arguments(self, name, verdict):
         known = next(known for known in PRODUCERS if known.name == name)
         for layout in known.layouts:
-            (found,) = audit_producer(known.fn, layout=layout, shapes=[(5, 480)], device="cpu", of=known.of)
+            (found,) = known.audit(layout, [(5, 480)], CPU)
+            assert (found.writes, found.found_format) == ((layout,), known.format)
             assert found.verdict == (NO_PADDING if layout is SfLayout.layout_linear else verdict), str(found)
             if "norm" not in name:  # which rounds to bfloat16 once, or not
                 assert (found.scales_off, found.data_off) == (0, 0)
-        if "nvfp4_quantize" in name:
+        if "fp4_quantize" in name or "mxfp8" in name:
             assert set(self.called) == {name.split()[-1]}
 
     @pytest.mark.parametrize(
@@ -165,8 +199,9 @@ class TestVendors:
     )
     def test_consumers_are_called_with_their_arguments(self, known):
         for layout in known.layouts:
-            (found,) = audit_consumer(known.fn, layout=layout, shapes=[(5, 480)], device="cpu")
-            assert (found.verdict, found.reads) == (READS, (layout,)), str(found)
+            (found,) = known.audit(layout, [(5, 480)], CPU)
+            assert (found.verdict, found.reads, found.found_format) == (READS, (layout,), known.format), str(found)
         if known.name.startswith("flashinfer"):
             assert known.name.split()[-1] in self.called
-        assert ({"a128", "sf_a128"} <= set(self.called)) == (known.name == "flashinfer mm_fp4 trtllm")
+        shuffled = {"a128", f"sf_a128 of {known.format.block_size}"} <= set(self.called)
+        assert shuffled == known.name.endswith("trtllm")

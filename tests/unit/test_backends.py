@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from safealloc import SfLayout, _optional
+from safealloc import ScaleFormat, SfLayout, _optional
 from safealloc.audit.known import CONSUMERS, PRODUCERS
 from safealloc.commands import doctor, report
 from safealloc.commands.repro import command as repro
@@ -30,7 +30,7 @@ RUNS_ON = {
 }
 ROW_ALPHA = {name: ["10.0", "10.3"] for name in ("flashinfer", "cute-dsl", "cake")}
 ONE_ALPHA = {name: runs_on for name, runs_on in RUNS_ON.items() if name != "cake"} | {"flashinfer": BLACKWELL}
-NORMS = ("rmsnorm_fp4quant", "add_rmsnorm_fp4quant")
+FLASHINFER = ("rmsnorm_fp4quant", "add_rmsnorm_fp4quant", "mxfp8_quantize", "mxfp4_quantize")
 OPS = ("scaled_fp4_quant", "silu_and_mul_nvfp4_quant", "cutlass_scaled_fp4_mm")
 
 On = Callable[[str], torch.device]
@@ -199,15 +199,17 @@ def test_repro_refuses_a_backend_that_cannot_run(on: On, capability: str) -> Non
 @capabilities
 def test_audit_reports_the_same_refusals(on: On, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     device = on(capability)
-    monkeypatch.setattr(_optional, "load", lambda name: SimpleNamespace(**dict.fromkeys(NORMS)))
+    monkeypatch.setattr(_optional, "load", lambda name: SimpleNamespace(**dict.fromkeys(FLASHINFER)))
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(**dict.fromkeys(OPS)), raising=False)
     for known in (*PRODUCERS, *CONSUMERS):
-        name = known.name.removeprefix("flashinfer mm_fp4 ").replace("auto", "flashinfer")
+        name = known.name.split()[-1].replace("auto", "flashinfer") if known in CONSUMERS else known.name
         for layout in known.layouts:
             reason = known.refusal(device, layout)
             if known.name.startswith("safealloc"):
                 assert reason is None
             elif name == "cake":
                 assert reason == "it takes one alpha per row, not one"
+            elif known.format is ScaleFormat.mxfp8 and name == "cute-dsl":
+                assert reason == refused(["10.0", "10.3", "10.7"], capability)
             else:
                 assert reason == refused(ONE_ALPHA.get(name, BLACKWELL), capability), known.name

@@ -117,6 +117,10 @@ GUARD = {
     "steps": [
         {"model": "Llama 3.1 8B", "tensor_parallel": 8, "batch": 16, "buffers": 3, "bytes": 4096, "off": {"us": 200.0}}
         | {"counts": {"over_off": {"us": 0.75}}, "checks": {"over_off": {"us": -1.5}}}
+        | {
+            "nan": {"rounds": 5, "off": {"us": 201.0}}
+            | {"a node beside each quantizer": {"over_off": {"us": 12.0}, "ratio_to_off": 1.06}}
+        }
     ],
     "nodes": [
         {"model": "Llama 3.1 8B", "tensor_parallel": 8, "sizes": 51, "buffers": 153, "bytes": 2048}

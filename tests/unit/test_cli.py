@@ -20,7 +20,7 @@ from support.model_configs import LLAMA_70B
 import safealloc
 from safealloc import settings
 from safealloc.cli import main
-from safealloc.commands import doctor, doctor_vllm, report
+from safealloc.commands import doctor, doctor_sglang, doctor_vllm, report
 from safealloc.ops.backends import GEMMS, QUANTIZERS
 
 
@@ -200,7 +200,9 @@ def test_names_of_backends_are_whole_at_80_columns():
     padding = doctor_vllm.PaddingFinding(None, None)
     vllm = doctor_vllm.VllmFinding(None, "vllm is not installed", None, [], padding, [], plugin, [])
     out = narrow()
-    doctor.show(doctor.Result([], list(settings.given()), {}, [device], None, vllm), out)
+    doctor.show(
+        doctor.Result([], list(settings.given()), {}, [device], None, vllm, doctor_sglang.SGLangFinding(None)), out
+    )
     lines = printed_on(out)
     assert max(map(len, lines)) <= 80
     assert [line.split()[:2] for line in lines if line.split()[:1] in (["quantizer"], ["GEMM"])] == [

@@ -44,6 +44,7 @@ def test_the_readme_is_one_screen_and_links_every_page():
         "concepts",
         "formats",
         "vllm",
+        "sglang",
         "moe",
         "audit",
         "watch",

@@ -21,6 +21,7 @@ PRINTED = {
         "NaN in 994 padding bytes changed 0 results",
         "refused: a_descale was written in layout_128x4",
     ],
+    "first_nan": ["first NaN in model.layers.2.mlp.down_proj, row 3 of 8, column 17, step 7, "],
     "plan_and_doctor": [
         "LlamaForCausalLM: 10 buffers",
         "down_proj: k=8192, n=2048",

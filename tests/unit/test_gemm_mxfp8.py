@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -402,6 +403,17 @@ def test_flashinfer_gets_its_arguments(
     assert {name: call[name] for name in expected} == expected
     mm_mxfp8(*given.values(), None, torch.bfloat16, False, backend)  # FlashInfer's order
     assert flashinfer.calls[1]["skip_check"] is False
+
+
+def test_the_signature_is_that_of_the_installed_flashinfer() -> None:
+    flashinfer = _optional.load("flashinfer")
+    if isinstance(flashinfer, str):
+        pytest.skip(f"compares with flashinfer.mm_mxfp8: {flashinfer}")
+    theirs, ours = (inspect.signature(function).parameters for function in (flashinfer.mm_mxfp8, mm_mxfp8))
+    assert list(theirs) == [name for name in ours if name != "skip_check"]  # which its decorator adds
+    assert {name: one.default for name, one in theirs.items()} == {
+        name: False if name == "use_8x4_sf_layout" else ours[name].default for name in theirs
+    }
 
 
 def test_compiled_code_treats_scales_as_eager_code_does(

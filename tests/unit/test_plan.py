@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.model_configs import DEEPSEEK_R1, LLAMA_70B, MIXTRAL_8X7B, NVFP4, QWEN3_235B
-from support.published_configs import GLM_4_6
+from support.published_configs import GLM_4_6, GPT_OSS_120B, MXFP4
 
-from safealloc import ScalePool
+from safealloc import ScaleFormat, ScalePool, ScaleSpec
 from safealloc.cli import main
 from safealloc.commands.plan import command as plan
 from safealloc.commands.plan.architectures import ExpertSite, sites
@@ -386,6 +386,42 @@ def test_layers_of_other_schemes_are_named_with_them(tmp_path, capsys):
     assert "mlp.experts 4096 3072 94 W4A16_NVFP4" in lines
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [site["scheme"] for site in written["others"]] == ["unquantized", "unquantized", "W4A16_NVFP4"]
+
+
+@pytest.mark.parametrize("scheme", ["MXFP8", "MXFP4"])
+def test_linear_layers_of_mx_are_listed_with_the_sizes_of_their_scales(tmp_path, capsys, scheme):
+    weights = {"num_bits": int(scheme[-1]), "type": "float", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"scale_dtype": "torch.uint8"}}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"quantization_config": quantization}))
+    file = tmp_path / "plan.json"
+    assert main(["plan", str(tmp_path), "--sizes", "1,130", "-tp", "2", "--json", str(file)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"LlamaForCausalLM, TP 2, {scheme}: linear layers and experts" in lines
+    assert f"mlp.down_proj 80 {scheme.lower()} 14336 130 256 x 448 112.0 KiB" in lines
+    assert any("a pool holds none of them" in line for line in lines)
+    written = json.loads(file.read_text())
+    assert (written["quantization"], written["bytes"], written["buffers"]) == (scheme, 0, [])
+    assert {(site["k"], site["format"], site["bytes"]) for site in written["mx"]} == {
+        (8192, scheme.lower(), 256 * 8192 // 32),
+        (4096, scheme.lower(), 256 * 4096 // 32),
+        (14336, scheme.lower(), 256 * 14336 // 32),
+    }
+
+
+def test_experts_of_gpt_oss_are_listed_with_the_buffers_of_cutlass(tmp_path):
+    result = planned(tmp_path, GPT_OSS_120B | MXFP4, sizes=(1, 8))
+    assert result.quantization == "MXFP4"
+    (first, second) = result.mx
+    assert [name.rpartition(".")[2] for name, _, _ in result.mx] == ["w13", "w2"]
+    assert first[2] == ScaleSpec.grouped(8 * 4, 2880, SfLayout.layout_128x4, 128, ScaleFormat.mxfp4)
+    assert first[2].padded_shape[1] == 92
+    assert (second[1], second[2].format) == (36, ScaleFormat.mxfp4)
+    with ScalePool("cpu") as pool:
+        pool.reserve(first[2].rows, first[2].k, experts=first[2].experts, format=ScaleFormat.mxfp4)
+        assert pool.stats().bytes == first[2].nbytes
+    assert any("CUTLASS_MXFP4_MXFP4" in remark for remark in result.remarks)
+    assert result.experts is None
 
 
 @pytest.mark.parametrize(

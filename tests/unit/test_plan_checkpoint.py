@@ -13,6 +13,8 @@ from safealloc.commands.plan.architectures import ExpertSite, Site
 QKV, O_PROJ, DOWN = Site("self_attn.qkv_proj", 64, 64), Site("self_attn.o_proj", 64, 64), Site("mlp.down_proj", 64, 64)
 EXPERTS = ExpertSite("mlp.experts", 64, 64, 8, 2, ("gate_proj", "up_proj", "down_proj"))
 NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+MXFP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+MXFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 FP8_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
 
 
@@ -75,7 +77,12 @@ def test_a_file_beside_config_json_is_read_where_that_says_nothing():
         (groups(group(NVFP4_WEIGHTS, "Linear")), "NVFP4"),
         (groups(group(NVFP4_WEIGHTS, "Linear", inputs=False)), "W4A16_NVFP4"),
         (groups(group(FP8_BLOCKS, "Linear")), "FP8"),
-        (groups(group({"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, "Linear")), "MXFP4"),
+        (groups(group(MXFP4_WEIGHTS, "Linear")), "MXFP4"),
+        (groups(group(MXFP8_WEIGHTS, "Linear")), "MXFP8"),
+        (groups(group(MXFP8_WEIGHTS | {"scale_dtype": None}, "Linear")), "FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "MXFP8"),
+        ({"quant_method": "mxfp8"}, "MXFP8"),
+        (groups({"targets": ["Linear"], "weights": MXFP4_WEIGHTS, "input_activations": MXFP8_WEIGHTS}), "W4A8_MXFP4"),
         (groups(group({"num_bits": 4, "type": "int", "group_size": 128}, "Linear", inputs=False)), "INT4"),
     ],
 )
@@ -83,8 +90,13 @@ def test_a_scheme_of_all_layers(quantization, expected):
     assert schemes(quantization) == [expected] * 4
 
 
-def test_mxfp4_of_gpt_oss_leaves_attention_alone():
-    assert schemes(MXFP4["quantization_config"]) == ["unquantized", "unquantized", "MXFP4", "MXFP4"]
+def test_mxfp4_of_gpt_oss_is_of_experts_alone():
+    assert schemes(MXFP4["quantization_config"]) == ["unquantized", "unquantized", "unquantized", "MXFP4"]
+
+
+def test_mxfp8_of_minimax_names_the_layers_that_it_ignores():
+    found = schemes({"quant_method": "mxfp8", "ignored_layers": ["model.layers.0.self_attn.o_proj"]})
+    assert found == ["MXFP8", "unquantized", "MXFP8", "MXFP8"]
 
 
 def test_compressed_tensors_groups_have_targets_by_name_pattern_or_class():

@@ -11,7 +11,7 @@ import safealloc
 from safealloc import ScalePool, default_pool, settings
 from safealloc.pool import default
 
-WATCH = ("SAFEALLOC_VERIFY", "SAFEALLOC_VERIFY_REPAIR", "SAFEALLOC_POISON")
+WATCH = ("SAFEALLOC_VERIFY", "SAFEALLOC_VERIFY_REPAIR", "SAFEALLOC_POISON", "SAFEALLOC_NAN")
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_variables_that_are_empty_or_not_set_are_off(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, "")
     assert settings.watch() == settings.WatchSettings(0, False, False)
     assert not settings.watching()
-    for name, text in zip(WATCH, ("100", "1", "1"), strict=True):
+    for name, text in zip(WATCH, ("100", "1", "1", "1"), strict=True):
         monkeypatch.setenv(name, text)
-    assert settings.watch() == settings.WatchSettings(100, True, True)
+    assert settings.watch() == settings.WatchSettings(100, True, True, True)
     assert settings.watching()
 
 
@@ -84,6 +84,16 @@ def test_the_quantizer_is_vllms_unless_ours_is_asked_for(monkeypatch: pytest.Mon
     monkeypatch.setenv("SAFEALLOC_QUANTIZER", "1")
     with pytest.raises(ValueError, match="SAFEALLOC_QUANTIZER must be vllm or safealloc, got '1'"):
         settings.quantizer()
+
+
+def test_the_contract_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.contract() == "off"
+    for text, mode in {"": "off", "off": "off", "warn": "warn", "error": "error"}.items():
+        monkeypatch.setenv("SAFEALLOC_CONTRACT", text)
+        assert settings.contract() == mode
+    monkeypatch.setenv("SAFEALLOC_CONTRACT", "1")
+    with pytest.raises(ValueError, match="SAFEALLOC_CONTRACT must be off, warn or error, got '1'"):
+        settings.contract()
 
 
 def test_given_lists_every_variable_with_its_value(monkeypatch: pytest.MonkeyPatch) -> None:

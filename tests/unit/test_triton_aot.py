@@ -24,6 +24,7 @@ from safealloc.kernels import (  # noqa: E402
     triton_grouped,
     triton_guard,
     triton_mx,
+    triton_nan,
     triton_padding,
     triton_quantize,
 )
@@ -87,6 +88,7 @@ def quantize(
     tiling: triton_quantize.Tiling,
     arithmetic: str = "exact",
     silu: bool = False,
+    nan: bool = False,
 ) -> str:
     types = {
         "x": f"*{dtype}",
@@ -106,10 +108,11 @@ def quantize(
         "ARITHMETIC": arithmetic,
         "DEPENDENT": architecture >= 90,
     }
-    if valid_rows:
-        types["valid_rows"] = "*i32"
-    else:
-        constants["valid_rows"] = None
+    for name, kind, given in (("valid_rows", "*i32", valid_rows), ("site", "*i64", nan)):
+        if given:
+            types[name] = kind
+        else:
+            constants[name] = None
     options = {"launch_pdl": True} if architecture >= 90 else {}
     return compiled(triton_quantize._quantize, architecture, types, constants, num_warps=4, **options)
 
@@ -209,12 +212,16 @@ def test_quantize_in_every_tiling(architecture: int, layout: SfLayout, tiling: t
 def test_mx_quantize(architecture: int, mxfp4: bool, valid_rows: bool) -> None:
     types = {"data": "*u8", "scales": "*u8", "cols": "i32", "col_tiles": "i32"}
     types |= {"valid_rows": "*i32"} if valid_rows else {}
-    constants: dict[str, Any] = {
-        "MXFP4": mxfp4,
-        "HARDWARE_E2M1": architecture >= 100,
-        "HARDWARE_E4M3": True,
-        "DEPENDENT": architecture >= 90,
-    } | ({} if valid_rows else {"valid_rows": None})
+    constants: dict[str, Any] = (
+        {
+            "MXFP4": mxfp4,
+            "HARDWARE_E2M1": architecture >= 100,
+            "HARDWARE_E4M3": True,
+            "DEPENDENT": architecture >= 90,
+        }
+        | ({} if valid_rows else {"valid_rows": None})
+        | {"site": None}
+    )
     options = {"launch_pdl": True} if architecture >= 90 else {}
     for layout, dtype, blocks in itertools.product(SfLayout, ("bf16", "fp16"), (16, 32)):
         sizes = {"LAYOUT": int(layout), "BLOCKS": blocks}
@@ -367,13 +374,33 @@ def test_grouped(architecture: int, silu: bool, blocks: int, arithmetic: str) ->
         "SILU": silu,
         "ARITHMETIC": arithmetic,
     }
-    constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90}
+    constants |= {"ROWS": triton_grouped._rows_cleaned(blocks, silu), "DEPENDENT": architecture >= 90, "site": None}
     options = {"launch_pdl": True} if architecture >= 90 else {}
     ptx = compiled(triton_grouped._quantize_grouped, architecture, types, constants, num_warps=4, **options)
     check_waits(ptx, architecture)
     assert "bar.sync" in ptx, "no barrier between reading the record and writing it"
     if arithmetic == "exact":
         assert not re.search(r"\.approx|\.ftz", ptx) or FLUSHING_DIVISION, "the reference rounds each operation"
+
+
+@hopper_and_slow_others
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_tells_nan(architecture: int, dtype: str) -> None:
+    """Alone, in 16 bytes a lane; and in the quantizer, which without it has nothing of it."""
+    types = {"x": f"*{dtype}", "site": "*i64", "cols": "i32"}
+    constants = {"valid_rows": None, "BLOCKS": triton_nan._BLOCKS, "DEPENDENT": architecture >= 90}
+    ptx = compiled(triton_nan._note, architecture, types, constants, num_warps=4)
+    check_waits(ptx, architecture)
+    assert re.search(r"ld\.global\.v4\.b32", ptx), "x is not read 16 bytes at a time"
+    first, after = ptx.partition("atom.global")[::2]
+    assert "bra" in first
+    assert "min.s64" in first[-9:] + after
+    layout = SfLayout.layout_128x4
+    for tiling in TILINGS:
+        without, with_it = (quantize(architecture, dtype, layout, False, tiling, nan=nan) for nan in (False, True))
+        assert "atom" not in without
+        assert "atom" in with_it
+        check_waits(with_it, architecture)
 
 
 @hopper_and_slow_others

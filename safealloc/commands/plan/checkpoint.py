@@ -9,8 +9,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from safealloc.commands.plan.architectures import ExpertSite, Site
+from safealloc.formats.format import ScaleFormat
 
-NVFP4 = "NVFP4"  # W4A4: the only scheme whose activations have scales of ours
+NVFP4 = "NVFP4"  # W4A4: the scheme whose activations have scales of ours
+MX = {"MXFP8": ScaleFormat.mxfp8, "MXFP4": ScaleFormat.mxfp4}
+"""Schemes whose activations have MX scales too: W8A8 and W4A4."""
+
 NONE = "unquantized"
 
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "backbone.")
@@ -36,13 +40,16 @@ class Checkpoint:
         method: what the configuration says, in a word: "NVFP4", "FP8", "MIXED_PRECISION", "unquantized".
     """
 
-    def __init__(self, method: str, default: str, lookup: Lookup) -> None:
+    def __init__(self, method: str, default: str, lookup: Lookup, *, experts_only: bool = False) -> None:
         self.method = method
         self._default = default
         self._lookup = lookup
+        self._experts_only = experts_only
 
     def scheme(self, layer: int, site: Site | ExpertSite) -> str:
         """The scheme of a site in one layer. Raises: ValueError: its parts have several, which vLLM refuses."""
+        if self._experts_only and isinstance(site, Site):
+            return NONE
         found = self._lookup(_names(layer, site.name))
         if found is not None:
             return found
@@ -79,14 +86,17 @@ def read(fields: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Checkpo
         return _modelopt(inner)
     if "config_groups" in quantization:
         return _compressed_tensors(quantization)
-    left = _strings(quantization, "modules_to_not_convert")
+    left = _strings(quantization, "modules_to_not_convert") + _strings(quantization, "ignored_layers")
     method = str(quantization.get("quant_method", "unknown")).upper()
-    return constant(method, [*left, *(f"{name}.*" for name in left)])
+    # gpt-oss: vLLM's Mxfp4Config quantizes routed experts alone.
+    return constant(method, [*left, *(f"{name}.*" for name in left)], experts_only=method == "MXFP4")
 
 
-def constant(scheme: str, ignored: Sequence[str] = ()) -> Checkpoint:
+def constant(scheme: str, ignored: Sequence[str] = (), *, experts_only: bool = False) -> Checkpoint:
     """Every layer has one scheme, but for ignored ones."""
-    return Checkpoint(scheme, scheme, lambda names: NONE if _excluded(names, ignored) else None)
+    return Checkpoint(
+        scheme, scheme, lambda names: NONE if _excluded(names, ignored) else None, experts_only=experts_only
+    )
 
 
 def _modelopt(fields: Mapping[str, Any]) -> Checkpoint:
@@ -158,7 +168,9 @@ def _scheme(group: Mapping[str, Any]) -> str:
     if (bits, kind, weights.get("strategy"), weights.get("group_size")) == (4, "float", "tensor_group", 16):
         return NVFP4 if inputs else "W4A16_NVFP4"
     if (bits, kind, weights.get("group_size")) == (4, "float", 32):
-        return "MXFP4"
+        return "W4A8_MXFP4" if isinstance(inputs, dict) and inputs.get("num_bits") == 8 else "MXFP4"
+    if (bits, kind, weights.get("group_size")) == (8, "float", 32) and "uint8" in str(weights.get("scale_dtype")):
+        return "MXFP8"
     return f"FP{bits}" if kind == "float" else f"{kind.upper()}{bits}"
 
 

@@ -1,10 +1,10 @@
-"""``safealloc plan``: every buffer that a pool will hold for a model in vLLM, from its Hugging Face configuration."""
+"""``safealloc plan``: every buffer that a pool will hold for a model in vLLM or SGLang, from its configuration."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from safealloc.commands import report
-from safealloc.commands.plan import architectures, checkpoint
+from safealloc.commands.plan import architectures, checkpoint, sglang
 from safealloc.commands.plan.architectures import ExpertSite, Site
 from safealloc.commands.plan.deployment import (
     CUTLASS,
@@ -24,11 +24,12 @@ from safealloc.commands.plan.deployment import (
     default_sizes,
     with_decode_sizes,
 )
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import MAX_ROWS_8X4, SfLayout, short
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm.sizes import MAX_TOKENS_PER_EXPERT, capture_sizes
 
-SUMMARY = "every buffer that a pool will hold on each rank for a model in vLLM, and its bytes"
+SUMMARY = "every buffer that a pool will hold on each rank for a model in vLLM or SGLang, and its bytes"
 
 _LARGEST_BATCH = 1 << 20  # rows
 
@@ -112,6 +113,8 @@ class Result:
     buffers: Sequence[ScaleSpec]  # of those sites, one per number of rows and k
     # what it also holds for routed experts, which no other number includes; ``None`` where there is nothing
     experts: Experts | None
+    # by site with its format and layers: MX scales of the largest batch, which no other number includes
+    mx: Sequence[tuple[str, int, ScaleSpec]]
     remarks: Sequence[str]  # what the numbers leave out, and why
 
     @property
@@ -124,9 +127,12 @@ class Result:
         return max((spec.nbytes for spec in self.buffers), default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        others = [(scheme, site) for scheme, site in self.layers if scheme != checkpoint.NVFP4]
+        others = [
+            (scheme, site) for scheme, site in self.layers if scheme != checkpoint.NVFP4 and site not in self.sites
+        ]
         return {
             "command": "safealloc plan",
+            "engine": self.deployment.engine,
             "model": self.model,
             "tensor_parallel": self.deployment.tensor,
             "data_parallel": self.deployment.data,
@@ -141,6 +147,10 @@ class Result:
             "bytes": self.nbytes,
             "per_call_bytes": self.per_call_nbytes,
             "experts": None if self.experts is None else self.experts.as_dict(),
+            "mx": [
+                {"name": name, "layers": layers, "experts": spec.experts} | _buffer(spec)
+                for name, layers, spec in self.mx
+            ],
             "remarks": list(self.remarks),
         }
 
@@ -162,13 +172,17 @@ def run(config: Path, deployment: Deployment, *, as_nvfp4: bool = False) -> Resu
         placed = [(scheme, replace(site, layers=tuple(layers))) for (scheme, site), layers in found.items()]
         if deployment.expert_parallel and not any(isinstance(site, ExpertSite) for _, site in placed):
             raise ValueError("vLLM refuses --enable-expert-parallel: the configuration has no routed experts")
+        name = architectures.architecture(fields)
+        method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
+        if deployment.engine == sglang.ENGINE:
+            sites, buffers, remarks = sglang.served(fields, placed, deployment)
+            return Result(name, deployment, method, placed, sites, buffers, None, (), remarks)
         nvfp4 = [site for scheme, site in placed if scheme == checkpoint.NVFP4]
         sites, experts, remarks = _served(nvfp4, deployment)
         shapes = {(site.k, -(-rows // site.row_ranks)) for site in sites for rows in deployment.sizes}
         buffers = [ScaleSpec.checked(rows, k, _layout(rows, deployment)) for k, rows in sorted(shapes)]
-        name = architectures.architecture(fields)
-        method = f"as {checkpoint.NVFP4}" if as_nvfp4 else stored.method
-        return Result(name, deployment, method, placed, sites, buffers, experts, remarks)
+        mx = _mx(placed, deployment)
+        return Result(name, deployment, method, placed, sites, buffers, experts, mx, [*remarks, *_mx_remarks(mx)])
     except ValueError as error:
         raise report.UsageError(str(error)) from error
 
@@ -207,7 +221,42 @@ def _served(
     return sites, None, [f"{kernel} runs the experts; a pool holds no scales for them"]
 
 
-def expert_buffers(sites: Sequence[ExpertSite], largest: int) -> dict[str, ScaleSpec]:
+def _mx(
+    placed: Sequence[tuple[str, Site | ExpertSite]], deployment: Deployment
+) -> Sequence[tuple[str, int, ScaleSpec]]:
+    """Activations that are quantized to MXFP8 or MXFP4 in tiles, in the largest batch.
+
+    Of routed experts those of MXFP4, as vLLM's CUTLASS_MXFP4_MXFP4 quantizes them; other kernels take linear scales.
+    """
+    found = []
+    for scheme, site in placed:
+        format = checkpoint.MX.get(scheme)
+        if format is not None and isinstance(site, Site):
+            rows = -(-deployment.sizes[-1] // site.row_ranks)
+            spec = ScaleSpec.checked(rows, site.k, SfLayout.layout_128x4, None, format)
+            found.append((site.name, len(site.layers), spec))
+        elif format is ScaleFormat.mxfp4 and isinstance(site, ExpertSite):
+            buffers = expert_buffers([site], deployment.sizes[-1] * deployment.data, format)
+            found += [(name, len(site.layers), spec) for name, spec in buffers.items()]
+    return found
+
+
+def _mx_remarks(mx: Sequence[tuple[str, int, ScaleSpec]]) -> Iterator[str]:
+    if any(spec.experts is None for _, _, spec in mx):
+        yield (
+            "FlashInfer's quantizers allocate the MX scales of linear layers at each call and write their padding: a pool "
+            "holds none of them"
+        )
+    if any(spec.experts is not None for _, _, spec in mx):
+        yield (
+            "a pool holds the MX scales of experts where vLLM runs them with CUTLASS_MXFP4_MXFP4, one buffer for each k; "
+            "other kernels take linear scales"
+        )
+
+
+def expert_buffers(
+    sites: Sequence[ExpertSite], largest: int, format: ScaleFormat = ScaleFormat.nvfp4
+) -> dict[str, ScaleSpec]:
     """By weight, for up to ``largest`` tokens of all data-parallel ranks. Raises: ValueError: too many for vLLM."""
     if largest > MAX_TOKENS_PER_EXPERT:
         raise ValueError(
@@ -218,7 +267,7 @@ def expert_buffers(sites: Sequence[ExpertSite], largest: int) -> dict[str, Scale
     for site in sites:
         width = site.width if site.gated else -(-site.width // 128) * 128  # vLLM pads what is not gated
         for name, k in ((f"{site.name}.w13", site.k), (f"{site.name}.w2", width)):
-            found[name] = ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts)
+            found[name] = ScaleSpec.grouped(largest * site.topk, k, SfLayout.layout_128x4, site.experts, format)
     return found
 
 
@@ -229,11 +278,11 @@ def show(result: Result, out: Console) -> None:
     ranks = f"TP {deployment.tensor}" + (f", DP {deployment.data}" if deployment.data > 1 else "")
     title = f"{result.model}, {ranks}, {result.quantization}: linear layers and experts"
     report.table(out, title, ("", "k", "n", "layers", "scheme"), report.fine(layers))
-    groups: dict[tuple[int, SfLayout], list[ScaleSpec]] = {}
+    groups: dict[tuple[int, SfLayout, str], list[ScaleSpec]] = {}
     for spec in result.buffers:
-        groups.setdefault((spec.k, spec.layout), []).append(spec)
+        groups.setdefault((spec.k, spec.layout, spec.format.name), []).append(spec)
     rows = []
-    for (k, layout), specs in groups.items():
+    for (k, layout, _), specs in groups.items():
         batches = str(specs[0].rows) if len(specs) == 1 else f"{specs[0].rows} to {specs[-1].rows}"
         size = _size(sum(spec.nbytes for spec in specs))
         rows.append((str(k), batches, short(layout), _shape(specs[-1]), str(len(specs)), size))
@@ -243,10 +292,18 @@ def show(result: Result, out: Console) -> None:
         out.print(
             f"In all {len(result.buffers)} buffers, {_size(result.nbytes)}, on each rank; layers use them in turn."
         )
-        once = f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once, and a fill per call."
-        out.print(once, end="\n\n" if result.experts or result.remarks else "\n")
+        fill = "" if deployment.engine == sglang.ENGINE else ", and a fill per call"
+        once = f"Allocated at each call, the graphs need {_size(result.per_call_nbytes)} at once{fill}."
+        out.print(once, end="\n\n" if result.experts or result.mx or result.remarks else "\n")
     if result.experts is not None:
         _show_experts(result.experts, out)
+    if result.mx:
+        cells = [
+            (name, str(layers), spec.format.name, str(spec.k), str(spec.rows), _shape(spec), _size(spec.nbytes))
+            for name, layers, spec in result.mx
+        ]
+        headings = ("", "layers", "format", "k", "rows", "padded shape", "bytes")
+        report.table(out, "MX scales in 128x4 of the largest batch", headings, report.fine(cells))
     for remark in result.remarks:
         out.print(f"{remark[0].upper()}{remark[1:]}.")
 
@@ -320,9 +377,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(map(rows, text.split(",")))
 
-    def gpu(text: str) -> int:
+    def gpu(text: str) -> str:
         try:
-            return capability(text)
+            capability(text)
+            return text.lower()
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -336,8 +394,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help=about)
     about = "compute capability (10.0) or name (b200): decides the default batch sizes, and what runs experts"
     parser.add_argument("--gpu", type=gpu, metavar="GPU", help=about)
+    about = "what serves the model (%(default)s)"
+    parser.add_argument("--engine", choices=("vllm", sglang.ENGINE), default="vllm", help=about)
     for names, about in (
-        (("--tensor-parallel-size", "-tp", "--tensor-parallel", "--tp"), "ranks a layer is split over (%(default)s)"),
+        (
+            ("--tensor-parallel-size", "-tp", "--tensor-parallel", "--tp", "--tp-size"),
+            "ranks a layer is split over (%(default)s)",
+        ),
         (("--data-parallel-size", "-dp"), "engines that share the routed experts (%(default)s)"),
     ):
         parser.add_argument(*names, type=rank, default=1, metavar="N", help=about)
@@ -357,25 +420,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("128x4", "trtllm"), default="128x4", help=about)
     about = "as if every linear layer and expert were NVFP4, whatever the checkpoint says"
     parser.add_argument("--as-nvfp4", action="store_true", help=about)
+    options = parser.add_argument_group("with --engine sglang")
+    graphs = options.add_mutually_exclusive_group()
+    about = "requests of the largest decode graph, instead of what the GPU's memory allows"
+    graphs.add_argument("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode", type=rows, metavar="N", help=about)
+    about = "requests of each decode graph, instead of SGLang's default; N,N,... too"
+    graphs.add_argument("--cuda-graph-bs", "--cuda-graph-bs-decode", type=sizes, nargs="+", metavar="N", help=about)
+    about = "requests at once, which bound the decode graphs"
+    options.add_argument("--max-running-requests", type=rows, metavar="N", help=about)
+    about = "rows of a request in a step of speculative decoding"
+    options.add_argument("--speculative-num-draft-tokens", type=report.integer(1, 1024), metavar="N", help=about)
 
 
 def main(given: argparse.Namespace) -> int:
     """Plan and print."""
     report.check_writable(given.json)
+    try:
+        sglang.check_options(given)
+        deployment = _deployment(given)
+    except ValueError as error:
+        raise report.UsageError(str(error)) from error
+    result = run(given.config, deployment, as_nvfp4=given.as_nvfp4)
+    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
+    return 0
+
+
+def _deployment(given: argparse.Namespace) -> Deployment:
+    major = None if given.gpu is None else capability(given.gpu)
+    if given.engine == sglang.ENGINE:
+        return sglang.deployment(given, major)
     if given.cudagraph_capture_sizes or given.max_cudagraph_capture_size:
         sizes = [size for sizes in given.cudagraph_capture_sizes or () for size in sizes]
         sizes = sizes or [*capture_sizes(given.max_cudagraph_capture_size)]
     else:
-        sizes = [*default_sizes(given.gpu, given.spec_tokens, given.max_num_seqs)]
-    deployment = Deployment(
+        sizes = [*default_sizes(major, given.spec_tokens, given.max_num_seqs)]
+    return Deployment(
         with_decode_sizes(sizes, given.spec_tokens, given.max_num_seqs),
         given.tensor_parallel_size,
         given.data_parallel_size,
         given.enable_expert_parallel,
-        given.gpu,
+        major,
         given.moe_backend,
         given.layout,
     )
-    result = run(given.config, deployment, as_nvfp4=given.as_nvfp4)
-    report.deliver(given.json, result.as_dict(), lambda out: show(result, out))
-    return 0

@@ -51,6 +51,7 @@ class Deployment:
     capability: int | None = None  # the GPU's major compute capability, if it is known
     moe_backend: str = "auto"  # one of MOE_BACKENDS
     layout_rule: str = "128x4"  # or "trtllm": 8x4 up to 32 rows
+    engine: str = "vllm"  # or "sglang"
 
     @property
     def expert_ranks(self) -> int:

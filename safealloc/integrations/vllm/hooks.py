@@ -18,7 +18,7 @@ from safealloc.integrations import drift
 from safealloc.integrations.host import around, capability
 from safealloc.integrations.patches import Patches
 from safealloc.integrations.serve import engine_of
-from safealloc.integrations.vllm import kernel, proof, replace, report, targets
+from safealloc.integrations.vllm import kernel, nan, proof, replace, report, targets
 from safealloc.integrations.vllm.engine import Engine
 from safealloc.integrations.vllm.ops import grouped_scales, scales
 from safealloc.integrations.vllm.serve import allocator
@@ -179,6 +179,8 @@ def _mx_experts_quant(patches: Patches, module: ModuleType, name: str) -> None:
         if given is None:
             return original(input_tensor, *offsets, n_experts, topk)
         output, block_scale = given
+        if allocator.engine is not None:
+            nan.note(allocator.engine, input_tensor, None, expert_offsets[n_experts:])
         getattr(torch.ops._C, name)(output, block_scale, input_tensor, *offsets, n_experts)
         return output, block_scale.view(torch.uint8)
 
@@ -294,21 +296,27 @@ def _warm_up(original: Callable[..., Any], worker: Any) -> Any:
         return original(worker)
 
     def capture_model(method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        log_errors(nan.name_layers, engine, worker.model_runner)
         with allocator.working(engine), replace.served(engine):
             return method(*given, **named)
 
     with around(worker.model_runner, "capture_model", capture_model):
         result = original(worker)
+    log_errors(nan.forget, engine)
     log_errors(_log_sites, worker, engine)
     return result
 
 
 def _step(original: Callable[..., Any], worker: Any, scheduler_output: Any) -> Any:
-    """A safe point before each step; after a step its replay may still be running."""
+    """A safe point before each step, which is counted then; after a step its replay may still be running."""
     engine = engine_of(worker)
     if engine is not None and engine.pool is not None:
         log_errors(engine.pool.safe_point)
-    return original(worker, scheduler_output)
+        log_errors(nan.begin_step, engine, scheduler_output)
+    result = original(worker, scheduler_output)
+    if engine is not None:
+        log_errors(nan.end_step, engine)
+    return result
 
 
 def _shutdown(original: Callable[..., Any], worker: Any) -> Any:

@@ -1,7 +1,7 @@
 """Registers the hooks with vLLM: the entry point of ``vllm.general_plugins``, and the same by hand.
 
 The entry point only waits for a worker that loads a model. Nothing is hooked, and nothing of the hooks imported, before one
-has FP4 layers on a CUDA device.
+has FP4 layers on a CUDA device, or with ``SAFEALLOC_CONTRACT`` MX layers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _lock = threading.RLock()
 _patches = Patches()
 _waiting = False  # for a worker that loads a model
 _hooked: dict[str, drift.Target] | None = None
+_contract = False  # whether the contract of scale layouts is checked
 
 
 def load() -> None:
@@ -65,6 +66,8 @@ def register() -> None:
         except Exception as error:
             logger.warning("safealloc: not registered: %s: %s", type(error).__name__, error)
             _unregister()
+            return
+        _add_contract()
 
 
 def unregister() -> None:
@@ -74,15 +77,15 @@ def unregister() -> None:
     """
     with _lock:
         was_registered = _hooked is not None
-        if was_registered or _waiting:
+        if was_registered or _waiting or _contract:
             _unregister()
         if was_registered:
             logger.info("safealloc: unregistered")
 
 
 def _unregister() -> None:
-    global _hooked, _waiting
-    _hooked, _waiting = None, False
+    global _hooked, _waiting, _contract
+    _hooked, _waiting, _contract = None, False, False
     try:
         _patches.restore()
     except Exception as error:
@@ -100,20 +103,38 @@ def _wait_for_a_model(module: ModuleType) -> None:
 
 
 def _load_model(original: Callable[..., Any], worker: Any, *given: Any, **named: Any) -> Any:
-    if _waiting and _is_wanted(worker):
+    if _waiting and _is_wanted(worker, quantization.may_have_fp4):
         register()
+    elif _waiting and _is_wanted(worker, quantization.may_have_mx):
+        with _lock:
+            _add_contract()
     return original(worker, *given, **named)
 
 
-def _is_wanted(worker: Any) -> bool:
-    """Whether the pool may serve a worker: a CUDA device of NVIDIA's, and FP4 layers."""
+def _add_contract() -> None:
+    """Check the contract of scale layouts, where ``SAFEALLOC_CONTRACT`` asks for it; never raises."""
+    global _contract
+    try:
+        mode = settings.contract()
+        if mode != "off" and not _contract:
+            importlib.import_module(_LOGGER)
+            from safealloc.integrations.vllm import contract_hooks
+
+            contract_hooks.install(_patches, mode)
+            _contract = True
+    except Exception as error:
+        logger.warning("safealloc: the contract of scale layouts is not checked: %s: %s", type(error).__name__, error)
+
+
+def _is_wanted(worker: Any, has_layers: Callable[[Any], bool]) -> bool:
+    """Whether a worker has a CUDA device of NVIDIA's, and layers by its configuration."""
     import torch
 
     device = getattr(worker, "device", None)
     if getattr(device, "type", None) != "cuda" or torch.version.hip is not None:
         return False
     try:
-        return quantization.may_have_fp4(worker.vllm_config)
+        return has_layers(worker.vllm_config)
     except Exception as error:
         logger.debug("safealloc: the model's quantization is not known: %s: %s", type(error).__name__, error)
         return True

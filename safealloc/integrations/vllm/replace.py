@@ -20,12 +20,14 @@ from safealloc import settings
 from safealloc.formats.layout import SfLayout
 from safealloc.integrations import startup
 from safealloc.integrations.startup import Engine, Launch
+from safealloc.integrations.vllm import nan
 from safealloc.integrations.vllm.serve import allocator
 from safealloc.integrations.vllm.worker import logger
-from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for
+from safealloc.ops.backends import GROUPED_QUANTIZERS, QUANTIZERS, call_for, run_watched
 from safealloc.ops.grouped import clean_grouped_scales, whole_buffer
 from safealloc.ops.inductor import forbid_reuse
 from safealloc.pool.contents import pool_spec_of
+from safealloc.pool.nan import NanWatch
 
 NAMESPACE = "_C"
 """Of the ops."""
@@ -129,20 +131,31 @@ class Call(NamedTuple):
             and all(one.is_contiguous() and one.device == x.device and one.data_ptr() % 16 == 0 for one in tensors)
         )
 
-    def run(self) -> None:
-        """Run our kernel, with the arithmetic of the original."""
+    def run(self, watch: NanWatch | None = None, batch: int | None = None) -> None:
+        """Run our kernel, with the arithmetic of the original; its input is watched, if at all, as it goes.
+
+        ``batch`` is as in :meth:`NanWatch.site`.
+        """
         scales, global_scale = self.scales.view(torch.uint8), self.global_scale.reshape(-1)
         call = call_for(self.x.device, self.op.layout, silu_and_mul=self.op.silu, arithmetic=self.op.arithmetic)
         further = (None, self.op.silu, self.op.arithmetic)
         if not self.op.grouped:
             row = QUANTIZERS.choose("triton", call)
-            row.run(self.x, global_scale, self.data, scales, self.op.layout, *further)
+            arguments: tuple[Any, ...] = (self.x, global_scale, self.data, scales, self.op.layout, *further)
+            run_watched(row, watch, self.x, self.global_scale, None, arguments, batch=batch)
             return
         spec = pool_spec_of(scales)
         assert spec is not None
         buffer, record = whole_buffer(spec, scales)
         row = GROUPED_QUANTIZERS.choose("triton", call)
-        row.run(self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
+        arguments = (self.x, global_scale, self.data, buffer, _LAYOUT, record, *self.offsets, None, *further)
+        given = (self.x, self.global_scale, self.live_rows, arguments)
+        run_watched(row, watch, *given, batch=batch, by_expert=True)
+
+    @property
+    def live_rows(self) -> Tensor | None:
+        """How many rows belong to an expert, int32, one element; ``None`` where rows are not grouped."""
+        return self.offsets[0][self.launch.experts :] if self.op.grouped else None
 
     def run_original(self) -> tuple[Tensor, Tensor] | None:
         """Run the op, after the cleaning that it needs beside it; data and scales, where the op returns them."""
@@ -223,8 +236,11 @@ def observed(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def served(engine: Engine) -> Iterator[None]:
-    """Inside, an engine's captures and their warm-ups, our kernel runs where the engine has it measured as faster."""
-    if not engine.launches:
+    """Inside, an engine's captures and their warm-ups, our kernel runs where the engine has it measured as faster.
+
+    With ``SAFEALLOC_NAN=1``, what watches a quantizer's input is captured beside vLLM's.
+    """
+    if not engine.launches and nan.of(engine) is None:
         yield
         return
     with _trtllm_overridden(engine), overridden(engine.device, functools.partial(_serve, engine)) as replaced:
@@ -279,7 +295,8 @@ def note_trtllm(a: Tensor, out_dtype: torch.dtype, backend: str) -> None:
 def _trtllm_overridden(engine: Engine) -> Iterator[None]:
     functions = getattr(trtllm_op(), "_backend_fns", {})
     original = functions.get(engine.device.type)
-    if original is None or all(launch.op != TRTLLM.name for launch in engine.launches):
+    asked = nan.of(engine) is not None or any(launch.op == TRTLLM.name for launch in engine.launches)
+    if original is None or not asked:
         yield
         return
     functions[engine.device.type] = functools.partial(_quantize_8x4, engine, original)
@@ -295,13 +312,16 @@ def _quantize_8x4(engine: Engine, original: Callable[..., Any], a: Tensor, a_glo
         return original(a, a_global_sf)
     rows, k = a.shape
     if engine.saved(launch, rows) is None:
-        allocator.note(engine.count, startup.THEIRS)
+        nan.note(engine, a, a_global_sf)
+        if engine.launches:
+            allocator.note(engine.count, startup.THEIRS)
         return original(a, a_global_sf)
     try:
         data = torch.empty((rows, k // 2), dtype=torch.uint8, device=a.device)
         scales = engine.pool.acquire(rows, k, TRTLLM.layout)
     except Exception as error:
         allocator.log_error(error, "FlashInfer's kernel quantizes instead")
+        nan.note(engine, a, a_global_sf)
         return original(a, a_global_sf)
     return (data, scales) if _serve(engine, Call(TRTLLM, a, a_global_sf, data, scales)) else original(a, a_global_sf)
 
@@ -312,14 +332,16 @@ def _serve(engine: Engine, call: Call) -> bool:
     saved = engine.saved(call.launch, call.x.shape[0]) if call.ours else None
     if saved is not None:
         try:
-            call.run()
+            call.run(nan.of(engine), nan.batch(engine, call.x.shape[0]))
         except Exception as error:
             allocator.log_error(error, "vLLM's kernel quantizes instead")
             saved = None
     if saved is None:
         if engine.op_cleans:
             call.clean()
-        allocator.note(engine.count, startup.THEIRS)
+        nan.note(engine, call.x, call.global_scale, call.live_rows)
+        if engine.launches:
+            allocator.note(engine.count, startup.THEIRS)
         return False
     allocator.note(engine.count, startup.OURS)
     allocator.note(engine.count, startup.SAVED, round(1000 * saved))

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safealloc.formats.format import BLOCK_SIZE, ScaleFormat
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.integrations import serve, startup
+from safealloc.integrations.serve import zero_padding
 from safealloc.integrations.startup import GroupedSite, Site
 from safealloc.integrations.vllm import targets
 from safealloc.integrations.vllm.engine import Engine, captured_steps
@@ -156,19 +157,6 @@ def allocates_zeros() -> bool:
     """Whether this vLLM zeroes the scales that it allocates; where its sources are not found, it is taken not to."""
     found = targets.installed()
     return found is not None and targets.own_allocation(found[1]) == "zeros"
-
-
-def zero_padding(scales: Tensor, m: int, n: int) -> None:
-    """Zero the tiles with padding rows or columns before a producer writes; int32 ``[rounded_m, rounded_n // 4]`` in 128x4.
-
-    A fill of a slice costs the host a fifth of what a Triton launch costs, and few producers have padding columns.
-    """
-    tile = _LAYOUT_128X4.tile
-    full_rows, full_tiles = m // tile.rows * tile.rows, n // BLOCK_SIZE // tile.cols
-    if full_rows < scales.shape[0]:
-        scales[full_rows:].zero_()
-    if full_tiles < scales.shape[1]:  # one int32 is a row of a tile
-        scales.view(-1, scales.shape[1], tile.rows)[:, full_tiles:].zero_()
 
 
 def _zeros(m: int, n: int, device: torch.device, format: ScaleFormat = ScaleFormat.nvfp4) -> Tensor:

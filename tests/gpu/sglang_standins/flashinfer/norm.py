@@ -12,12 +12,12 @@ from flashinfer import missing
 __getattr__ = missing.attribute
 
 
-def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None, **ignored: Any) -> Tensor:
+def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None, *ignored: Any) -> Tensor:
     x = input.float()
     y = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(input.dtype)
     return y if out is None else out.copy_(y)
 
 
-def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, **ignored: Any) -> None:
+def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *ignored: Any) -> None:
     residual.add_(input)
     input.copy_(rmsnorm(residual, weight, eps))
