@@ -17,6 +17,8 @@ import torch
 
 _LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
 
+# Inductor compiles scalar CPU code: to find out which vector instructions work, it compiles ten programs in each process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // PROCESSES))  # of all processes together: one per core
