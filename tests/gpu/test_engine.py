@@ -133,12 +133,17 @@ def results() -> dict[str, Any]:
             for number, (name, environment, installed) in enumerate(states)
         ]
 
-    with concurrent.futures.ThreadPoolExecutor(max(4, (os.cpu_count() or 8) // 2)) as executor:
+    gpus = torch.cuda.device_count()
+    with concurrent.futures.ThreadPoolExecutor(
+        max(4, (os.cpu_count() or 8) * (2 if gpus == 1 else 3) // 4)
+    ) as executor:
         caches = executor.submit(cached)
         served = executor.submit(serve, folder)
         runs = {
-            name: executor.submit(start, SHARED_GPU | request, environment, folder / name)
-            for name, (request, environment) in RUNS.items()
+            name: executor.submit(
+                start, SHARED_GPU | request, {"CUDA_VISIBLE_DEVICES": str(number % gpus)} | environment, folder / name
+            )
+            for number, (name, (request, environment)) in enumerate(RUNS.items())
         }
         for name, run in [*runs.items(), ("served", served)]:
             note(name, run.result())

@@ -240,7 +240,7 @@ def test_the_launches_of_a_profile_run_are_noted(pool, engine):
 
 
 def test_an_error_of_ours_is_logged_and_the_original_quantizes(pool, engine, monkeypatch, log):
-    def fail(self: Call, watch: object) -> None:
+    def fail(self: Call, watch: object, batch: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(Call, "run", fail)
