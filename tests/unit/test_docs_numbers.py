@@ -186,6 +186,20 @@ def guard() -> Iterator[tuple[str, str]]:
     yield "docs/watch.md", f"| `pool.acquire`, N = 1000, 100, 1 | {every} |"
 
 
+def first_nan() -> Iterator[tuple[str, str]]:
+    steps = read("bench-nan-h100")["guard"]["steps"]
+    assert all(step["nan"]["finite"] for step in steps)
+    for model in ("Llama 3.1 8B", "Llama 3.3 70B"):
+        over = [
+            ", ".join(
+                f"+{100 * step['nan'][way]['ratio_to_off'] - 100:.1f} %" for step in steps if step["model"] == model
+            )
+            for way in ("a node beside each quantizer", "in our quantizers")
+        ]
+        yield "docs/watch.md", f"| {model} | {over[0]} | {over[1]} |"
+    assert read("sglang-tests-h100")["outcomes"] == {"passed": 8}
+
+
 def runs() -> Iterator[tuple[str, str]]:
     tests = read("gpu-tests-h100")["outcomes"]
     assert not tests.get("failure")
@@ -210,7 +224,9 @@ def runs() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "source", [quantize, gemm, decode, engine, host, memory, moe, guard, runs], ids=lambda source: source.__name__
+    "source",
+    [quantize, gemm, decode, engine, host, memory, moe, guard, first_nan, runs],
+    ids=lambda source: source.__name__,
 )
 def test_numbers_of_the_pages_are_those_of_the_results(source):
     pages = {page: " ".join((ROOT / page).read_text().split()) for page in {page for page, _ in source()}}
