@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from safealloc.formats.format import NAN_SCALE, ScaleFormat
+from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.kernels import triton_guard
@@ -45,7 +45,7 @@ def filled_buffer(spec: ScaleSpec) -> Tensor:
         places[::3] = -1
         places[1::7] = 0
         record.copy_(places)
-    scales.fill_(NAN_SCALE)
+    scales.fill_(spec.format.nan_bytes[0])
     spec.zero_padding(scales)
     return scales
 

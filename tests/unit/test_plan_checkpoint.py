@@ -92,10 +92,12 @@ def test_a_scheme_of_all_layers(quantization, expected):
 
 def test_mxfp4_of_gpt_oss_is_of_experts_alone():
     assert schemes(MXFP4["quantization_config"]) == ["unquantized", "unquantized", "unquantized", "MXFP4"]
+    assert schemes({"quant_method": "gpt_oss_mxfp4"}) == schemes(MXFP4["quantization_config"])  # vLLM's own name
 
 
-def test_mxfp8_of_minimax_names_the_layers_that_it_ignores():
-    found = schemes({"quant_method": "mxfp8", "ignored_layers": ["model.layers.0.self_attn.o_proj"]})
+@pytest.mark.parametrize("method", ["mxfp8", "modelopt_mxfp8"])
+def test_mxfp8_of_minimax_names_the_layers_that_it_ignores(method):
+    found = schemes({"quant_method": method, "ignored_layers": ["model.layers.0.self_attn.o_proj"]})
     assert found == ["MXFP8", "unquantized", "MXFP8", "MXFP8"]
 
 

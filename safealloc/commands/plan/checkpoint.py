@@ -17,6 +17,9 @@ MX = {"MXFP8": ScaleFormat.mxfp8, "MXFP4": ScaleFormat.mxfp4}
 
 NONE = "unquantized"
 
+_MX_NAMES = {"MODELOPT_MXFP8": "MXFP8", "GPT_OSS_MXFP4": "MXFP4"}
+"""vLLM's own names, which a configuration may have as its method."""
+
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "backbone.")
 """What comes before ``layers.0`` in checkpoints' names."""
 
@@ -88,6 +91,7 @@ def read(fields: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Checkpo
         return _compressed_tensors(quantization)
     left = _strings(quantization, "modules_to_not_convert") + _strings(quantization, "ignored_layers")
     method = str(quantization.get("quant_method", "unknown")).upper()
+    method = _MX_NAMES.get(method, method)
     # gpt-oss: vLLM's Mxfp4Config quantizes routed experts alone.
     return constant(method, [*left, *(f"{name}.*" for name in left)], experts_only=method == "MXFP4")
 
