@@ -201,16 +201,20 @@ def test_gemms_are_told_apart_by_what_they_do_with_padding(format: ScaleFormat, 
 
 
 @formats
-def test_a_gemm_that_reads_another_layout_is_named_with_that_layout(format: ScaleFormat) -> None:
-    fault = reader(format, order=SfLayout.layout_8x4)
-    found = audit_consumer(fault, shapes=GEMM_SHAPES, format=format, device="cpu")
-    assert {(one.verdict, one.reads, one.found_format) for one in found} == {
-        (findings.WRONG_LAYOUT, (SfLayout.layout_8x4,), format)
-    }
-    assert all(
-        "reads 8x4: it takes byte 32 for row 0, column 4; in 128x4 that scale is byte 512" in one.details
-        for one in found
-    )
+@pytest.mark.parametrize(
+    ("told", "order", "at"),
+    [(SfLayout.layout_128x4, SfLayout.layout_8x4, (32, 512)), (SfLayout.layout_8x4, SfLayout.layout_128x4, (512, 32))],
+    ids=["reads 128x4 as 8x4", "reads 8x4 as 128x4"],
+)
+def test_a_gemm_that_reads_another_layout_is_named_with_that_layout(
+    format: ScaleFormat, told: SfLayout, order: SfLayout, at: tuple[int, int]
+) -> None:
+    fault = reader(format, order=order)
+    found = audit_consumer(fault, layout=told, shapes=GEMM_SHAPES, format=format, device="cpu")
+    assert {(one.verdict, one.reads, one.found_format) for one in found} == {(findings.WRONG_LAYOUT, (order,), format)}
+    (read, asked), (took, right) = (one.name.removeprefix("layout_") for one in (order, told)), at
+    why = f"reads {read}: it takes byte {took} for row 0, column 4; in {asked} that scale is byte {right}"
+    assert all(why in one.details for one in found), found[0].details
 
 
 @layouts
