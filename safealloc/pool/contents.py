@@ -72,6 +72,7 @@ _notes: dict[int, Note] = {}  # by address of the storage
 # By identity of the storage, which nothing else can have while a note refers to it.
 _declared: dict[int, tuple[Note, ...]] = {}
 _purge_at = 1024
+_probe = torch.empty(0, device="cpu")
 
 
 def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
@@ -85,12 +86,18 @@ def remember(tensor: Tensor, spec: ScaleSpec, pool: int = 0) -> None:
 def remember_declared(tensor: Tensor, spec: ScaleSpec, parts: int = 1, origin: str = "") -> None:
     """Note what was declared of a contiguous tensor, in place of what was declared of any byte of it before.
 
+    Where PyTorch gives aliases version counters of their own, no note is made, since no write would end it: in the first call
+    of compiled code.
+
     Args:
         tensor: its bytes are ``parts`` times ``spec.scale_bytes``; not of a pool.
         spec, parts, origin: as in :class:`Note`.
     """
     _purge()
     storage = tensor.untyped_storage()
+    if not tensor.is_inference() and not _aliases_are_counted():
+        forget_declared(tensor)
+        return
     counter = None if tensor.is_inference() else tensor.detach()
     if counter is not None:
         counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # keeps the counter, lets the memory go
@@ -164,6 +171,12 @@ def _declared_beside(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[Not
         for note in _declared.get(storage._cdata, ())
         if (end <= note.address or note.end <= first) and note.start == start and note.holds()
     )
+
+
+def _aliases_are_counted() -> bool:
+    alias = _probe.detach()
+    torch.autograd.graph.increment_version(_probe)
+    return alias._version == _probe._version
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:

@@ -374,10 +374,34 @@ def test_compiled_gemms_check_what_an_op_of_theirs_declared(operands: tuple[Oper
 
         compiled = torch.compile(multiply, backend="aot_eager", dynamic=False)
         assert torch.equal(compiled(a, None), mm_fp4(a, b, a_descale, b_descale))
+        with pytest.raises(LayoutMismatchError, match="which fits layout_128x4"):
+            compiled(a, True)  # the call that compiles takes no declaration: by the size
         with pytest.raises(LayoutMismatchError, match=r"layout_128x4.*layout_8x4"):
             compiled(a, True)
+        compiled(a[:8], None)
         with pytest.raises(LayoutMismatchError, match="9 rows, a has 8"):
             compiled(a[:8], None)
         weight_scales = declare(b_descale.T.clone(), N - 1, K, TILES)
         with pytest.raises(LayoutMismatchError, match="rows=23"):
             torch.compile(lambda a: mm_fp4(a, b, a_descale, weight_scales.T), backend="aot_eager")(a)
+
+
+def test_the_first_call_of_compiled_code_leaves_no_note_that_a_write_would_not_end() -> None:
+    """PyTorch runs it where an alias has a version counter of its own."""
+    library = torch.library.Library("test_declare_first_call", "FRAGMENT")
+    library.define("produce(Tensor x) -> Tensor")
+
+    def produce(x: Tensor) -> Tensor:
+        return declare(torch.empty(SPEC.scale_bytes, dtype=torch.uint8), SPEC.rows, SPEC.k, SPEC.layout)
+
+    library.impl("produce", produce, "CompositeExplicitAutograd")
+    fake = "test_declare_first_call::produce"
+    torch.library.register_fake(fake, lambda x: x.new_empty(SPEC.scale_bytes, dtype=torch.uint8), lib=library)
+    op = torch.ops.test_declare_first_call.produce
+    compiled = torch.compile(lambda x: op(x + 1), backend="aot_eager", fullgraph=True)
+    for call in range(3):
+        scales = compiled(torch.zeros(16))
+        assert spec(scales) == (SPEC if call else None)
+        scales.zero_()
+        assert spec(scales) is None
+    library._destroy()

@@ -69,6 +69,9 @@ compiled_writes = [
 compiled_read = _compiled(lambda tensor: torch.ops.test_declare_state.read(tensor) + tensor.sum())
 compiled_produce = _compiled(lambda tensor, which: torch.ops.test_declare_state.produce(tensor * 2, which))
 
+for _which in range(len(SPECS)):  # the call that compiles declares nothing
+    compiled_produce(torch.zeros(16, dtype=torch.uint8), _which)
+
 WRITES: list[Callable[[Tensor], object]] = [
     lambda tensor: tensor.zero_(),
     lambda tensor: tensor[:1].fill_(1),
