@@ -69,9 +69,6 @@ compiled_writes = [
 compiled_read = _compiled(lambda tensor: torch.ops.test_declare_state.read(tensor) + tensor.sum())
 compiled_produce = _compiled(lambda tensor, which: torch.ops.test_declare_state.produce(tensor * 2, which))
 
-for _which in range(len(SPECS)):  # the call that compiles declares nothing
-    compiled_produce(torch.zeros(16, dtype=torch.uint8), _which)
-
 WRITES: list[Callable[[Tensor], object]] = [
     lambda tensor: tensor.zero_(),
     lambda tensor: tensor[:1].fill_(1),
@@ -159,6 +156,8 @@ class DeclareMachine(RuleBasedStateMachine):
     def produce(self, which: int, compiled: bool) -> None:
         """By an op, in eager and in compiled code."""
         x = torch.zeros(16, dtype=torch.uint8)
+        if compiled:
+            compiled_produce(x, which)  # where this call compiles, it declares nothing
         tensor = compiled_produce(x, which) if compiled else torch.ops.test_declare_state.produce(x, which)
         assert isinstance(tensor, Tensor)
         self.memories.append(Memory([tensor], {0: SPECS[which]}))
