@@ -85,7 +85,7 @@ def allocate():
     import vllm._custom_ops as ops
     from safealloc.integrations.vllm.serve import allocator
     from safealloc.integrations.startup import Steps
-from safealloc.integrations.vllm.engine import Engine
+    from safealloc.integrations.vllm.engine import Engine
     engine = Engine(Steps({8: 1}), torch.device("cpu"))
     engine.pool = default_pool("cpu")
     with allocator.working(engine):
