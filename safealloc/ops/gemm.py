@@ -14,7 +14,15 @@ from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.ops.backends import GEMMS, Call, call_for, zero_padding
 from safealloc.ops.library import register
-from safealloc.pool.contents import DECLARED, Note, forget_declared, note_of, remember, remember_declared
+from safealloc.pool.contents import (
+    DECLARED,
+    Note,
+    forget_declared,
+    is_whole_storage,
+    note_of,
+    remember,
+    remember_declared,
+)
 
 SCALE_DTYPES = {
     ScaleFormat.nvfp4: BYTES,
@@ -310,17 +318,13 @@ def treat_foreign(a_descale: Tensor, spec: ScaleSpec) -> Tensor:
         )
     if _foreign_scales == "trust" or not spec.padding_views(a_descale.view(torch.uint8)):
         return a_descale
-    if not _is_whole_storage(a_descale):
+    if not is_whole_storage(a_descale):
         a_descale = a_descale.clone()  # what is padding here may be another matrix's scales
     note = note_of(a_descale)
     zero_padding(a_descale, spec)
     if note is not None:  # it still holds what was declared, though it was written
         remember_declared(a_descale, spec, origin=note.origin)
     return a_descale
-
-
-def _is_whole_storage(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def scales_of_op(a_descale: Tensor, foreign_descale: Tensor) -> Tensor:
@@ -332,7 +336,7 @@ def scales_of_op(a_descale: Tensor, foreign_descale: Tensor) -> Tensor:
     note = note_of(a_descale)
     spec = None if note is None else note.spec_in(a_descale)
     declared = note is not None and note.pool == DECLARED
-    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and _is_whole_storage(foreign_descale):
+    if spec is not None and foreign_descale.data_ptr() != a_descale.data_ptr() and is_whole_storage(foreign_descale):
         # It is a copy, which later ops of the graph may get.
         remember_declared(foreign_descale, spec) if declared else remember(foreign_descale, spec)
     return foreign_descale if note is None or (declared and spec is not None) else a_descale

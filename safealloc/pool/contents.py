@@ -153,6 +153,11 @@ def pool_spec_of(tensor: Tensor) -> ScaleSpec | None:
     return None if note is None else note.spec_in(tensor)
 
 
+def is_whole_storage(tensor: Tensor) -> bool:
+    """Whether nothing else lies in the storage of a contiguous tensor."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def _declared_around(tensor: Tensor, storage: torch.UntypedStorage) -> Note | None:
     start = storage.data_ptr()
     first, end = _range(tensor)

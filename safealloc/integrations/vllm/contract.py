@@ -17,7 +17,7 @@ from safealloc.formats.format import ScaleFormat
 from safealloc.formats.layout import SfLayout
 from safealloc.formats.spec import ScaleSpec
 from safealloc.integrations.vllm.worker import logger
-from safealloc.pool.contents import Note, forget_declared, pool_note_of, remember_declared
+from safealloc.pool.contents import Note, forget_declared, is_whole_storage, pool_note_of, remember_declared
 from safealloc.pool.declare import contradiction, known
 
 _POOL = "a producer that wrote a pool's buffer"
@@ -56,14 +56,14 @@ class Contract:
                 continue
             forget_declared(scales)
             found = _spec(one)
-            if found is not None and _is_whole(scales):
+            if found is not None and is_whole_storage(scales):
                 remember_declared(scales, *found, producer)
 
     def gathered(self, producer: str, source: Tensor, target: Tensor, ranks: int) -> None:
         """Note what an all-gather along the rows put together from ``ranks`` tensors like ``source``."""
         note = known(source)
         spec = None if note is None else note.spec_in(source)
-        if note is None or not _is_whole(target) or pool_note_of(target) is not None:
+        if note is None or not is_whole_storage(target) or pool_note_of(target) is not None:
             return
         forget_declared(target)
         if spec is None or spec.experts is not None:
@@ -144,10 +144,6 @@ def _spec(written: Matrix) -> tuple[ScaleSpec, int] | None:
         if nbytes and count * spec.scale_bytes == nbytes and written.scales.is_contiguous():
             return spec, count
     return None
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == _nbytes(tensor)
 
 
 def _nbytes(tensor: Tensor) -> int:
